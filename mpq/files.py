@@ -1,0 +1,109 @@
+"""Files that are whole or not there: atomic writes, JSON with a named format, checksums.
+
+Whatever mpq writes goes to `NAME.partial` in the same folder first and is renamed when it is complete. The name is
+fixed, not random, so a run that was killed leaves at most one such file, and the same command run again replaces it.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mpq.errors import MpqError
+
+
+def partial_path(path: Path) -> Path:
+    """Returns the name under which `path` is written until it is complete."""
+    return path.with_name(path.name + ".partial")
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a path to write to; renames it to `path` when the block ends without an error.
+
+    Args:
+        path: The file to create or replace. Its folder must exist.
+
+    Raises:
+        MpqError: The folder does not exist or cannot be written to.
+    """
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise MpqError(f"{path}: the folder {path.parent} does not exist; create it first")
+    temporary = partial_path(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise MpqError(f"{path}: cannot be written: {error.strerror or error}") from error
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes `text` as UTF-8, atomically."""
+    with atomic_path(Path(path)) as temporary:
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes `value` as indented UTF-8 JSON, atomically. NaN and infinity are refused (a bug in mpq)."""
+    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Returns the text of a UTF-8 file.
+
+    Raises:
+        MpqError: The file is missing, unreadable or not UTF-8.
+    """
+    try:
+        return Path(path).read_bytes().decode("utf-8")
+    except FileNotFoundError:
+        raise MpqError(f"{path}: no such file") from None
+    except OSError as error:
+        raise MpqError(f"{path}: cannot be read: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise MpqError(
+            f"{path}: expected UTF-8 text, got byte {error.object[error.start]:#04x} at {error.start}"
+        ) from None
+
+
+def read_json(path: Path, format: str) -> dict[str, Any]:
+    """Returns the JSON object in `path`, whose key "format" must equal `format`.
+
+    Raises:
+        MpqError: The file is missing, not JSON, not an object, or of another format; the message names which.
+    """
+    text = read_text(path)
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise MpqError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    if not isinstance(value, dict):
+        raise MpqError(f"{path}: expected a JSON object of format {format}, got a {type(value).__name__}")
+    if value.get("format") != format:
+        raise MpqError(f'{path}: "format": expected "{format}", got {json.dumps(value.get("format"))}')
+    return value
+
+
+def sha256_file(path: Path) -> str:
+    """Returns the SHA-256 of a file's bytes in hexadecimal.
+
+    Raises:
+        MpqError: The file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except FileNotFoundError:
+        raise MpqError(f"{path}: no such file") from None
+    except OSError as error:
+        raise MpqError(f"{path}: cannot be read: {error.strerror or error}") from error
