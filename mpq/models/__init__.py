@@ -1,0 +1,5 @@
+"""Models of every family behind one interface: `load_model(path)` returns an `AsrModel`."""
+
+from mpq.models.loading import load_model
+
+__all__ = ["load_model"]
