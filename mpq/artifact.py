@@ -10,7 +10,7 @@ metadata in random order, hence the own writer; it reads the file).
 import hashlib
 import json
 import lzma
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -104,9 +104,7 @@ def fixed_bytes(model: AsrModel, storage: Storage) -> int:
     return -(-size // SIZE_STEP) * SIZE_STEP
 
 
-def write_artifact(
-    path: Path, model: AsrModel, bits: Mapping[str, int], storage: Storage, size_bytes: int | None = None
-) -> int:
+def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage: Storage, size_bytes: int) -> None:
     """Quantizes and packs a model; the file appears under its name when it is whole.
 
     Args:
@@ -114,17 +112,14 @@ def write_artifact(
         model: A float model.
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
         storage: How to store it.
-        size_bytes: The size that the file shall have (it is padded to it when it fits); None for the natural size,
-            `fixed_bytes` plus the layers.
-
-    Returns:
-        The size of the file in bytes.
+        size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take SIZE_SLACK.
 
     Raises:
-        MpqError: `bits` has missing or unknown names, a weight cannot be quantized, or the file cannot be written.
+        MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into
+            `size_bytes`, or the file cannot be written.
     """
     refs = model.weights()
-    _check_names(refs, bits)
+    check_names(refs, bits)
     parts = _parts(model, storage)
     state = model.state_dict()
     parts["bits"] = bytes(bits[ref.name] for ref in refs)
@@ -136,10 +131,11 @@ def write_artifact(
             raise MpqError(f"{ref.name}: {error}") from None
         assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
     parts["weights"] = b"".join(payloads)
-    data = _file(parts, storage, size_bytes or fixed_bytes(model, storage) + len(parts["weights"]))
+    data = _file(parts, storage, size_bytes)
+    if len(data) != size_bytes:
+        raise MpqError(f"{path}: the content takes {len(data)} bytes and does not fit into the {size_bytes} planned")
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
-    return len(data)
 
 
 def read_artifact(path: Path) -> AsrModel:
@@ -188,7 +184,8 @@ def is_artifact(path: Path) -> bool:
     return len(start) == 9 and start[8:] == b"{"
 
 
-def _check_names(refs: list[WeightRef], bits: Mapping[str, int]) -> None:
+def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
+    """Raises MpqError unless `bits` names each weight and nothing else."""
     names = [ref.name for ref in refs]
     for what, some in (
         ("has no bit-width for", [name for name in names if name not in bits]),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import torch
 
-from mpq.artifact import is_artifact, read_artifact
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.nemo import read_nemo
@@ -20,6 +19,8 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel
     Raises:
         MpqError: No such file, not a format that mpq reads, or not a whole file of it.
     """
+    from mpq.artifact import is_artifact, read_artifact  # which needs this package's models
+
     path = Path(path)
     if not path.exists():
         raise MpqError(f"{path}: no such file")

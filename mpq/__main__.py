@@ -1,0 +1,5 @@
+"""`python -m mpq`, and `torchrun ... -m mpq`: the command line."""
+
+from mpq.cli import main
+
+main()

@@ -1,0 +1,136 @@
+"""A model on a test set: hypotheses, word errors and speed, in a folder that `compare` reads.
+
+The folder holds `ref.trn`, `hyp.trn` and `metrics.json`; the last is written last, so a folder with it is complete.
+Finished batches are kept in a journal, so a run that was killed resumes.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq.data import CheckedData, batches, prepare_data, read_batch
+from mpq.errors import MpqError
+from mpq.files import sha256_file, write_json
+from mpq.journal import Journal
+from mpq.manifests import Utterance
+from mpq.metrics import Metrics, measure, write_trn
+from mpq.models import load_model
+from mpq.runtime import choose_device, progress
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `metrics.json` holds.
+
+    Attributes:
+        metrics: The word errors.
+        compute_seconds: Time spent on features, model and search; reading audio is not counted.
+        skipped: Utterances left out because they are faulty.
+        model: {"path", "sha256", "architecture"}.
+        data: {"path"}.
+        device: Where it ran.
+    """
+
+    metrics: Metrics
+    compute_seconds: float
+    skipped: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    device: str
+
+    @property
+    def real_time_factor(self) -> float:
+        """Compute time divided by audio time; below 1 is faster than real time."""
+        return self.compute_seconds / self.metrics.audio_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return self.metrics.to_json() | {
+            "rtf": self.real_time_factor,
+            "compute_seconds": self.compute_seconds,
+            "skipped": self.skipped,
+            "model": self.model,
+            "data": self.data,
+            "device": self.device,
+        }
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    max_batch_seconds: float = 60.0,
+    channel: str = "error",
+    skip_bad: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Evaluation:
+    """Transcribes a test set with greedy CTC decoding and writes the folder `out`.
+
+    Args:
+        checkpoint: A float checkpoint or a packed file.
+        data: Manifest or Kaldi directory with transcripts.
+        out: The folder to create or to replace the results in.
+        max_batch_seconds: Padded audio in one batch.
+        channel, skip_bad: As in `mpq.data.prepare_data`.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Bad input of any kind.
+    """
+    where = choose_device(device)
+    model = load_model(checkpoint, where)
+    checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
+    record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from error
+    journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds))
+    entries = journal.read()
+    journal.begin()
+    hypotheses = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
+    seconds = sum(entry["seconds"] for entry in entries)
+    duration = dict(zip((item.utt_id for item in checked.utterances), checked.durations, strict=True))
+    todo = [
+        batch
+        for batch in batches(checked.utterances, checked.durations, max_batch_seconds)
+        if batch[0].utt_id not in hypotheses
+    ]
+    with progress("evaluate", sum(len(batch) for batch in todo), quiet, "utterances") as advance:
+        for batch in todo:
+            waveforms, lengths = read_batch(batch, model.sample_rate, channel)
+            start = time.perf_counter()
+            texts = model.transcribe(waveforms.to(where), lengths.to(where))
+            entry = {
+                "hyp": dict(zip((item.utt_id for item in batch), texts, strict=True)),
+                "seconds": time.perf_counter() - start,
+            }
+            journal.append(entry)
+            hypotheses |= entry["hyp"]
+            seconds += entry["seconds"]
+            advance(len(batch))
+    utt_ids = [item.utt_id for item in checked.utterances]
+    references = [item.text or "" for item in checked.utterances]
+    metrics = measure(utt_ids, references, [hypotheses[name] for name in utt_ids], [duration[name] for name in utt_ids])
+    result = Evaluation(metrics, seconds, checked.skipped, record, {"path": str(data)}, str(where))
+    (out / "metrics.json").unlink(missing_ok=True)
+    write_trn(out / "ref.trn", utt_ids, references)
+    write_trn(out / "hyp.trn", utt_ids, [hypotheses[name] for name in utt_ids])
+    write_json(out / "metrics.json", result.to_json())
+    journal.remove()
+    return result
+
+
+def _fingerprint(model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float) -> str:
+    parts = [model_sha256, channel, max_batch_seconds, _identity(checked.utterances), checked.durations]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _identity(utterances: Sequence[Utterance]) -> list[list[Any]]:
+    return [[item.utt_id, str(item.audio_path), item.text, item.offset, item.duration] for item in utterances]

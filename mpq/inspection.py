@@ -1,0 +1,70 @@
+"""What is in a checkpoint or packed file: layers, shapes, bits, bytes, totals."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq.models import load_model
+
+
+@dataclass(frozen=True)
+class LayerInspection:
+    """One quantizable weight.
+
+    Attributes:
+        name, kind, shape, numel: As in `mpq.models.base.WeightRef`.
+        bits: Of its codes in a packed file (16 or 32: stored as floats); None in a float checkpoint.
+        bytes: What it takes in a packed file, scales and zero points included; 4 a weight in a float checkpoint.
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    numel: int
+    bits: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """`mpq.inspection/1`.
+
+    Attributes:
+        family: The framework that wrote the checkpoint; "mpq" for a packed file.
+        architecture: Such as "conformer-ctc".
+        parameters: {"total", "encoder_blocks"}, BatchNorm running mean and variance included.
+        file_bytes: Size of the file.
+        layers: In the model's order.
+    """
+
+    family: str
+    architecture: str
+    parameters: dict[str, int]
+    file_bytes: int
+    layers: tuple[LayerInspection, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": "mpq.inspection/1"} | asdict(self)
+
+
+def inspect(path: Path) -> Inspection:
+    """Returns what is in a checkpoint or packed file.
+
+    Raises:
+        MpqError: As for `mpq.models.load_model`.
+    """
+    model = load_model(path)
+    return Inspection(
+        family="mpq" if model.quantized_bits else model.family,
+        architecture=model.architecture,
+        parameters=model.parameter_counts(),
+        file_bytes=path.stat().st_size,
+        layers=tuple(
+            LayerInspection(
+                **asdict(ref),
+                bits=model.quantized_bits.get(ref.name),
+                bytes=model.quantized_bytes.get(ref.name, 4 * ref.numel),
+            )
+            for ref in model.weights()
+        ),
+    )
