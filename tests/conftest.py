@@ -1,9 +1,23 @@
-"""What several test modules use."""
+"""What several test modules use: the shared folder, and a tiny model with data that any clone can make."""
 
+import io
+import json
 import os
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
+import torch
+import yaml
+
+from mpq.features import LogMelOptions
+from mpq.models.conformer import ConformerOptions
+from mpq.models.nemo import NemoConformerCtc
+from mpq.text import CharTokenizer
+
+LABELS = [" ", *"abcdefghijklmnopqrstuvwxyz'"]
 
 
 @pytest.fixture(scope="session")
@@ -13,3 +27,108 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"not run: needs the shared data folder, which is not at {folder} (set MPQ_SHARED)")
     return folder
+
+
+def nemo_config(**changes: dict) -> dict:
+    """Returns the configuration of the tiny model; `changes` are merged into its sections."""
+    config = {
+        "target": "nemo.collections.asr.models.ctc_models.EncDecCTCModel",
+        "preprocessor": {
+            "_target_": "nemo.collections.asr.modules.AudioToMelSpectrogramPreprocessor",
+            "sample_rate": 16000,
+            "normalize": "per_feature",
+            "window_size": 0.025,
+            "window_stride": 0.01,
+            "features": 64,
+            "n_fft": 512,
+            "pad_to": 0,
+        },
+        "encoder": {
+            "_target_": "nemo.collections.asr.modules.ConformerEncoder",
+            "feat_in": 64,
+            "n_layers": 2,
+            "d_model": 16,
+            "subsampling": "dw_striding",
+            "subsampling_factor": 4,
+            "subsampling_conv_channels": 6,
+            "ff_expansion_factor": 2,
+            "n_heads": 2,
+            "conv_kernel_size": 5,
+        },
+        "decoder": {
+            "_target_": "nemo.collections.asr.modules.ConvASRDecoder",
+            "feat_in": 16,
+            "num_classes": len(LABELS),
+            "vocabulary": LABELS,
+        },
+    }
+    for section, values in changes.items():
+        config[section] = {**config[section], **values} if isinstance(values, dict) else values
+    return config
+
+
+def tiny_model(**encoder: object) -> NemoConformerCtc:
+    """Returns a model with random weights whose outputs are far from uniform; options change its encoder."""
+    options = {
+        "features": 64,
+        "layers": 2,
+        "width": 16,
+        "heads": 2,
+        "ffn_width": 32,
+        "kernel_size": 5,
+        "subsampling": "dw_striding",
+        "subsampling_factor": 4,
+        "subsampling_channels": 6,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = NemoConformerCtc(
+            ConformerOptions(**(options | encoder)),
+            LogMelOptions(16000, 64, 512, 400, 160),
+            CharTokenizer(LABELS),
+        )
+        with torch.no_grad():
+            for name, tensor in model.state_dict().items():
+                if name.endswith(("running_var", "norm_out.weight")):
+                    tensor.uniform_(0.5, 1.5)
+                elif tensor.is_floating_point() and "preprocessor" not in name:
+                    tensor.add_(0.3 * torch.randn_like(tensor))
+    return model
+
+
+def write_nemo(path: Path, config: dict, state: dict, members: dict[str, bytes] | None = None) -> Path:
+    """Writes a `.nemo` archive."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    contents = {"./model_config.yaml": yaml.safe_dump(config).encode(), "./model_weights.ckpt": buffer.getvalue()}
+    with tarfile.open(path, "w") as archive:
+        for name, content in (contents | (members or {})).items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model as a `.nemo` archive."""
+    return write_nemo(tmp_path_factory.mktemp("model") / "tiny.nemo", nemo_config(), tiny_model().state_dict())
+
+
+@pytest.fixture(scope="session")
+def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of six noisy tones of 0.3 to 1.3 s, with transcripts that have nothing to do with them."""
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(3)
+    lines = []
+    for index in range(6):
+        seconds = 0.3 + 0.2 * index
+        time = np.arange(int(16000 * seconds)) / 16000
+        wave = 0.3 * np.sin(2 * np.pi * (200 + 150 * index) * time * (1 + 0.3 * time)) + 0.05 * random.normal(
+            size=time.size
+        )
+        soundfile.write(folder / f"utt{index}.wav", wave, 16000)
+        lines.append({"audio_filepath": f"utt{index}.wav", "text": "a few words", "duration": round(seconds, 3)})
+    path = folder / "data.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path

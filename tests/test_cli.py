@@ -1,0 +1,234 @@
+"""Every command as a user runs it: exit status, streams, files; the whole chain on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner, Result
+
+from mpq.cli import main
+
+COMMANDS = sorted(main.commands)
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments])
+
+
+def result_json(*arguments: object) -> dict:
+    done = run(*arguments, "--json", "--quiet")
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help_with_an_example(name: str) -> None:
+    done = run(name, "--help")
+    assert done.exit_code == 0
+    assert "Example" in done.stdout and f"mpq {name} " in done.stdout
+    for option in ("--json", "--quiet", "--device", "--seed"):
+        assert option in done.stdout
+    assert all(parameter.help for parameter in main.commands[name].params if isinstance(parameter, click.Option))
+
+
+def test_every_command_is_documented() -> None:
+    docs = Path(__file__).resolve().parents[1]
+    text = (docs / "docs/cli.md").read_text() + (docs / "README.md").read_text()
+    for name in COMMANDS:
+        assert f"mpq {name}" in text
+        for parameter in main.commands[name].params:
+            if isinstance(parameter, click.Option):
+                assert parameter.opts[0] in text, f"{name} {parameter.opts[0]}"
+
+
+@pytest.fixture(scope="module")
+def chain(tmp_path_factory: pytest.TempPathFactory, tiny_archive: Path, tiny_manifest: Path) -> dict:
+    """The README's six commands on the tiny model; the JSON that each printed."""
+    folder = tmp_path_factory.mktemp("chain")
+    sens, alloc, small = folder / "sens.json", folder / "alloc.json", folder / "small.safetensors"
+    found = {"folder": folder}
+    data = ["--data", tiny_manifest]
+    found["fp32"] = result_json("evaluate", tiny_archive, *data, "--out", folder / "fp32")
+    found["sensitivity"] = result_json("sensitivity", tiny_archive, *data, "--bits", "2,4,8", "--out", sens)
+    found["target"] = sum(
+        found["sensitivity"]["layers"][i]["bytes"]["4"] for i in range(len(found["sensitivity"]["layers"]))
+    )
+    found["target"] += found["sensitivity"]["fixed_bytes"]
+    found["allocation"] = result_json("allocate", sens, "--target-mb", found["target"] / 2**20, "--out", alloc)
+    found["pack"] = result_json("pack", tiny_archive, "--allocation", alloc, "--out", small)
+    found["small"] = result_json("evaluate", small, *data, "--out", folder / "small")
+    found["comparison"] = result_json("compare", folder / "fp32", folder / "small", "--out", folder / "comparison.json")
+    found["inspection"] = result_json("inspect", small)
+    return found
+
+
+def test_the_file_has_the_predicted_size_and_keeps_the_budget(chain: dict) -> None:
+    size = (chain["folder"] / "small.safetensors").stat().st_size
+    assert size == chain["allocation"]["predicted_bytes"] == chain["pack"]["size_bytes"] <= chain["target"]
+    assert size == chain["sensitivity"]["fixed_bytes"] + sum(
+        layer["bytes"][str(allocated["bits"])]
+        for layer, allocated in zip(chain["sensitivity"]["layers"], chain["allocation"]["layers"], strict=True)
+    )
+    assert chain["inspection"]["file_bytes"] == size
+    assert [(layer["name"], layer["bits"]) for layer in chain["inspection"]["layers"]] == [
+        (layer["name"], layer["bits"]) for layer in chain["allocation"]["layers"]
+    ]
+    assert sum(layer["bytes"] for layer in chain["inspection"]["layers"]) == size - chain["sensitivity"]["fixed_bytes"]
+
+
+def test_results_on_stdout_are_those_in_the_files(chain: dict) -> None:
+    folder = chain["folder"]
+    for name, key in (("sens.json", "sensitivity"), ("alloc.json", "allocation"), ("comparison.json", "comparison")):
+        assert json.loads((folder / name).read_text()) == chain[key]
+    for name in ("fp32", "small"):
+        assert json.loads((folder / name / "metrics.json").read_text()) == chain[name]
+        assert sorted(path.name for path in (folder / name).iterdir()) == ["hyp.trn", "metrics.json", "ref.trn"]
+    assert chain["comparison"]["a"]["wer"] == chain["fp32"]["wer"]
+    assert chain["comparison"]["b"]["wer"] == chain["small"]["wer"]
+    assert chain["comparison"]["words"] == chain["fp32"]["words"] == 18
+    assert not [path for path in folder.rglob("*") if path.suffix in (".partial", ".journal")]
+
+
+def test_formats_have_their_fixed_keys(chain: dict) -> None:
+    keys = {
+        "sensitivity": "format model data output method bits quantizer fixed_bytes layers",
+        "allocation": "format target_bytes predicted_bytes predicted_kl average_bits layers frontier",
+        "comparison": "format alpha utterances words a b mapsswe lossless",
+        "inspection": "format family architecture parameters file_bytes layers",
+    }
+    for name, expected in keys.items():
+        assert set(expected.split()) <= set(chain[name])
+    assert set(chain["sensitivity"]["layers"][0]) >= {"name", "kind", "shape", "numel", "group", "bytes", "kl"}
+    assert set(chain["comparison"]["mapsswe"]) >= {"segments", "mean", "std", "z", "p", "significant", "better"}
+    assert chain["inspection"]["family"] == "mpq" and "encoder_blocks" in chain["inspection"]["parameters"]
+
+
+def test_tables_name_layers_in_full(chain: dict, tiny_archive: Path) -> None:
+    for path in (chain["folder"] / "small.safetensors", tiny_archive):
+        done = run("inspect", path)
+        assert done.exit_code == 0
+        assert "encoder.layers.1.conv.depthwise_conv.weight" in done.stdout
+    folder = chain["folder"]
+    done = run(
+        "compare", "--ref", folder / "fp32/ref.trn", "--a", folder / "fp32/hyp.trn", "--b", folder / "small/hyp.trn"
+    )
+    assert done.exit_code == 0 and "MAPSSWE" in done.stdout and "McNemar" in done.stdout and "Bootstrap" in done.stdout
+
+
+def test_uniform_and_unquantized_packing(tmp_path: Path, tiny_archive: Path) -> None:
+    sizes = [
+        result_json("pack", tiny_archive, *options, "--out", tmp_path / "m.safetensors")["size_bytes"]
+        for options in (["--bits", 2], ["--bits", 8], [], ["--rest-dtype", "float32"])
+    ]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 4
+
+
+def fails(*arguments: object, words: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert words in done.stderr, done.stderr
+    assert "Traceback" not in done.stderr and done.stdout == ""
+
+
+def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_archive: Path, tiny_manifest: Path) -> None:
+    folder, out = chain["folder"], tmp_path / "out"
+    sens, alloc = folder / "sens.json", folder / "alloc.json"
+    fails("evaluate", tmp_path / "no.nemo", "--data", tiny_manifest, "--out", out, words="no.nemo: no such file")
+    fails("evaluate", tiny_archive, "--data", tmp_path / "no.jsonl", "--out", out, words="no.jsonl: no such file")
+    fails("evaluate", tiny_archive, "--out", out, words="--data")
+    fails("evaluate", tiny_archive, "--data", tiny_manifest, "--out", out, "--device", "tpu", words="--device")
+    fails("sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2,x", "--out", out, words="--bits")
+    fails("sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2,9", "--out", out, words="bits: expected")
+    fails(
+        "sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2", "--out", out, "--granularity", "group:x",
+        words="granularity: expected",
+    )  # fmt: skip
+    fails(
+        "sensitivity", folder / "small.safetensors", "--data", tiny_manifest, "--bits", "2", "--out", out,
+        words="already packed",
+    )  # fmt: skip
+    fails("allocate", sens, "--out", out, words="target")
+    fails("allocate", sens, "--target-mb", "0.001", "--out", out, words="smallest")
+    fails("allocate", sens, "--average-bits", "4", "--keep", "decoder.*", "--out", out, words="PATTERN=BITS")
+    fails("allocate", sens, "--average-bits", "4", "--keep", "decodr.*=8", "--out", out, words="decodr.*")
+    fails("allocate", alloc, "--average-bits", "4", "--out", out, words='expected "mpq.sensitivity/1"')
+    fails("pack", tiny_archive, "--allocation", alloc, "--bits", "4", "--out", out, words="give one of them")
+    fails(
+        "pack", tiny_archive, "--allocation", alloc, "--scheme", "symmetric", "--out", out, words="--scheme symmetric"
+    )
+    fails("pack", tiny_archive, "--bits", "4", "--out", tmp_path / "no" / "m", words="does not exist")
+    fails("inspect", tiny_manifest, words="not a whole .nemo")
+    fails("compare", folder / "fp32", words="expected two folders")
+    fails("compare", folder / "fp32", tmp_path, words="metrics.json")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_allocation_for_another_model_is_refused(tmp_path: Path, chain: dict, tiny_archive: Path) -> None:
+    raw = json.loads((chain["folder"] / "alloc.json").read_text())
+    path, out = tmp_path / "alloc.json", tmp_path / "m.safetensors"
+    path.write_text(json.dumps(raw | {"model": {"sha256": "0" * 64, "path": "other.nemo"}}))
+    fails("pack", tiny_archive, "--allocation", path, "--out", out, words="another checkpoint, other.nemo")
+    path.write_text(json.dumps(raw | {"target_bytes": raw["predicted_bytes"] - 1}))
+    fails("pack", tiny_archive, "--allocation", path, "--out", out, words="above the allocation's target")
+    path.write_text(json.dumps(raw | {"layers": raw["layers"][:-1]}))
+    fails("pack", tiny_archive, "--allocation", path, "--out", out, words="no bit-width for decoder")
+    assert not out.exists()
+
+
+def test_an_allocation_written_by_hand(tmp_path: Path, chain: dict, tiny_archive: Path) -> None:
+    layers = chain["allocation"]["layers"]
+    by_hand = {
+        "format": "mpq.allocation/1", "target_bytes": 10**6, "predicted_bytes": 5, "predicted_kl": 0.0,
+        "average_bits": 4.0, "layers": layers,
+    }  # fmt: skip
+    (tmp_path / "alloc.json").write_text(json.dumps(by_hand))
+    out = tmp_path / "m.safetensors"
+    done = result_json("pack", tiny_archive, "--allocation", tmp_path / "alloc.json", "--out", out)
+    assert done["size_bytes"] == out.stat().st_size == chain["pack"]["size_bytes"]
+
+
+def test_faults_of_the_data_are_told_together(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    good = json.loads(tiny_manifest.read_text().splitlines()[0])
+    good["audio_filepath"] = str(tiny_manifest.parent / good["audio_filepath"])
+    lines = [
+        good,
+        {"audio_filepath": "no.wav", "text": "a"},
+        good | {"utt_id": "digits", "text": "Add 5"},
+        {k: v for k, v in good.items() if k != "text"} | {"utt_id": "mute"},
+    ]
+    manifest = tmp_path / "bad.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    done = run("evaluate", tiny_archive, "--data", manifest, "--out", tmp_path / "run", "--quiet")
+    assert done.exit_code == 2 and not (tmp_path / "run").exists()
+    for number, words in ((2, "no such file"), (3, "'A' (U+0041), '5' (U+0035)"), (4, "has no text")):
+        assert any(f"bad.jsonl:{number}: " in line and words in line for line in done.stderr.splitlines()), words
+    skipped = result_json("evaluate", tiny_archive, "--data", manifest, "--out", tmp_path / "run", "--skip-bad")
+    assert skipped["skipped"] == 3 and skipped["utterances"] == 1
+
+
+def test_interrupted_by_ctrl_c(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    command = [sys.executable, "-m", "mpq", "sensitivity", str(tiny_archive), "--data", str(tiny_manifest)]
+    command += ["--bits", "1,2,3,4,5,6,7,8", "--out", str(tmp_path / "sens.json")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    journal = tmp_path / "sens.json.journal"
+    while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
+        assert process.poll() is None
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGINT)
+    stdout, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130 and stdout == "" and "Traceback" not in stderr
+    assert journal.exists() and not (tmp_path / "sens.json").exists()
+
+
+def test_an_internal_failure_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: dict) -> None:
+    import mpq.report
+
+    monkeypatch.setattr(mpq.report, "allocation_table", lambda _: 1 / 0)
+    done = run("allocate", chain["folder"] / "sens.json", "--average-bits", "4", "--out", tmp_path / "a.json")
+    assert done.exit_code == 1 and isinstance(done.exception, ZeroDivisionError)

@@ -1,0 +1,129 @@
+"""Finished results survive a kill at any byte."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import nemo_config, tiny_model, write_nemo
+
+from mpq.errors import MpqError
+from mpq.journal import Journal
+
+
+def test_what_was_appended_is_read(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.journal", "f")
+    assert journal.read() == []
+    journal.begin()
+    entries = [{"name": "ä", "kl": 0.1}, {"name": "b\n", "kl": 1e-17}]
+    for entry in entries:
+        journal.append(entry)
+    assert Journal(tmp_path / "x.journal", "f").read() == entries
+    journal.begin()
+    assert journal.read() == entries
+    journal.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cut_off_at_every_byte(tmp_path: Path) -> None:
+    path = tmp_path / "x.journal"
+    journal = Journal(path, "f")
+    journal.begin()
+    entries = [{"n": 1}, {"n": 2}, {"n": 3}]
+    for entry in entries:
+        journal.append(entry)
+    data = path.read_bytes()
+    for size in range(len(data)):
+        path.write_bytes(data[:size])
+        kept = journal.read()
+        assert kept == entries[: len(kept)] and len(kept) == max(data[:size].count(b"\n") - 1, 0)
+        journal.begin()
+        journal.append({"n": 9})
+        assert journal.read() == [*kept, {"n": 9}]
+
+
+def test_results_of_other_work_are_not_overwritten(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "x.journal", "f")
+    journal.begin()
+    journal.append({"n": 1})
+    for action in (Journal(tmp_path / "x.journal", "g").read, Journal(tmp_path / "x.journal", "g").begin):
+        with pytest.raises(MpqError, match="other input"):
+            action()
+    assert journal.read() == [{"n": 1}]
+
+
+def kill_when(command: list[str], ready) -> None:
+    """Runs a command and kills it (SIGKILL) once `ready` says so; fails if it ends before."""
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not ready():
+        assert process.poll() is None, "the command ended before it could be killed"
+        assert time.monotonic() < deadline, "the command never got there"
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def lines_of(path: Path) -> int:
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+@pytest.fixture(scope="module")
+def deeper_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("deeper") / "deeper.nemo"
+    return write_nemo(path, nemo_config(encoder={"n_layers": 8}), tiny_model(layers=8).state_dict())
+
+
+def test_kill_in_the_middle_of_sensitivity(tmp_path: Path, deeper_archive: Path, tiny_manifest: Path) -> None:
+    command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(tiny_manifest)]
+    command += ["--bits", "1,2,3,4", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole.json"), "--quiet"], check=True, capture_output=True)
+    journal = tmp_path / "cut.json.journal"
+    for target in (3, 60):
+        kill_when([*command, str(tmp_path / "cut.json")], lambda target=target: lines_of(journal) > target)
+    kept = lines_of(journal) - 1
+    assert kept >= 60
+    subprocess.run([*command, str(tmp_path / "cut.json"), "--quiet"], check=True, capture_output=True)
+    assert (tmp_path / "cut.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "whole.json"]
+
+
+def test_kill_in_the_middle_of_evaluate(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    lines = [json.loads(line) for line in tiny_manifest.read_text().splitlines()]
+    many = [
+        line | {"utt_id": f"u{i}-{j}", "audio_filepath": str(tiny_manifest.parent / line["audio_filepath"])}
+        for i in range(40)
+        for j, line in enumerate(lines)
+    ]
+    manifest = tmp_path / "many.jsonl"
+    manifest.write_text("".join(json.dumps(line) + "\n" for line in many))
+    command = [sys.executable, "-m", "mpq", "evaluate", str(tiny_archive), "--data", str(manifest), "--quiet"]
+    command += ["--batch-seconds", "1.5", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    journal = tmp_path / "cut" / "hyp.journal"
+    kill_when([*command, str(tmp_path / "cut")], lambda: lines_of(journal) > 10)
+    assert not (tmp_path / "cut" / "metrics.json").exists()
+    subprocess.run([*command, str(tmp_path / "cut")], check=True, capture_output=True)
+    for name in ("hyp.trn", "ref.trn"):
+        assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    whole, cut = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "cut"))
+    timing = {"rtf", "compute_seconds"}
+    assert {k: v for k, v in whole.items() if k not in timing} == {k: v for k, v in cut.items() if k not in timing}
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["hyp.trn", "metrics.json", "ref.trn"]
+
+
+def test_kill_in_the_middle_of_pack(tmp_path: Path, deeper_archive: Path) -> None:
+    command = [sys.executable, "-m", "mpq", "pack", str(deeper_archive), "--bits", "4", "--out"]
+    subprocess.run([*command, str(tmp_path / "whole.safetensors")], check=True, capture_output=True)
+    out, partial = tmp_path / "cut.safetensors", tmp_path / "cut.safetensors.partial"
+    partial.write_bytes(b"what a killed run leaves")
+    started = time.monotonic()
+    kill_when([*command, str(out)], lambda: time.monotonic() > started + 1.0)
+    assert not out.exists()
+    subprocess.run([*command, str(out)], check=True, capture_output=True)
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
