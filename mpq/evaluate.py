@@ -14,10 +14,10 @@ from typing import Any
 
 from mpq.data import CheckedData, batches, prepare_data, read_batch
 from mpq.errors import MpqError
-from mpq.files import sha256_file, write_json
+from mpq.files import sha256_file, write_json, write_text
 from mpq.journal import Journal
 from mpq.manifests import Utterance
-from mpq.metrics import Metrics, measure, write_trn
+from mpq.metrics import Metrics, format_trn, measure, write_trn
 from mpq.models import load_model
 from mpq.runtime import choose_device, progress
 
@@ -87,6 +87,9 @@ def evaluate(
     model = load_model(checkpoint, where)
     checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
     record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
+    utt_ids = [item.utt_id for item in checked.utterances]
+    references = [item.text or "" for item in checked.utterances]
+    ref = format_trn(data, utt_ids, references)  # before any work, since it refuses what sclite could not read
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -115,12 +118,10 @@ def evaluate(
             hypotheses |= entry["hyp"]
             seconds += entry["seconds"]
             advance(len(batch))
-    utt_ids = [item.utt_id for item in checked.utterances]
-    references = [item.text or "" for item in checked.utterances]
     metrics = measure(utt_ids, references, [hypotheses[name] for name in utt_ids], [duration[name] for name in utt_ids])
     result = Evaluation(metrics, seconds, checked.skipped, record, {"path": str(data)}, str(where))
     (out / "metrics.json").unlink(missing_ok=True)
-    write_trn(out / "ref.trn", utt_ids, references)
+    write_text(out / "ref.trn", ref)
     write_trn(out / "hyp.trn", utt_ids, [hypotheses[name] for name in utt_ids])
     write_json(out / "metrics.json", result.to_json())
     journal.remove()

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.files import read_text
 
 _FORMAT = "mpq.journal/1"
 
@@ -33,27 +32,35 @@ class Journal:
         Raises:
             MpqError: The journal belongs to other work, which would be lost.
         """
-        if not self.path.exists():
-            return []
-        lines = read_text(self.path).split("\n")[:-1]  # what follows the last newline was cut off
-        if not lines:
-            return []
-        header, *entries = map(json.loads, lines)
-        if header.get("format") != _FORMAT or header.get("fingerprint") != self.fingerprint:
+        return self._read()[0]
+
+    def begin(self) -> None:
+        """Makes the journal ready for `append`: it has a header, and what was cut off at its end is gone."""
+        entries, size = self._read()
+        if entries:
+            os.truncate(self.path, size)
+        else:
+            self.path.write_bytes(b"")
+            self.append({"format": _FORMAT, "fingerprint": self.fingerprint})
+
+    def _read(self) -> tuple[list[dict[str, Any]], int]:
+        """Returns the results and the size of the whole lines that hold them."""
+        lines, size = [], 0
+        for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break
+            if not line.endswith(b"\n"):
+                lines.pop()
+                break
+            size += len(line)
+        if lines and lines[0] != {"format": _FORMAT, "fingerprint": self.fingerprint}:
             raise MpqError(
                 f"{self.path}: unfinished results of other input (model, data or options differ); "
                 "repeat the command that began them, delete the file, or choose another --out"
             )
-        return entries
-
-    def begin(self) -> None:
-        """Makes the journal ready for `append`: its header is there and its last line is whole."""
-        if not self.read():
-            self.path.write_bytes(b"")
-            self.append({"format": _FORMAT, "fingerprint": self.fingerprint})
-            return
-        content = self.path.read_bytes()
-        os.truncate(self.path, content.rindex(b"\n") + 1)
+        return lines[1:], size
 
     def append(self, entry: dict[str, Any]) -> None:
         """Adds a finished result; it is on the disk when this returns."""

@@ -147,15 +147,20 @@ def read_trn(path: Path) -> Trn:
 
 
 def write_trn(path: Path, utt_ids: Sequence[str], texts: Sequence[str]) -> None:
-    """Writes a trn file that `read_trn` and sclite read as the same words; the case of letters is kept.
+    """Writes a trn file; arguments and errors are those of `format_trn`. Nothing is written if there is an error."""
+    write_text(path, format_trn(path, utt_ids, texts))
+
+
+def format_trn(path: Path, utt_ids: Sequence[str], texts: Sequence[str]) -> str:
+    """Returns a trn file that `read_trn` and sclite read as the same words; the case of letters is kept.
 
     Args:
-        path: The file.
+        path: What messages name.
         utt_ids: Ids without parentheses, different from each other even when A-Z are folded.
         texts: The transcript of each, may be empty; white space becomes one space.
 
     Raises:
-        MpqError: An id or a word could not be read back; the message names the utterance. Nothing is written.
+        MpqError: An id or a word could not be read back; the message names the utterance.
     """
     lines: list[str] = []
     written: dict[str, str] = {}
@@ -173,7 +178,7 @@ def write_trn(path: Path, utt_ids: Sequence[str], texts: Sequence[str]) -> None:
         if line.startswith("**"):
             raise MpqError(f"{where}: the first word {words[0]!r} starts with **, a comment in trn; remove it")
         lines.append(line + "\n")
-    write_text(path, "".join(lines))
+    return "".join(lines)
 
 
 def score(name: str, alignments: Sequence[str]) -> SystemScore:
