@@ -99,7 +99,7 @@ def _print(result: Any, as_json: bool, *views: Any) -> None:
     from mpq.report import console
 
     for view in views:
-        console().print(view, soft_wrap=isinstance(view, str), highlight=False)
+        console().print(view, soft_wrap=isinstance(view, str))
 
 
 class Widths(click.ParamType):
@@ -156,7 +156,7 @@ def evaluate(
       mpq evaluate stt_en_conformer_ctc_small.nemo --data dev.jsonl --out runs/fp32
     """
     from mpq import evaluate as step
-    from mpq.report import evaluation_table
+    from mpq.report import evaluation_view
 
     result = step.evaluate(
         checkpoint,
@@ -168,7 +168,7 @@ def evaluate(
         device=device,
         quiet=quiet,
     )
-    _print(result, as_json, evaluation_table(result))
+    _print(result, as_json, evaluation_view(result))
 
 
 @main.command()
@@ -210,7 +210,7 @@ def sensitivity(
       mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
     """
     from mpq.artifact import Storage
-    from mpq.report import sensitivity_table
+    from mpq.report import sensitivity_view
     from mpq.sensitivity import measure_sensitivity
 
     try:
@@ -231,7 +231,7 @@ def sensitivity(
         device=device,
         quiet=quiet,
     )
-    _print(table, as_json, sensitivity_table(table))
+    _print(table, as_json, sensitivity_view(table))
 
 
 @main.command()
@@ -269,7 +269,7 @@ def allocate(
     """
     from mpq.allocation import allocate as solve
     from mpq.records import SensitivityTable
-    from mpq.report import allocation_table
+    from mpq.report import allocation_view
 
     allocation = solve(
         SensitivityTable.load(sensitivity),
@@ -281,7 +281,7 @@ def allocate(
         tie=tie,
     )
     allocation.save(out)
-    _print(allocation, as_json, allocation_table(allocation))
+    _print(allocation, as_json, allocation_view(allocation))
 
 
 @main.command()
@@ -334,10 +334,10 @@ def inspect(path: Path, as_json: bool, **_: Any) -> None:
       mpq inspect small.safetensors
     """
     from mpq import inspection
-    from mpq.report import inspection_table
+    from mpq.report import inspection_view
 
     result = inspection.inspect(path)
-    _print(result, as_json, inspection_table(result))
+    _print(result, as_json, inspection_view(result))
 
 
 @main.command()
@@ -376,7 +376,7 @@ def compare(
     """
     from mpq import compare as step
     from mpq.metrics import read_trn
-    from mpq.report import changes_table, comparison_table
+    from mpq.report import changes_view, comparison_view
 
     files = (ref, a_path, b_path)
     if len(folders) == 2 and not any(files):
@@ -390,7 +390,7 @@ def compare(
     result = step.compare(*transcripts, names=names, alpha=alpha, resamples=resamples, seed=seed)
     if out:
         result.save(out)
-    views = [comparison_table(result)]
+    views = [comparison_view(result)]
     if changes > 0 and result.changed:
-        views.append(changes_table(result, changes))
+        views.append(changes_view(result, changes))
     _print(result, as_json, *views)

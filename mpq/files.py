@@ -7,6 +7,7 @@ fixed, not random, so a run that was killed leaves at most one such file, and th
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -55,7 +56,9 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON, atomically. NaN and infinity are refused (a bug in mpq)."""
-    write_text(path, json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False) + "\n")
+    text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    pair = r"\[\n\s+([-+.e\d]+),\n\s+([-+.e\d]+)\n\s+\]"
+    write_text(path, re.sub(pair, r"[\1, \2]", text) + "\n")  # a point of a curve on one line
 
 
 def read_text(path: Path) -> str:

@@ -229,6 +229,6 @@ def test_interrupted_by_ctrl_c(tmp_path: Path, tiny_archive: Path, tiny_manifest
 def test_an_internal_failure_is_exit_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chain: dict) -> None:
     import mpq.report
 
-    monkeypatch.setattr(mpq.report, "allocation_table", lambda _: 1 / 0)
+    monkeypatch.setattr(mpq.report, "allocation_view", lambda _: 1 / 0)
     done = run("allocate", chain["folder"] / "sens.json", "--average-bits", "4", "--out", tmp_path / "a.json")
     assert done.exit_code == 1 and isinstance(done.exception, ZeroDivisionError)

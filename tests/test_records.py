@@ -1,6 +1,7 @@
 """Files that others write: every fault names file, key, expected and got."""
 
 import copy
+import hashlib
 import json
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def test_allocation_round_trip(tmp_path: Path) -> None:
 def test_atomic_writing(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     write_json(path, {"format": "f", "n": 1})
+    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
     with pytest.raises(ValueError), atomic_path(path) as temporary:
         temporary.write_text("half")
         raise ValueError
@@ -104,7 +106,7 @@ def test_atomic_writing(tmp_path: Path) -> None:
         write_json(tmp_path / "no" / "x.json", {})
     with pytest.raises(ValueError):
         write_json(path, {"n": float("nan")})
-    assert sha256_file(path) == __import__("hashlib").sha256(path.read_bytes()).hexdigest()
+    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
     for missing in (sha256_file, lambda name: read_json(name, "f")):
         with pytest.raises(MpqError, match="no such file"):
             missing(tmp_path / "absent")

@@ -1,0 +1,281 @@
+"""The bit-width of every layer under a size: the least sum of divergences, exactly (Li et al. 2023, Eq. 8).
+
+The sizes are true bytes: what each layer takes in the packed file at each width, scales and zero points included, and
+the fixed rest of the file. So what fits here fits on the device, to the byte; the nominal size of the paper (weights
+times bits) is what `average_bits` bounds. `mpq.pareto` has the mathematics; this module turns a sensitivity table,
+floors, exclusions and ties into its decisions, and the answer into an `Allocation`.
+"""
+
+import fnmatch
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mpq.errors import MpqError
+from mpq.pareto import Frontier, pareto_frontier, smallest_kl
+from mpq.records import Allocation, LayerSensitivity, SensitivityTable
+
+__all__ = ["allocate", "pareto_frontier"]
+
+MB = 2**20
+MOST_POINTS = 20_000
+"""Points of a frontier that are written as they are; of more, those that keep the KL to THINNING."""
+THINNING = 1e-3
+
+
+@dataclass(frozen=True)
+class _Decision:
+    """Layers that share one bit-width.
+
+    Attributes:
+        layers: Their indices in the table.
+        bits: The widths to choose from.
+        size_bytes, kl, code_bits: Sums over the layers, for each of the widths.
+    """
+
+    layers: tuple[int, ...]
+    bits: tuple[int, ...]
+    size_bytes: tuple[int, ...]
+    kl: tuple[float, ...]
+    code_bits: tuple[int, ...]
+
+
+def allocate(
+    table: SensitivityTable,
+    *,
+    target_bytes: int | None = None,
+    target_mb: float | None = None,
+    target_ratio: float | None = None,
+    average_bits: float | None = None,
+    keep: Mapping[str, int] | None = None,
+    exclude: Sequence[str] = (),
+    tie: Sequence[str] = (),
+) -> Allocation:
+    """Returns the bit-widths with the smallest sum of divergences under one budget, and the frontier around them.
+
+    Of several with the same sum the one with the fewest bytes is taken. Patterns are globs on layer names
+    (case-sensitive); one that matches nothing is an error.
+
+    Args:
+        table: Sizes and divergences of every layer.
+        target_bytes: Upper bound of the packed file's size.
+        target_mb: The same in MB of 2^20 bytes.
+        target_ratio: The bound is the size with every layer at 32 bits (and the fixed bytes) divided by this.
+        average_bits: Upper bound of sum(numel * bits) / sum(numel): codes alone. The target of the answer is then its
+            own size, and the frontier leaves out what is smaller and better but above the average.
+        keep: {pattern: bits}: at least so many bits.
+        exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
+        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width. In addition
+            to the groups of the table.
+
+    Raises:
+        MpqError: Not exactly one budget, or one that is not a positive number or smaller than what can be reached
+            (the message says the smallest); a pattern that matches nothing or contradicts another.
+    """
+    budgets = {"target_bytes": target_bytes, "target_mb": target_mb, "target_ratio": target_ratio}
+    budgets |= {"average_bits": average_bits}
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if not (math.isfinite(value) and value > 0):
+        raise MpqError(f"{name}: expected a positive number, got {value:g}")
+    decisions = _decisions(table, keep or {}, exclude, tie)
+    by_bytes = [list(zip(d.size_bytes, d.kl, strict=True)) for d in decisions]
+    smallest = table.fixed_bytes + sum(min(decision.size_bytes) for decision in decisions)
+    if average_bits is not None:
+        choices, target, points = _under_average(table, decisions, average_bits)
+        note = "the frontier of code bits, at its points' sizes in bytes"
+    else:
+        full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
+        target = {
+            "target_bytes": lambda: math.floor(value),
+            "target_mb": lambda: math.floor(Fraction(value) * MB),
+            "target_ratio": lambda: math.floor(full / Fraction(value)),
+        }[name]()
+        if target < smallest:
+            raise MpqError(
+                f"{name} {value:g} is {target} bytes, less than the smallest possible: {smallest} bytes "
+                f"({math.ceil(smallest / MB * 1e4) / 1e4:.4f} MB, ratio {math.floor(full / smallest * 1e4) / 1e4:.4f})"
+            )
+        choices = smallest_kl(by_bytes, target - table.fixed_bytes)
+        frontier = pareto_frontier(by_bytes)
+        points = _points(frontier, table.fixed_bytes)
+        note = (
+            "every trade-off between size and KL"
+            if frontier.is_whole
+            else "too many trade-offs to list all: those on the lower convex hull, each the smallest KL of its size"
+        )
+    predicted_bytes, predicted_kl = _totals(table, decisions, choices)
+    assert predicted_bytes <= target, "the solver kept to its budget"
+    points, thinned = _with_answer(points, predicted_bytes, predicted_kl, target)
+    bits = {
+        table.layers[index].name: decision.bits[choice]
+        for decision, choice in zip(decisions, choices, strict=True)
+        for index in decision.layers
+    }
+    return Allocation(
+        bits={layer.name: bits[layer.name] for layer in table.layers},
+        target_bytes=target,
+        predicted_bytes=predicted_bytes,
+        predicted_kl=predicted_kl,
+        average_bits=sum(bits[layer.name] * layer.numel for layer in table.layers)
+        / sum(layer.numel for layer in table.layers),
+        frontier=tuple(points),
+        frontier_note=note + (f"; thinned to a KL within {THINNING:.1%} at every size" if thinned else ""),
+        quantizer=table.quantizer,
+        model=table.model,
+        fingerprint=table.fingerprint,
+    )
+
+
+def _under_average(
+    table: SensitivityTable, decisions: Sequence[_Decision], average_bits: float
+) -> tuple[list[int], int, list[tuple[int, float]]]:
+    """Returns the best choices under an average width, their size in bytes, and the frontier's points in bytes."""
+    numel = sum(layer.numel for layer in table.layers)
+    budget = math.floor(Fraction(average_bits) * numel)
+    smallest = sum(min(decision.code_bits) for decision in decisions)
+    if budget < smallest:
+        raise MpqError(
+            f"average_bits {average_bits:g} is less than the smallest possible: "
+            f"{math.ceil(smallest / numel * 1e4) / 1e4:g}"
+        )
+    by_codes = [list(zip(decision.code_bits, decision.kl, strict=True)) for decision in decisions]
+    choices = smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
+    target, kl = _totals(table, decisions, choices)
+    frontier = pareto_frontier(by_codes)
+    points = []
+    for point, codes in enumerate(frontier.size_bytes):
+        size, point_kl = _totals(table, decisions, frontier.choices(point))
+        if (codes <= budget and size < target and point_kl > kl) or (
+            codes > budget and size > target and point_kl < kl
+        ):
+            points.append((size, point_kl))
+    return choices, target, points
+
+
+def _totals(table: SensitivityTable, decisions: Sequence[_Decision], choices: Sequence[int]) -> tuple[int, float]:
+    """Returns the file's bytes and the sum of divergences of a choice."""
+    pairs = list(zip(decisions, choices, strict=True))
+    size = table.fixed_bytes + sum(decision.size_bytes[choice] for decision, choice in pairs)
+    return size, math.fsum(decision.kl[choice] for decision, choice in pairs)
+
+
+def _points(frontier: Frontier, fixed_bytes: int) -> list[tuple[int, float]]:
+    return [(int(size) + fixed_bytes, float(kl)) for size, kl in zip(frontier.size_bytes, frontier.kl, strict=True)]
+
+
+def _with_answer(
+    points: Sequence[tuple[int, float]], size: int, kl: float, target: int
+) -> tuple[list[tuple[int, float]], bool]:
+    """Returns the frontier with the answer as its last point at or below the target; whether points were left out.
+
+    The frontier's own point there differs from the answer by rounding alone, and gives way to it.
+    """
+    falling: list[tuple[int, float]] = []
+    for point in sorted(point for point in points if point[0] < size and point[1] > kl):
+        if not falling or point[1] < falling[-1][1]:
+            falling.append(point)
+    above: list[tuple[int, float]] = []
+    for point in sorted(point for point in points if point[0] > target and point[1] < kl):
+        if not above or point[1] < above[-1][1]:
+            above.append(point)
+    if len(falling) + len(above) < MOST_POINTS:
+        return [*falling, (size, kl), *above], False
+    return [*_thinned(falling), (size, kl), *_thinned(above)], True
+
+
+def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Returns points such that the last one at or below any size has at most (1 + THINNING) times the smallest KL."""
+    kept: list[tuple[int, float]] = []
+    for point in points:
+        if not kept or point[1] * (1 + THINNING) < kept[-1][1] or point is points[-1]:
+            kept.append(point)
+    return kept
+
+
+def _decisions(
+    table: SensitivityTable, keep: Mapping[str, int], exclude: Sequence[str], tie: Sequence[str]
+) -> list[_Decision]:
+    """Returns what is to be decided: one entry for each layer or set of tied layers, with its allowed widths."""
+    names = [layer.name for layer in table.layers]
+    floors = [0] * len(names)
+    for pattern, bits in keep.items():
+        if bits > max(table.bits):
+            raise MpqError(f"keep {pattern}={bits}: the widths that were measured end at {max(table.bits)}")
+        for index in _matches(names, pattern, "keep"):
+            floors[index] = max(floors[index], bits)
+    excluded: set[int] = set()
+    for pattern in exclude:
+        for index in _matches(names, pattern, "exclude"):
+            if floors[index]:
+                raise MpqError(f"exclude {pattern}: {names[index]} has a floor of {floors[index]} bits from keep")
+            if table.layers[index].float_bytes is None:
+                raise MpqError(f"exclude {pattern}: {names[index]} has no float_bytes in the sensitivity file")
+            excluded.add(index)
+    groups: dict[int, list[int]] = {}
+    for index, group in enumerate(_groups(table.layers, tie)):
+        groups.setdefault(group, []).append(index)
+    decisions = []
+    for members in groups.values():
+        if excluded & set(members):
+            if left := [names[index] for index in members if index not in excluded]:
+                raise MpqError(f"exclude: {left[0]} is tied to an excluded layer; exclude it too")
+            layers = [table.layers[index] for index in members]
+            decisions += [_excluded(index, layer) for index, layer in zip(members, layers, strict=True)]
+            continue
+        floor = max(floors[index] for index in members)
+        layers = [table.layers[index] for index in members]
+        widths = tuple(bits for bits in table.bits if bits >= floor)
+        decisions.append(
+            _Decision(
+                tuple(members),
+                widths,
+                tuple(sum(layer.size_bytes[bits] for layer in layers) for bits in widths),
+                tuple(math.fsum(layer.kl[bits] for layer in layers) for bits in widths),
+                tuple(sum(layer.numel * bits for layer in layers) for bits in widths),
+            )
+        )
+    return decisions
+
+
+def _excluded(index: int, layer: LayerSensitivity) -> _Decision:
+    assert layer.float_bytes is not None
+    bits = 8 * layer.float_bytes // layer.numel
+    return _Decision((index,), (bits,), (layer.float_bytes,), (0.0,), (layer.numel * bits,))
+
+
+def _matches(names: Sequence[str], pattern: str, what: str) -> list[int]:
+    found = [index for index, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        raise MpqError(f"{what} {pattern}: matches none of the {len(names)} layers, such as {names[0]}")
+    return found
+
+
+def _groups(layers: Sequence[LayerSensitivity], tie: Sequence[str]) -> list[int]:
+    """Returns for each layer the number of its set; layers in one set share a width (union-find)."""
+    parents = list(range(len(layers)))
+
+    def root(index: int) -> int:
+        while parents[index] != index:
+            index = parents[index]
+        return index
+
+    first: dict[tuple[str, ...], int] = {}
+    names = [layer.name for layer in layers]
+    keys = [(index, ("group", layer.group)) for index, layer in enumerate(layers) if layer.group is not None]
+    for pattern in tie:
+        # what each * stands for, in groups of a regular expression
+        expression = re.compile("(.*)".join(fnmatch.translate(part)[4:-3] for part in pattern.split("*")))
+        for index in _matches(names, pattern, "tie"):
+            match = expression.fullmatch(names[index])
+            if match is None:
+                raise MpqError(f"tie {pattern}: a * within [...] stands for itself, which no layer's name has")
+            keys.append((index, ("tie", pattern, *match.groups())))
+    for index, key in keys:
+        other = first.setdefault(key, index)
+        parents[max(root(index), root(other))] = min(root(index), root(other))
+    return [root(index) for index in range(len(layers))]

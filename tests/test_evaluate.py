@@ -1,0 +1,85 @@
+"""Evaluation: NeMo's own word errors on real speech, invariances, resuming, and what is refused before any work."""
+
+import json
+from pathlib import Path
+
+import jiwer
+import pytest
+
+from mpq.errors import MpqError
+from mpq.evaluate import evaluate
+from mpq.metrics import read_trn
+from mpq.models.nemo import NemoConformerCtc
+
+
+def run(checkpoint: Path, data: Path, out: Path, **options):
+    return evaluate(checkpoint, data, out, device="cpu", quiet=True, **options)
+
+
+def test_nvidias_model_has_nemos_word_errors(shared: Path, tmp_path: Path) -> None:
+    """NeMo: 4.142 %, 45 substitutions, 1 deletion, 11 insertions in 1376 words, on the development part."""
+    data = shared / "data/read_speech/dev.jsonl"
+    result = run(shared / "data/stt_en_conformer_ctc_small.nemo", data, tmp_path / "run")
+    m = result.metrics
+    assert (m.substitutions, m.deletions, m.insertions, m.words, m.utterances) == (45, 1, 11, 1376, 155)
+    assert f"{m.wer:.5f}" == "0.04142"
+    ref, hyp = read_trn(tmp_path / "run/ref.trn").utterances, read_trn(tmp_path / "run/hyp.trn").utterances
+    independent = jiwer.process_words([" ".join(words) for words in ref.values()], [" ".join(hyp[u]) for u in ref])
+    assert independent.wer == pytest.approx(m.wer)
+    assert 0 < result.real_time_factor < 10 and m.audio_seconds == pytest.approx(472.35, abs=0.01)
+    again = run(shared / "data/stt_en_conformer_ctc_small.nemo", data, tmp_path / "other", max_batch_seconds=25)
+    assert read_trn(tmp_path / "other/hyp.trn").utterances == hyp  # whatever the batches are
+    assert again.metrics == m
+
+
+def test_a_finished_batch_is_not_done_again(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transcribe, calls = NemoConformerCtc.transcribe, []
+
+    def stop_at_third(model, waveforms, lengths):
+        calls.append(len(waveforms))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return transcribe(model, waveforms, lengths)
+
+    monkeypatch.setattr(NemoConformerCtc, "transcribe", stop_at_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_archive, tiny_manifest, tmp_path / "run", max_batch_seconds=1.5)
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hyp.journal"]
+    done = sum(calls[:2])
+    first = sum(json.loads(line).get("seconds", 0) for line in (tmp_path / "run/hyp.journal").read_text().splitlines())
+    result = run(tiny_archive, tiny_manifest, tmp_path / "run", max_batch_seconds=1.5)
+    assert sum(calls[3:]) == 6 - done
+    assert result.compute_seconds > first > 0
+    assert result.metrics.utterances == 6
+
+
+def test_unfinished_results_of_another_model_are_not_mixed_in(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path
+) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/hyp.journal").write_text('{"format": "mpq.journal/1", "fingerprint": "another"}\n{"hyp": {}}\n')
+    with pytest.raises(MpqError, match="other input"):
+        run(tiny_archive, tiny_manifest, tmp_path / "run")
+
+
+def test_a_reference_that_sclite_could_not_read_is_refused_before_any_work(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path
+) -> None:
+    lines = [json.loads(line) for line in tiny_manifest.read_text().splitlines()[:2]]
+    for index, line in enumerate(lines):
+        line["audio_filepath"] = str(tiny_manifest.parent / line["audio_filepath"])
+        line["utt_id"] = ("same", "SAME")[index]
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(MpqError, match="same"):
+        run(tiny_archive, tmp_path / "data.jsonl", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_folder_is_replaced(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    first = run(tiny_archive, tiny_manifest, tmp_path / "run")
+    (tmp_path / "run/hyp.trn").write_text("stale (x)\n")
+    second = run(tiny_archive, tiny_manifest, tmp_path / "run")
+    assert first.metrics == second.metrics
+    assert "stale" not in (tmp_path / "run/hyp.trn").read_text()
