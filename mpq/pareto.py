@@ -45,6 +45,9 @@ MAX_PAIRS = 20_000_000
 TIE_PAIRS = 500_000
 """Undominated pairs of one half in `smallest_kl` above which it stops looking for the smallest of equal optima."""
 
+BEAM = 2_000
+"""Pairs that `smallest_kl` carries when it looks for a first good choice of a hard instance."""
+
 Options = Sequence[tuple[int, float]]
 """The options of one decision: (size in bytes, KL in nats), in any order."""
 
@@ -232,7 +235,7 @@ class _Search:
             return smaller | ((bound <= self.least + self.tolerance) & (tie + rest.smallest_tie < self.best_tie))
         return smaller | (kl + rest.bound(self.best_size - 1 - size) <= self.least + self.tolerance)
 
-    def add(self, part: _Part, row: int, options: np.ndarray, rest: _Relaxation) -> None:
+    def add(self, part: _Part, row: int, options: np.ndarray, rest: _Relaxation, most: int = 0) -> None:
         """Adds decision `row`, with some of its options, to a part; `rest` covers all that is then outside of it."""
         decision, found = self.decisions[row], []
         for option in options:
@@ -242,6 +245,9 @@ class _Search:
             found.append((size[keep], kl[keep], tie[keep], np.full(len(keep), option, np.uint8), keep.astype(np.int32)))
         size, kl, tie, option, parent = (np.concatenate(column) for column in zip(*found, strict=True))
         keep = _undominated(size, kl, tie if self.has_ties else None)
+        if most and len(keep) > most:
+            best = np.argpartition(kl[keep] + rest.bound(self.room - size[keep]), most)[:most]
+            keep = keep[np.sort(best)]
         if len(keep) > TIE_PAIRS and self.break_ties:
             self.break_ties = False
             keep = keep[self.can_win(size[keep], kl[keep], tie[keep], rest)]
@@ -252,6 +258,17 @@ class _Search:
             )
         part.size, part.kl, part.tie = size[keep], kl[keep], tie[keep]
         part.trail.append((row, option[keep], parent[keep]))
+
+    def guess(self) -> None:
+        """Finds a good choice fast: large decisions first, only the BEAM pairs of the best bound, small ones last."""
+        part, outside = _Part(), np.ones(len(self.decisions), bool)
+        for row in sorted(range(len(self.decisions)), key=lambda row: -self.decisions[row].size[-1]):
+            outside[row] = False
+            rest = _Relaxation(self.steps, self.decisions, outside)
+            self.add(part, row, np.arange(len(self.decisions[row].size)), rest, BEAM)
+            if not len(part.size):
+                return
+            self.match(rest, part, None, 0)
 
     def run(self) -> list[int]:
         count = len(self.decisions)
@@ -269,7 +286,7 @@ class _Search:
         halves = (_Part(), _Part())
         outside = [np.ones(count, bool), np.ones(count, bool)]  # of each half
         rests = [everything, everything]
-        empty = _Part()
+        empty, guessed = _Part(), False
         self.match(everything, empty, None, 0)
         for row in order:
             limit = self.least + self.tolerance + rounding + TIE * lower - lower
@@ -279,6 +296,9 @@ class _Search:
             outside[small][row] = False
             rests[small] = _Relaxation(self.steps, self.decisions, outside[small])
             self.add(halves[small], row, np.flatnonzero(extra[row] <= limit), rests[small])
+            if len(halves[small].size) > BEAM and not guessed:
+                guessed = True
+                self.guess()
             if not len(halves[small].size):
                 return self.best_choices
             self.match(rests[small], halves[small], None, 0)
