@@ -86,8 +86,8 @@ def allocate(
     by_bytes = [list(zip(d.size_bytes, d.kl, strict=True)) for d in decisions]
     smallest = table.fixed_bytes + sum(min(decision.size_bytes) for decision in decisions)
     if average_bits is not None:
-        choices, target, points = _under_average(table, decisions, average_bits)
-        note = "the frontier of code bits, at its points' sizes in bytes"
+        choices, target, points, note = _under_average(table, decisions, average_bits)
+        note += "; sizes are code bits, given as their files' bytes"
     else:
         full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
         target = {
@@ -103,11 +103,7 @@ def allocate(
         choices = smallest_kl(by_bytes, target - table.fixed_bytes)
         frontier = pareto_frontier(by_bytes)
         points = _points(frontier, table.fixed_bytes)
-        note = (
-            "every trade-off between size and KL"
-            if frontier.is_whole
-            else "too many trade-offs to list all: those on the lower convex hull, each the smallest KL of its size"
-        )
+        note = _described(frontier)
     predicted_bytes, predicted_kl = _totals(table, decisions, choices)
     assert predicted_bytes <= target, "the solver kept to its budget"
     points, thinned = _with_answer(points, predicted_bytes, predicted_kl, target)
@@ -133,8 +129,8 @@ def allocate(
 
 def _under_average(
     table: SensitivityTable, decisions: Sequence[_Decision], average_bits: float
-) -> tuple[list[int], int, list[tuple[int, float]]]:
-    """Returns the best choices under an average width, their size in bytes, and the frontier's points in bytes."""
+) -> tuple[list[int], int, list[tuple[int, float]], str]:
+    """Returns the best choices under an average width, their size in bytes, the frontier's points in bytes, a note."""
     numel = sum(layer.numel for layer in table.layers)
     budget = math.floor(Fraction(average_bits) * numel)
     smallest = sum(min(decision.code_bits) for decision in decisions)
@@ -147,6 +143,8 @@ def _under_average(
     choices = smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
     target, kl = _totals(table, decisions, choices)
     frontier = pareto_frontier(by_codes)
+    if len(frontier.kl) > MOST_POINTS:
+        frontier = pareto_frontier(by_codes, max_pairs=0)
     points = []
     for point, codes in enumerate(frontier.size_bytes):
         size, point_kl = _totals(table, decisions, frontier.choices(point))
@@ -154,7 +152,13 @@ def _under_average(
             codes > budget and size > target and point_kl < kl
         ):
             points.append((size, point_kl))
-    return choices, target, points
+    return choices, target, points, _described(frontier)
+
+
+def _described(frontier: Frontier) -> str:
+    if frontier.is_whole:
+        return "every trade-off between size and KL"
+    return "too many trade-offs to list all: those on the lower convex hull, each the smallest KL of its size"
 
 
 def _totals(table: SensitivityTable, decisions: Sequence[_Decision], choices: Sequence[int]) -> tuple[int, float]:

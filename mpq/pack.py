@@ -22,7 +22,8 @@ class PackResult:
         size_bytes: Its size.
         predicted_bytes: What the allocation said; None without one.
         target_bytes: The budget; None without an allocation.
-        float_bytes: The size of all weights and biases in float32, for the ratio.
+        nominal_bytes: What papers count: every parameter at its width, without scales, tokenizer and header.
+        float_bytes: Every parameter in float32, for the ratio.
         average_bits: Code bits per weight.
     """
 
@@ -30,6 +31,7 @@ class PackResult:
     size_bytes: int
     predicted_bytes: int | None
     target_bytes: int | None
+    nominal_bytes: int
     float_bytes: int
     average_bits: float
 
@@ -45,6 +47,7 @@ class PackResult:
             "size_bytes": self.size_bytes,
             "predicted_bytes": self.predicted_bytes,
             "target_bytes": self.target_bytes,
+            "nominal_bytes": self.nominal_bytes,
             "float_bytes": self.float_bytes,
             "ratio": self.ratio,
             "average_bits": self.average_bits,
@@ -104,11 +107,15 @@ def pack(
             "sensitivity and mpq allocate for this one"
         )
     write_artifact(out, model, widths, storage, size)
+    parameters = model.parameter_counts()["total"]
+    weights = sum(ref.numel for ref in refs)
+    code_bits = sum(widths[ref.name] * ref.numel for ref in refs)
     return PackResult(
         path=out,
         size_bytes=size,
         predicted_bytes=allocation.predicted_bytes if allocation else None,
         target_bytes=allocation.target_bytes if allocation else None,
-        float_bytes=4 * model.parameter_counts()["total"],
-        average_bits=sum(widths[ref.name] * ref.numel for ref in refs) / sum(ref.numel for ref in refs),
+        nominal_bytes=-(-(code_bits + storage.float_bits * (parameters - weights)) // 8),
+        float_bytes=4 * parameters,
+        average_bits=code_bits / weights,
     )

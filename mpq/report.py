@@ -79,7 +79,7 @@ def pack_line(result: "PackResult") -> str:
     """Returns one line with the size and how it compares."""
     line = (
         f"{result.path}: {result.size_bytes} bytes ({result.size_bytes / MB:.3f} MB), {result.ratio:.2f} times smaller "
-        f"than float32, {result.average_bits:.3f} bits a weight"
+        f"than float32, {result.average_bits:.3f} bits a weight (nominally {result.nominal_bytes / MB:.3f} MB)"
     )
     if result.predicted_bytes is not None:
         line += f"; predicted {result.predicted_bytes}, at most {result.target_bytes}"

@@ -112,7 +112,8 @@ def measure_sensitivity(
                 journal.append({"name": name, "bits": width, "kl": kl})
                 advance(1)
 
-            measure_kl(model, features, todo, storage, output, keep)
+            if todo:
+                measure_kl(model, features, todo, storage, output, keep)
         workers.barrier()
         done |= _finished(out, journal)
         table = SensitivityTable(
