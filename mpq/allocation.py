@@ -12,10 +12,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from numbers import Real
 
 from mpq.errors import MpqError
-from mpq.pareto import Frontier, pareto_frontier, smallest_kl
-from mpq.records import Allocation, LayerSensitivity, SensitivityTable
+from mpq.pareto import WHOLE, Frontier, pareto_frontier, smallest_kl
+from mpq.records import FLOAT_BITS, MAX_BITS, MIN_BITS, Allocation, LayerSensitivity, SensitivityTable
 
 __all__ = ["allocate", "pareto_frontier"]
 
@@ -23,6 +24,8 @@ MB = 2**20
 MOST_POINTS = 20_000
 """Points of a frontier that are written as they are; of more, those that keep the KL to THINNING."""
 THINNING = 1e-3
+QUICK = 10_000_000
+"""Pairs that the dynamic programme may look at for a frontier that nobody asked to be whole: 0.1 to 0.4 s."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ def allocate(
     keep: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     tie: Sequence[str] = (),
+    whole_frontier: bool = False,
 ) -> Allocation:
     """Returns the bit-widths with the smallest sum of divergences under one budget, and the frontier around them.
 
@@ -69,6 +73,7 @@ def allocate(
         exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
         tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width. In addition
             to the groups of the table.
+        whole_frontier: List the whole frontier also if that takes seconds, not only if it takes a fraction of one.
 
     Raises:
         MpqError: Not exactly one budget, or one that is not a positive number or smaller than what can be reached
@@ -80,30 +85,27 @@ def allocate(
     if len(given) != 1:
         raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
     ((name, value),) = given.items()
-    if not (math.isfinite(value) and value > 0):
-        raise MpqError(f"{name}: expected a positive number, got {value:g}")
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
+        raise MpqError(f"{name}: expected a positive number, got {value!r}")
+    value = Fraction(str(value))  # the decimal that was asked for: 3.3 admits an average of exactly 33/10
     decisions = _decisions(table, keep or {}, exclude, tie)
     by_bytes = [list(zip(d.size_bytes, d.kl, strict=True)) for d in decisions]
     smallest = table.fixed_bytes + sum(min(decision.size_bytes) for decision in decisions)
-    if average_bits is not None:
-        choices, target, points, note = _under_average(table, decisions, average_bits)
-        note += "; sizes are code bits, given as their files' bytes"
+    if name == "average_bits":
+        choices = _under_average(table, decisions, value, smallest)
+        target = _totals(table, decisions, choices)[0]
     else:
         full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
-        target = {
-            "target_bytes": lambda: math.floor(value),
-            "target_mb": lambda: math.floor(Fraction(value) * MB),
-            "target_ratio": lambda: math.floor(full / Fraction(value)),
-        }[name]()
+        target = math.floor({"target_bytes": value, "target_mb": value * MB, "target_ratio": full / value}[name])
         if target < smallest:
             raise MpqError(
-                f"{name} {value:g} is {target} bytes, less than the smallest possible: {smallest} bytes "
+                f"{name} {float(value):g} is {target} bytes, less than the smallest possible: {smallest} bytes "
                 f"({math.ceil(smallest / MB * 1e4) / 1e4:.4f} MB, ratio {math.floor(full / smallest * 1e4) / 1e4:.4f})"
             )
-        choices = smallest_kl(by_bytes, target - table.fixed_bytes)
-        frontier = pareto_frontier(by_bytes)
-        points = _points(frontier, table.fixed_bytes)
-        note = _described(frontier)
+        largest = sum(max(decision.size_bytes) for decision in decisions)
+        choices = smallest_kl(by_bytes, min(target - table.fixed_bytes, largest))
+    frontier = pareto_frontier(by_bytes, WHOLE if whole_frontier else QUICK)
+    points, note = _points(frontier, table.fixed_bytes), _described(frontier)
     predicted_bytes, predicted_kl = _totals(table, decisions, choices)
     assert predicted_bytes <= target, "the solver kept to its budget"
     points, thinned = _with_answer(points, predicted_bytes, predicted_kl, target)
@@ -128,31 +130,21 @@ def allocate(
 
 
 def _under_average(
-    table: SensitivityTable, decisions: Sequence[_Decision], average_bits: float
-) -> tuple[list[int], int, list[tuple[int, float]], str]:
-    """Returns the best choices under an average width, their size in bytes, the frontier's points in bytes, a note."""
+    table: SensitivityTable, decisions: Sequence[_Decision], average_bits: Fraction, smallest_bytes: int
+) -> list[int]:
+    """Returns the best choices under an average width; of equal sums of divergences, the one with the fewest bytes."""
     numel = sum(layer.numel for layer in table.layers)
-    budget = math.floor(Fraction(average_bits) * numel)
+    budget = math.floor(average_bits * numel)
     smallest = sum(min(decision.code_bits) for decision in decisions)
     if budget < smallest:
         raise MpqError(
-            f"average_bits {average_bits:g} is less than the smallest possible: "
-            f"{math.ceil(smallest / numel * 1e4) / 1e4:g}"
+            f"average_bits {float(average_bits):g} is less than the smallest possible: "
+            f"{math.ceil(Fraction(smallest, numel) * 10_000) / 1e4:g}; no file is smaller than {smallest_bytes} bytes "
+            f"({math.ceil(smallest_bytes / MB * 1e4) / 1e4:.4f} MB)"
         )
     by_codes = [list(zip(decision.code_bits, decision.kl, strict=True)) for decision in decisions]
-    choices = smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
-    target, kl = _totals(table, decisions, choices)
-    frontier = pareto_frontier(by_codes)
-    if len(frontier.kl) > MOST_POINTS:
-        frontier = pareto_frontier(by_codes, max_pairs=0)
-    points = []
-    for point, codes in enumerate(frontier.size_bytes):
-        size, point_kl = _totals(table, decisions, frontier.choices(point))
-        if (codes <= budget and size < target and point_kl > kl) or (
-            codes > budget and size > target and point_kl < kl
-        ):
-            points.append((size, point_kl))
-    return choices, target, points, _described(frontier)
+    budget = min(budget, sum(max(decision.code_bits) for decision in decisions))
+    return smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
 
 
 def _described(frontier: Frontier) -> str:
@@ -177,7 +169,8 @@ def _with_answer(
 ) -> tuple[list[tuple[int, float]], bool]:
     """Returns the frontier with the answer as its last point at or below the target; whether points were left out.
 
-    The frontier's own point there differs from the answer by rounding alone, and gives way to it.
+    The frontier's own point there differs from the answer by rounding alone, and gives way to it; under a bound on
+    average bits, so do points that are no larger and better but above that bound.
     """
     falling: list[tuple[int, float]] = []
     for point in sorted(point for point in points if point[0] < size and point[1] > kl):
@@ -208,6 +201,8 @@ def _decisions(
     names = [layer.name for layer in table.layers]
     floors = [0] * len(names)
     for pattern, bits in keep.items():
+        if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
+            raise MpqError(f"keep {pattern}={bits}: expected whole bits from {MIN_BITS} to {MAX_BITS}")
         if bits > max(table.bits):
             raise MpqError(f"keep {pattern}={bits}: the widths that were measured end at {max(table.bits)}")
         for index in _matches(names, pattern, "keep"):
@@ -249,6 +244,9 @@ def _decisions(
 def _excluded(index: int, layer: LayerSensitivity) -> _Decision:
     assert layer.float_bytes is not None
     bits = 8 * layer.float_bytes // layer.numel
+    if bits not in FLOAT_BITS or layer.float_bytes * 8 != bits * layer.numel:
+        expected = " or ".join(str(bits * layer.numel // 8) for bits in FLOAT_BITS)
+        raise MpqError(f"exclude: {layer.name}: float_bytes: expected {expected}, got {layer.float_bytes}")
     return _Decision((index,), (bits,), (layer.float_bytes,), (0.0,), (layer.numel * bits,))
 
 

@@ -31,9 +31,9 @@ from mpq.records import FLOAT_BITS
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
 FAMILIES = {"nemo": NemoConformerCtc}
-SIZE_STEP, SIZE_SLACK = 256, 128
-"""The fixed part of a file is rounded up to SIZE_STEP bytes with SIZE_SLACK to spare, so that a compressor of another
-version, which may differ by a few bytes, gives the same size."""
+HEADER_SLACK = 128
+"""Bytes to spare in the header, so that what another version of the compressor makes, which may differ by a few bytes,
+still fits into the size that this one gave."""
 
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 
@@ -100,8 +100,9 @@ def fixed_bytes(model: AsrModel, storage: Storage) -> int:
     """Returns the size of the packed file less its layers: header, configuration, tokenizer, biases and norms."""
     parts = _parts(model, storage)
     parts["weights"] = b"\0" * sum(layer_bytes(ref.shape, 32, storage) for ref in model.weights())
-    size = len(_file(parts, storage, None)) - len(parts["weights"]) + SIZE_SLACK
-    return -(-size // SIZE_STEP) * SIZE_STEP
+    header = int.from_bytes(_file(parts, storage, None)[:8], "little")
+    header = -(-(header + HEADER_SLACK) // 8) * 8  # so that the first tensor is aligned
+    return 8 + header + sum(len(part) for name, part in parts.items() if name != "weights")
 
 
 def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage: Storage, size_bytes: int) -> None:
@@ -112,7 +113,7 @@ def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage
         model: A float model.
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
         storage: How to store it.
-        size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take SIZE_SLACK.
+        size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
 
     Raises:
         MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,8 +92,6 @@ def _given(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _print(result: Any, as_json: bool, *views: Any) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return  # one of torchrun's processes speaks
     if as_json:
         click.echo(json.dumps(result.to_json(), ensure_ascii=False))
         return
@@ -123,7 +122,7 @@ class PatternBits(click.ParamType):
         if isinstance(value, tuple):
             return value
         pattern, equals, bits = value.rpartition("=")
-        if not (pattern and equals and bits.isdigit()):
+        if not (pattern and equals and re.fullmatch("[0-9]+", bits)):
             self.fail(f"expected PATTERN=BITS such as 'decoder.*=8', got {value!r}", param, ctx)
         return pattern, int(bits)
 
@@ -231,7 +230,8 @@ def sensitivity(
         device=device,
         quiet=quiet,
     )
-    _print(table, as_json, sensitivity_view(table))
+    if int(os.environ.get("RANK", "0")) == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        _print(table, as_json, sensitivity_view(table))  # one of torchrun's processes speaks
 
 
 @main.command()
@@ -242,6 +242,7 @@ def sensitivity(
 @click.option("--keep", multiple=True, type=PatternBits(), help="At least BITS for the layers that match.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
+@click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
 @click.option("--out", required=True, type=EXISTING, help="The mpq.allocation/1 file to write.")
 @common_options
 def allocate(
@@ -252,6 +253,7 @@ def allocate(
     keep: tuple[tuple[str, int], ...],
     exclude: tuple[str, ...],
     tie: tuple[str, ...],
+    whole_frontier: bool,
     out: Path,
     as_json: bool,
     **_: Any,
@@ -268,17 +270,20 @@ def allocate(
       mpq allocate sens.json --target-ratio 8 --tie 'encoder.layers.*.self_attn.linear_[qkv].weight' --out alloc.json
     """
     from mpq.allocation import allocate as solve
+    from mpq.files import check_output
     from mpq.records import SensitivityTable
     from mpq.report import allocation_view
 
+    check_output(out, sensitivity)
     allocation = solve(
         SensitivityTable.load(sensitivity),
         target_mb=target_mb,
         target_ratio=target_ratio,
         average_bits=average_bits,
-        keep=dict(keep),
+        keep={pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
         exclude=exclude,
         tie=tie,
+        whole_frontier=whole_frontier,
     )
     allocation.save(out)
     _print(allocation, as_json, allocation_view(allocation))
@@ -326,7 +331,7 @@ def pack(
 @main.command()
 @click.argument("path", type=EXISTING)
 @common_options
-def inspect(path: Path, as_json: bool, **_: Any) -> None:
+def inspect(path: Path, device: str, as_json: bool, **_: Any) -> None:
     """Show what is in a checkpoint or packed file: layers, shapes, bits, bytes, totals.
 
     \b
@@ -336,7 +341,7 @@ def inspect(path: Path, as_json: bool, **_: Any) -> None:
     from mpq import inspection
     from mpq.report import inspection_view
 
-    result = inspection.inspect(path)
+    result = inspection.inspect(path, device)
     _print(result, as_json, inspection_view(result))
 
 
@@ -375,10 +380,13 @@ def compare(
       mpq compare --ref ref.trn --a fp32.trn --b small.trn --out comparison.json
     """
     from mpq import compare as step
+    from mpq.files import check_output
     from mpq.metrics import read_trn
     from mpq.report import changes_view, comparison_view
 
     files = (ref, a_path, b_path)
+    if out:
+        check_output(out, *files)
     if len(folders) == 2 and not any(files):
         transcripts = step.read_evaluations(*folders)
         names = (str(folders[0]), str(folders[1]))

@@ -16,6 +16,7 @@ from torch import Tensor
 from mpq.audio import TOLERANCE_SECONDS, AudioInfo, check_channel, pad_batch, probe_audio, read_audio, selected_samples
 from mpq.errors import MpqError
 from mpq.manifests import Utterance, list_faults, read_data
+from mpq.metrics import trn_fault
 from mpq.models.base import AsrModel
 
 
@@ -128,9 +129,9 @@ def calibration_subset(
 ) -> tuple[list[Utterance], list[float]]:
     """Returns a random part of the data of at most `max_seconds` (but one utterance at least), and its durations.
 
-    The utterances are taken in the order of SHA-256("seed:utt_id") up to the first that no longer fits, and come out in
-    the order of the manifest. So the choice depends on the seed and the utt_ids alone, not on the order or on a
-    library's generator, and with the same seed a larger part contains a smaller.
+    The utterances are taken in the order of SHA-256("seed:utt_id"), those that no longer fit are passed over, and what
+    was taken comes out in the order of the manifest. So the choice depends on the seed, the utt_ids and the durations
+    alone, not on the order or on a library's generator.
 
     Args:
         utterances: As checked.
@@ -146,13 +147,12 @@ def calibration_subset(
         if not max_seconds > 0:
             raise MpqError(f"calibration data: expected more than 0 seconds, got {max_seconds:g}")
         chosen.sort(key=lambda i: hashlib.sha256(f"{seed}:{utterances[i].utt_id}".encode()).digest())
-        total, count = 0.0, 0
+        total, fitting = 0.0, []
         for i in chosen:
-            total += durations[i]
-            if count and total > max_seconds:
-                break
-            count += 1
-        chosen = sorted(chosen[:count])
+            if not fitting or total + durations[i] <= max_seconds:
+                total += durations[i]
+                fitting.append(i)
+        chosen = sorted(fitting)
     return [utterances[i] for i in chosen], [durations[i] for i in chosen]
 
 
@@ -180,11 +180,13 @@ def _measured_samples(
 def _text_faults(utterance: Utterance, missing_characters: Callable[[str], str] | None, need_text: bool) -> list[str]:
     if utterance.text is None:
         return [f'"{utterance.utt_id}" has no text; give one'] if need_text else []
+    fault = trn_fault(utterance.text) if need_text else None
+    found = [f'the text of "{utterance.utt_id}": {fault}'] if fault else []
     missing = missing_characters(utterance.text) if missing_characters else ""
     if not missing:
-        return []
+        return found
     names = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in missing)
-    return [f'the text of "{utterance.utt_id}" has characters that the vocabulary lacks: {names}; replace them']
+    return [*found, f'the text of "{utterance.utt_id}" has characters that the vocabulary lacks: {names}; replace them']
 
 
 def prepare_data(

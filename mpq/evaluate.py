@@ -17,9 +17,9 @@ from mpq.errors import MpqError
 from mpq.files import sha256_file, write_json, write_text
 from mpq.journal import Journal
 from mpq.manifests import Utterance
-from mpq.metrics import Metrics, format_trn, measure, write_trn
+from mpq.metrics import Metrics, escape_markup, format_trn, measure, write_trn
 from mpq.models import load_model
-from mpq.runtime import choose_device, progress
+from mpq.runtime import choose_device, memory_for, progress
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Evaluation:
         metrics: The word errors.
         compute_seconds: Time spent on features, model and search; reading audio is not counted.
         skipped: Utterances left out because they are faulty.
+        escaped: Outputs with characters that mean something to SCTK, written as U+FFFD in hyp.trn.
         model: {"path", "sha256", "architecture"}.
         data: {"path"}.
         device: Where it ran.
@@ -38,6 +39,7 @@ class Evaluation:
     metrics: Metrics
     compute_seconds: float
     skipped: int
+    escaped: int
     model: dict[str, Any]
     data: dict[str, Any]
     device: str
@@ -52,6 +54,7 @@ class Evaluation:
             "rtf": self.real_time_factor,
             "compute_seconds": self.compute_seconds,
             "skipped": self.skipped,
+            "escaped": self.escaped,
             "model": self.model,
             "data": self.data,
             "device": self.device,
@@ -89,7 +92,8 @@ def evaluate(
     record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     utt_ids = [item.utt_id for item in checked.utterances]
     references = [item.text or "" for item in checked.utterances]
-    ref = format_trn(data, utt_ids, references)  # before any work, since it refuses what sclite could not read
+    ref = format_trn(data, utt_ids, references)
+    planned = batches(checked.utterances, checked.durations, max_batch_seconds)
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -100,16 +104,15 @@ def evaluate(
     hypotheses = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
     seconds = sum(entry["seconds"] for entry in entries)
     duration = dict(zip((item.utt_id for item in checked.utterances), checked.durations, strict=True))
-    todo = [
-        batch
-        for batch in batches(checked.utterances, checked.durations, max_batch_seconds)
-        if batch[0].utt_id not in hypotheses
-    ]
+    todo = [batch for batch in planned if batch[0].utt_id not in hypotheses]
     with progress("evaluate", sum(len(batch) for batch in todo), quiet, "utterances") as advance:
         for batch in todo:
             waveforms, lengths = read_batch(batch, model.sample_rate, channel)
             start = time.perf_counter()
-            texts = model.transcribe(waveforms.to(where), lengths.to(where))
+            with memory_for(
+                f"{batch[0].source}: a batch of {len(batch)} x {waveforms.shape[1] / model.sample_rate:.0f} s"
+            ):
+                texts = model.transcribe(waveforms.to(where), lengths.to(where))
             entry = {
                 "hyp": dict(zip((item.utt_id for item in batch), texts, strict=True)),
                 "seconds": time.perf_counter() - start,
@@ -118,11 +121,13 @@ def evaluate(
             hypotheses |= entry["hyp"]
             seconds += entry["seconds"]
             advance(len(batch))
-    metrics = measure(utt_ids, references, [hypotheses[name] for name in utt_ids], [duration[name] for name in utt_ids])
-    result = Evaluation(metrics, seconds, checked.skipped, record, {"path": str(data)}, str(where))
+    texts = [hypotheses[name] for name in utt_ids]
+    metrics = measure(utt_ids, references, texts, [duration[name] for name in utt_ids])
+    escaped = sum(escape_markup(text) != text for text in texts)
+    result = Evaluation(metrics, seconds, checked.skipped, escaped, record, {"path": str(data)}, str(where))
     (out / "metrics.json").unlink(missing_ok=True)
     write_text(out / "ref.trn", ref)
-    write_trn(out / "hyp.trn", utt_ids, [hypotheses[name] for name in utt_ids])
+    write_trn(out / "hyp.trn", utt_ids, list(map(escape_markup, texts)))
     write_json(out / "metrics.json", result.to_json())
     journal.remove()
     return result
@@ -133,5 +138,11 @@ def _fingerprint(model_sha256: str, checked: CheckedData, channel: str, max_batc
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def _identity(utterances: Sequence[Utterance]) -> list[list[Any]]:
-    return [[item.utt_id, str(item.audio_path), item.text, item.offset, item.duration] for item in utterances]
+def _identity(utterances: Sequence[Utterance]) -> list[tuple[Any, ...]]:
+    """Returns what tells these utterances from others; of the audio, the file's size and time of change."""
+    stats = {item.audio_path: item.audio_path.stat() for item in utterances}
+    return [
+        (item.utt_id, str(item.audio_path), item.text, item.offset, item.duration, stat.st_size, stat.st_mtime_ns)
+        for item in utterances
+        for stat in [stats[item.audio_path]]
+    ]

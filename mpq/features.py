@@ -122,6 +122,7 @@ class LogMel(nn.Module):
             return features
         axes, count = (1, lengths) if self.options.normalize == "per_feature" else ((1, 2), lengths * features.shape[2])
         count = count[:, None, None]
-        mean = features.masked_fill(~valid, 0.0).sum(axes, keepdim=True) / count
-        variance = (features - mean).masked_fill(~valid, 0.0).square().sum(axes, keepdim=True) / (count - 1)
+        mean = features.masked_fill(~valid, 0.0).sum(axes, keepdim=True) / count.clamp(min=1)
+        squares = (features - mean).masked_fill(~valid, 0.0).square()
+        variance = squares.sum(axes, keepdim=True) / (count - 1).clamp(min=1)  # (a single frame has none)
         return (features - mean) / (variance.sqrt() + 1e-5)

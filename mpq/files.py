@@ -21,6 +21,27 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + ".partial")
 
 
+def check_output(out: Path, *inputs: Path | None) -> None:
+    """Checks before any work that a file can be written in the end.
+
+    Args:
+        out: The file that a command will write.
+        inputs: What the command reads; None is passed over.
+
+    Raises:
+        MpqError: `out` is a folder, lies in no folder that can be written to, or is one of the inputs.
+    """
+    if not out.name or out.is_dir():
+        raise MpqError(f"{out}: a folder; expected the name of a file to write")
+    if not out.parent.is_dir():
+        raise MpqError(f"{out}: the folder {out.parent} does not exist; create it first")
+    if not os.access(out.parent, os.W_OK):
+        raise MpqError(f"{out}: the folder {out.parent} cannot be written to")
+    for path in inputs:
+        if path is not None and out.exists() and path.exists() and out.samefile(path):
+            raise MpqError(f"{out}: is read by this command and would be overwritten; choose another --out")
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a path to write to; renames it to `path` when the block ends without an error.
@@ -32,8 +53,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         MpqError: The folder does not exist or cannot be written to.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise MpqError(f"{path}: the folder {path.parent} does not exist; create it first")
+    check_output(path)
     temporary = partial_path(path)
     try:
         yield temporary
@@ -90,6 +110,8 @@ def read_json(path: Path, format: str) -> dict[str, Any]:
         value = json.loads(text)
     except json.JSONDecodeError as error:
         raise MpqError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from None
+    except (ValueError, RecursionError) as error:
+        raise MpqError(f"{path}: not JSON of a reasonable shape: {error}") from None
     if not isinstance(value, dict):
         raise MpqError(f"{path}: expected a JSON object of format {format}, got a {type(value).__name__}")
     if value.get("format") != format:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.models import load_model
+from mpq.runtime import choose_device
 
 
 @dataclass(frozen=True)
@@ -47,13 +48,13 @@ class Inspection:
         return {"format": "mpq.inspection/1"} | asdict(self)
 
 
-def inspect(path: Path) -> Inspection:
-    """Returns what is in a checkpoint or packed file.
+def inspect(path: Path, device: str = "auto") -> Inspection:
+    """Returns what is in a checkpoint or packed file, loaded on a device as in `mpq.runtime.choose_device`.
 
     Raises:
         MpqError: As for `mpq.models.load_model`.
     """
-    model = load_model(path)
+    model = load_model(path, choose_device(device))
     return Inspection(
         family="mpq" if model.quantized_bits else model.family,
         architecture=model.architecture,

@@ -55,6 +55,8 @@ class Journal:
                 lines.pop()
                 break
             size += len(line)
+        if len(lines) == 1 and lines[0] != {"format": _FORMAT, "fingerprint": self.fingerprint}:
+            return [], 0  # nothing was finished, so nothing is lost
         if lines and lines[0] != {"format": _FORMAT, "fingerprint": self.fingerprint}:
             raise MpqError(
                 f"{self.path}: unfinished results of other input (model, data or options differ); "

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
+from mpq.metrics import fold
 from mpq.validation import a_finite, a_text
 
 _SHOWN_FAULTS = 20
@@ -47,7 +48,8 @@ def read_data(path: Path) -> list[Utterance]:
     """Returns the utterances of a JSON-lines manifest or of a Kaldi data directory, in its order.
 
     Blank lines, a byte order mark and CRLF line ends are passed over; unknown keys are left alone. In a manifest
-    "audio_filepath" is required, and "utt_id" is by default the audio file's stem. A Kaldi directory has `wav.scp`, and
+    "audio_filepath" is required; "utt_id" is by default the audio file's stem, with the offset if there is one, and
+    with the line's number where that is taken. A Kaldi directory has `wav.scp`, and
     may have `segments` (a line is then an utterance; an end of -1 is the file's), `text` and `utt2spk`.
 
     Raises:
@@ -62,15 +64,15 @@ def read_data(path: Path) -> list[Utterance]:
         if not utterance.utt_id or re.search(r"[\s()]", utterance.utt_id):
             faults.append(
                 f"{utterance.source}: utt_id: expected no whitespace and no parentheses, got "
-                f"{json.dumps(utterance.utt_id)} (if none is given, it is the audio file's stem); give another"
+                f"{json.dumps(utterance.utt_id)}; give another"
             )
-        elif utterance.utt_id in seen:
+        elif fold(utterance.utt_id) in seen:
             faults.append(
-                f'{utterance.source}: utt_id "{utterance.utt_id}" is already that of {seen[utterance.utt_id]} '
-                "(if none is given, it is the audio file's stem); give each its own"
+                f'{utterance.source}: utt_id "{utterance.utt_id}" is already that of {seen[fold(utterance.utt_id)]} '
+                "(A-Z count as a-z, as in sclite); give each its own"
             )
         else:
-            seen[utterance.utt_id] = utterance.source
+            seen[fold(utterance.utt_id)] = utterance.source
             utterances.append(utterance)
     if faults:
         raise MpqError(list_faults(faults))
@@ -108,6 +110,10 @@ def _a_text(value: Any) -> str | None:
     return value
 
 
+def _a_name(value: Any) -> str | None:
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _a_text(value)
+
+
 def _a_path(value: Any) -> str:
     if not _a_text(value):
         raise ValueError("the path of an audio file")
@@ -131,13 +137,14 @@ _KEYS: dict[str, Callable[[Any], Any]] = {
     "text": _a_text,
     "duration": _a_duration,
     "offset": _a_time,
-    "speaker": _a_text,
+    "speaker": _a_name,
     "utt_id": _a_text,
 }
 
 
 def _manifest(path: Path, faults: list[str]) -> Iterator[Utterance]:
     """Yields the utterances of the manifest's good lines; the faults of the others go to `faults`."""
+    used: set[str] = set()
     for source, line in _lines(path, faults):
         try:
             record = json.loads(line)
@@ -160,7 +167,18 @@ def _manifest(path: Path, faults: list[str]) -> Iterator[Utterance]:
         if not found:
             audio_path = path.parent / values.pop("audio_filepath")
             utt_id = values.pop("utt_id")
-            yield Utterance(audio_path.stem if utt_id is None else utt_id, audio_path, **values, source=source)
+            if utt_id is None:
+                utt_id = _default_id(audio_path, values["offset"], source, used)
+            used.add(fold(utt_id))
+            yield Utterance(utt_id, audio_path, **values, source=source)
+
+
+def _default_id(audio_path: Path, offset: float | None, source: str, used: set[str]) -> str:
+    """Returns the file's stem, with the offset if there is one, and with the line's number if that is taken."""
+    utt_id = re.sub(r"[\s()]+", "_", audio_path.stem)
+    if offset:
+        utt_id += f"-{offset:g}"
+    return f"{utt_id}-{source.rpartition(':')[2]}" if fold(utt_id) in used else utt_id
 
 
 def _kaldi(folder: Path, faults: list[str]) -> Iterator[Utterance]:

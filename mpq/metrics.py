@@ -181,6 +181,27 @@ def format_trn(path: Path, utt_ids: Sequence[str], texts: Sequence[str]) -> str:
     return "".join(lines)
 
 
+def escape_markup(text: str) -> str:
+    """Returns a hypothesis with U+FFFD for each character that SCTK would read as markup.
+
+    No reference has such characters (`trn_fault`), so a word with one is an error before and after.
+
+    >>> escape_markup('so "far* @') == "so \ufffdfar\ufffd \ufffd"
+    True
+    """
+    words = (re.sub(r"(?<=.)\*$", "\ufffd", word) for word in _WORD.findall(text))
+    return _UNREADABLE.sub("\ufffd", _MARKUP.sub("\ufffd", re.sub(r"^\*\*", "\ufffd", " ".join(words))))
+
+
+def trn_fault(text: str) -> str | None:
+    """Returns why a transcript cannot stand in a trn file; None when it can."""
+    try:
+        format_trn(Path("trn"), ["id"], [text])
+    except MpqError as error:
+        return str(error).removeprefix("trn: utterance 'id': ")
+    return None
+
+
 def score(name: str, alignments: Sequence[str]) -> SystemScore:
     """Returns one system's word errors, from the alignment of every utterance (see `significance.align`)."""
     letters = "".join(alignments)

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq.artifact import SIZE_STEP, Storage, check_names, fixed_bytes, layer_bytes, write_artifact
+from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, write_artifact
 from mpq.errors import MpqError
-from mpq.files import sha256_file
+from mpq.files import check_output, sha256_file
 from mpq.models import load_model
 from mpq.records import Allocation
 from mpq.runtime import choose_device
@@ -75,6 +75,7 @@ def pack(
     Raises:
         MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
     """
+    check_output(out, checkpoint)
     options = dict(options or {})
     if allocation is not None:
         for key, value in options.items():
@@ -98,7 +99,7 @@ def pack(
     widths = dict(allocation.bits) if allocation else {ref.name: bits or storage.float_bits for ref in refs}
     check_names(refs, widths)
     size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, widths[ref.name], storage) for ref in refs)
-    if allocation and abs(size - allocation.predicted_bytes) <= SIZE_STEP:
+    if allocation and abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
         size = allocation.predicted_bytes  # as promised, also where another version of the compressor made the promise
     if allocation and size > allocation.target_bytes:
         raise MpqError(

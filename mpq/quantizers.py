@@ -63,7 +63,7 @@ def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
     (176, 86)
     """
     rows, columns = _matrix_shape(shape, spec)
-    return rows, math.ceil(columns / (spec.group_size or columns))
+    return rows, -(-columns // min(spec.group_size or columns, columns))
 
 
 def quantize(weight: Tensor, spec: QuantSpec) -> Quantized:
@@ -85,7 +85,7 @@ def quantize(weight: Tensor, spec: QuantSpec) -> Quantized:
     matrix = weight.detach().to(torch.float32).reshape(rows, columns)
     if not matrix.isfinite().all():
         raise MpqError(f"weight of shape {tuple(weight.shape)}: expected finite values, got NaN or infinity")
-    size = spec.group_size or columns
+    size = min(spec.group_size or columns, columns)
     whole = columns // size * size  # the last group of a row may be shorter: it is a part of its own
     parts = [matrix[:, :whole].reshape(rows, whole // size, size), matrix[:, None, whole:]]
     results = [_quantize_groups(part, spec) for part in parts if part.numel()]
@@ -100,7 +100,7 @@ def dequantize(quantized: Quantized, spec: QuantSpec) -> Tensor:
     """Returns the float32 weight that the codes stand for: (codes - zero_point) * scale, in the weight's shape."""
     shape = tuple(quantized.codes.shape)
     rows, columns = _matrix_shape(shape, spec)
-    size = spec.group_size or columns
+    size = min(spec.group_size or columns, columns)
     levels = quantized.codes.reshape(rows, columns).to(torch.float32)
     if quantized.zero_point is not None:
         levels = levels - _per_column(quantized.zero_point.to(torch.float32), size, columns)
@@ -182,8 +182,10 @@ def _scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
 
 
 def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Returns the scale rounded to scale_dtype."""
+    """Returns the scale rounded to scale_dtype; up where float16 has few digits left, so that no weight is cut off."""
     stored = scale.to(getattr(torch, spec.scale_dtype)).to(torch.float32)
+    if spec.scale_dtype == "float16":
+        stored = torch.where(scale < 2.0**-14, torch.ceil(scale * 2.0**24) / 2.0**24, stored)
     if not stored.isfinite().all():
         raise MpqError(f"scale {float(scale.max()):g} does not fit into {spec.scale_dtype}; use scale_dtype float32")
     return stored

@@ -54,8 +54,11 @@ class QuantSpec:
     scale_dtype: str = "float16"
 
     def __post_init__(self) -> None:
-        if not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise MpqError(f"bits: expected a whole number from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}")
+        for key in ("scheme", "granularity", "clip", "rounding", "scale_dtype"):
+            if not isinstance(getattr(self, key), str):
+                raise MpqError(f"{key}: expected a string, got {getattr(self, key)!r}")
         if self.scheme not in SCHEMES:
             raise MpqError(f"scheme: expected {' or '.join(SCHEMES)}, got {self.scheme!r}")
         if self.granularity not in ("tensor", "channel") and not re.fullmatch(r"group:[1-9]\d*", self.granularity):
@@ -171,9 +174,9 @@ class SensitivityTable:
             MpqError: Not such a file; the message names the file, the key and what was expected.
         """
         reader = Reader(path, read_json(path, SENSITIVITY_FORMAT))
-        bits = reader.sequence("bits", _bits)
-        if not bits or list(bits) != sorted(set(bits)):
-            reader.fail("bits", "a non-empty list of different widths in ascending order", bits)
+        bits = tuple(sorted(reader.sequence("bits", _bits)))
+        if not bits or len(set(bits)) < len(bits):
+            reader.fail("bits", "a non-empty list of different widths", bits)
         layers = []
         for entry in reader.objects("layers"):
             layer = LayerSensitivity(

@@ -18,8 +18,8 @@ MB = 2**20
 
 def console() -> Console:
     """Returns a console on stdout that does not cut names short where stdout is no terminal."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(width=160, highlight=False)
+    plain = Console(highlight=False, markup=False, emoji=False)
+    return plain if plain.is_terminal else Console(width=160, highlight=False, markup=False, emoji=False)
 
 
 def evaluation_view(evaluation: "Evaluation") -> Group:
@@ -36,7 +36,8 @@ def evaluation_view(evaluation: "Evaluation") -> Group:
         f"{evaluation.model['path']} on {evaluation.data['path']}: WER {m.wer:.2%}",
         table,
         f"{m.sentence_errors} utterances with an error, {m.empty_outputs} empty outputs, {m.loop_outputs} repeated "
-        f"loops, {evaluation.skipped} skipped",
+        f"loops, {evaluation.skipped} skipped"
+        + (f", {evaluation.escaped} with characters that SCTK reads as markup" if evaluation.escaped else ""),
         f"{m.audio_seconds:.0f} s of audio in {evaluation.compute_seconds:.1f} s on {evaluation.device}: real-time "
         f"factor {evaluation.real_time_factor:.4f}",
     )
@@ -134,8 +135,8 @@ def changes_view(comparison: Comparison, most: int) -> Group:
         table.add_column(column, overflow="fold")
     ranked = sorted(comparison.changed, key=lambda change: -abs(change["errors_b"] - change["errors_a"]))
     for change in ranked[:most]:
-        texts = Text("\n".join((change["ref"], change["a"], change["b"])))
-        table.add_row(Text(change["utt_id"]), f"{change['errors_a']} -> {change['errors_b']}", texts)
+        texts = "\n".join((change["ref"], change["a"], change["b"]))
+        table.add_row(change["utt_id"], f"{change['errors_a']} -> {change['errors_b']}", texts)
     return _view(f"Changed outputs, {min(most, len(ranked))} of {len(ranked)}:", table)
 
 

@@ -1,6 +1,7 @@
 """Where and how the work runs: device, several processes, progress on stderr."""
 
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,11 +25,12 @@ def choose_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
-    kind, _, index = name.partition(":")
-    if kind not in ("cpu", "cuda") or (index and not index.isdigit()) or name.startswith("cpu:"):
+    if not re.fullmatch(r"cpu|cuda:[0-9]{1,4}", name):
         raise MpqError(f"--device: expected auto, cpu or cuda[:N], got {name!r}")
-    if kind == "cuda" and int(index) >= torch.cuda.device_count():
-        raise MpqError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices here; use --device cpu")
+    if name != "cpu":
+        if int(name.removeprefix("cuda:")) >= torch.cuda.device_count():
+            raise MpqError(f"--device {name}: {torch.cuda.device_count()} CUDA devices are here; use --device cpu")
+        torch.backends.cudnn.allow_tf32 = False  # its 10-bit products would drown small divergences
     return torch.device(name)
 
 
@@ -53,15 +55,29 @@ class Processes:
 @contextmanager
 def processes() -> Iterator[Processes]:
     """Yields the processes that `torchrun` started (gloo), or the one that there is without it."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count == 1:
+    if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK and WORLD_SIZE for their own ends
         yield Processes()
         return
     torch.distributed.init_process_group("gloo")
     try:
-        yield Processes(torch.distributed.get_rank(), count)
+        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def memory_for(what: str) -> Iterator[None]:
+    """Turns torch's failures to get memory into an error that says what needed it.
+
+    Raises:
+        MpqError: The block ran out of memory.
+    """
+    try:
+        yield
+    except RuntimeError as error:  # torch.OutOfMemoryError is one
+        if "memory" not in str(error):
+            raise
+        raise MpqError(f"{what}: not enough memory; cut long recordings into shorter ones") from error
 
 
 @contextmanager

@@ -29,13 +29,13 @@ from torch import Tensor
 from mpq.artifact import Storage, fixed_bytes, layer_bytes
 from mpq.data import batches, calibration_subset, prepare_data, read_batch
 from mpq.errors import MpqError
-from mpq.files import sha256_file
+from mpq.files import check_output, sha256_file
 from mpq.journal import Journal
 from mpq.models import load_model
 from mpq.models.base import AsrModel, Stage
 from mpq.quantizers import QuantSpec, fake_quantize
 from mpq.records import LayerSensitivity, SensitivityTable
-from mpq.runtime import choose_device, processes, progress
+from mpq.runtime import choose_device, memory_for, processes, progress
 
 Point = tuple[str, int]
 """(layer name, bits)."""
@@ -85,6 +85,7 @@ def measure_sensitivity(
         QuantSpec(width)  # refuses what is not a width
     if output not in OUTPUTS:
         raise MpqError(f"--output: expected {' or '.join(OUTPUTS)}, got {output!r}")
+    check_output(out, checkpoint, data)
     where = choose_device(device)
     model = load_model(checkpoint, where)
     if model.quantized_bits:
@@ -113,7 +114,8 @@ def measure_sensitivity(
                 advance(1)
 
             if todo:
-                measure_kl(model, features, todo, storage, output, keep)
+                with memory_for(f"{data}: batches of {_BATCH_SECONDS:g} s"):
+                    measure_kl(model, features, todo, storage, output, keep)
         workers.barrier()
         done |= _finished(out, journal)
         table = SensitivityTable(

@@ -174,7 +174,7 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
     (1.0, 1.414, False, None)
     """
     _check_alpha(alpha)
-    critical_z = SCTK_CRITICAL_Z if alpha == SCTK_ALPHA else NormalDist().inv_cdf(1 - alpha / 2)
+    critical_z = SCTK_CRITICAL_Z if alpha == SCTK_ALPHA else -NormalDist().inv_cdf(alpha / 2)
     differences = _differences(segment_errors)
     n = len(differences)
     if n == 0:

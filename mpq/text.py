@@ -45,11 +45,9 @@ class Tokenizer(ABC):
 
 
 class CharTokenizer(Tokenizer):
-    """One token a character, in the order of the model's labels."""
+    """One token a character, in the order of the model's labels; longer labels can be decoded, not encoded."""
 
     def __init__(self, labels: Sequence[str]) -> None:
-        if bad := [label for label in labels if len(label) != 1]:
-            raise MpqError(f"character vocabulary: expected single characters, got {bad[0]!r}")
         self.pieces = tuple(labels)
         self._ids = {label: token for token, label in enumerate(self.pieces)}
 

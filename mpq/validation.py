@@ -1,6 +1,7 @@
 """Reading JSON that a person or another tool may have written: every fault names file, key, expected and got."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,13 @@ from mpq.errors import MpqError
 
 
 def a_text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise ValueError("a string")
+    if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+        raise ValueError("a string (of Unicode characters)")
     return value
 
 
 def a_text_or_none(value: Any) -> str | None:
-    if value is not None and not isinstance(value, str):
-        raise ValueError("a string or null")
-    return value
+    return None if value is None else a_text(value)
 
 
 def an_object(value: Any) -> dict[str, Any]:
@@ -29,8 +28,8 @@ def an_object(value: Any) -> dict[str, Any]:
 
 
 def a_whole(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise ValueError("a whole number, 0 or more")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**53:
+        raise ValueError("a whole number, 0 or more (and less than 2^53)")
     return value
 
 
@@ -41,8 +40,8 @@ def a_positive(value: Any) -> int:
 
 
 def a_finite(value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e308 < value < 1e308:
-        raise ValueError("a finite number")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not -1e100 < value < 1e100:
+        raise ValueError("a finite number (smaller than 1e100)")
     return float(value)
 
 

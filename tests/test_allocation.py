@@ -192,6 +192,14 @@ def test_units_of_the_target() -> None:
     assert allocate(t, target_mb=1).bits == {name: 8 for name in NAMES}  # above the largest
 
 
+def test_budgets_are_the_decimals_that_were_asked_for() -> None:
+    """3.3 bits admit 33 bits for 10 weights, though the float 3.3 is a little less than 33/10; a ratio likewise."""
+    widths = range(1, 9)
+    layers = [(name, n, {b: b * n for b in widths}, {b: 1 / b for b in widths}) for name, n in (("a", 3), ("b", 7))]
+    assert allocate(table(layers), average_bits=3.3).bits == {"a": 4, "b": 3}
+    assert allocate(table(layers), target_ratio=1.12).target_bytes == 125  # (100 + 4 * 10) / 1.12
+
+
 @pytest.mark.parametrize("average", [2.0, 2.5, 3.7, 4.0, 6.123, 8.0, 9.0])
 def test_average_bits(average: float) -> None:
     t = small(3)
@@ -254,9 +262,9 @@ def test_thinned_frontier_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> 
     t = table([(f"l{i}", 8, dict(enumerate((s for s, _ in row), 1)), dict(enumerate((k for _, k in row), 1)))
                for i, row in enumerate(options)])  # fmt: skip
     target = t.fixed_bytes + sum(row[2][0] for row in options)
-    whole = allocate(t, target_bytes=target)
+    whole = allocate(t, target_bytes=target, whole_frontier=True)
     monkeypatch.setattr(mpq.allocation, "MOST_POINTS", 10)
-    thin = allocate(t, target_bytes=target)
+    thin = allocate(t, target_bytes=target, whole_frontier=True)
     assert "thinned" in thin.frontier_note and "thinned" not in whole.frontier_note
     assert len(thin.frontier) < len(whole.frontier) and set(thin.frontier) <= set(whole.frontier)
     sizes = [size for size, _ in thin.frontier]
@@ -273,7 +281,7 @@ def test_thinned_frontier_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> 
         ({"target_bytes": 434}, r"smallest possible: 435 bytes \(0\.0005 MB, ratio 11\.2"),
         ({"target_mb": 0.0004}, "smallest possible: 435 bytes"),
         ({"target_ratio": 12}, "smallest possible: 435 bytes"),
-        ({"average_bits": 1.9}, "smallest possible: 2$"),
+        ({"average_bits": 1.9}, r"smallest possible: 2; no file is smaller than 435 bytes"),
         ({"target_bytes": 1000, "exclude": ["head"], "keep": {"enc*": 8}}, "smallest possible"),
         ({"target_mb": math.nan}, "positive"),
         ({"target_mb": math.inf}, "positive"),
@@ -283,7 +291,7 @@ def test_thinned_frontier_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> 
         ({"average_bits": 4, "exclude": ["x*"]}, r"exclude x\*: matches none"),
         ({"average_bits": 4, "tie": ["x*"]}, r"tie x\*: matches none"),
         ({"average_bits": 4, "keep": {"ENC*": 4}}, "matches none"),
-        ({"average_bits": 4, "keep": {"head": 9}}, "end at 8"),
+        ({"average_bits": 4, "keep": {"head": 9}}, "from 1 to 8"),
         ({"average_bits": 4, "keep": {"head": 8}, "exclude": ["h*"]}, "floor"),
         ({"average_bits": 4, "tie": ["enc.0.?"], "exclude": ["enc.0.q"]}, "tied to an excluded"),
     ],
@@ -291,6 +299,29 @@ def test_thinned_frontier_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> 
 def test_what_cannot_be_asked(options: dict, words: str) -> None:
     with pytest.raises(MpqError, match=words):
         allocate(small(), **options)
+
+
+def test_hull_keeps_its_promise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every listed point is one of the whole frontier; the answer is the same and listed."""
+    import mpq.allocation
+
+    t = small()
+    whole = allocate(t, target_bytes=1000)
+    monkeypatch.setattr(mpq.allocation, "QUICK", 0)
+    hull = allocate(t, target_bytes=1000)
+    assert "hull" in hull.frontier_note and hull.bits == whole.bits
+    assert len(hull.frontier) < len(whole.frontier)
+    kls = dict(whole.frontier)
+    assert all(kl == pytest.approx(kls[size]) for size, kl in hull.frontier)
+    assert [p for p in hull.frontier if p[0] <= 1000][-1] == (hull.predicted_bytes, hull.predicted_kl)
+
+
+@pytest.mark.parametrize("bits", [15, 17])
+def test_excluded_layers_are_half_or_single_precision(bits: int) -> None:
+    t = small()
+    t = replace(t, layers=tuple(replace(layer, float_bytes=layer.numel * bits // 8) for layer in t.layers))
+    with pytest.raises(MpqError, match="float_bytes: expected"):
+        allocate(t, target_bytes=10_000, exclude=["head"])
 
 
 def test_exclusion_needs_to_know_the_size() -> None:

@@ -164,6 +164,22 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
     )
     fails("pack", tiny_archive, "--bits", "4", "--out", tmp_path / "no" / "m", words="does not exist")
     fails("inspect", tiny_manifest, words="not a whole .nemo")
+    fails("inspect", tiny_archive, "--device", "cuda:", words="--device")
+    fails("allocate", sens, "--average-bits", "4", "--out", tmp_path, words="a folder")
+    fails("allocate", sens, "--average-bits", "4", "--out", ".", words="a folder")
+    fails("allocate", sens, "--average-bits", "4", "--out", sens, words="would be overwritten")
+    fails("pack", tiny_archive, "--bits", "4", "--out", tiny_archive, words="would be overwritten")
+    fails("sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2", "--out", tmp_path, words="a folder")
+    fails(
+        "sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2", "--out", tmp_path / "no" / "s.json",
+        words="does not exist",
+    )  # fmt: skip
+    fails("allocate", sens, "--average-bits", "4", "--keep", "dec*=²", "--out", out, words="PATTERN=BITS")
+    for seconds in ("0", "nan"):
+        fails(
+            "evaluate", tiny_archive, "--data", tiny_manifest, "--out", out, "--batch-seconds", seconds, words="seconds"
+        )
+    fails("compare", folder / "fp32", folder / "small", "--alpha", "2", words="alpha")
     fails("compare", folder / "fp32", words="expected two folders")
     fails("compare", folder / "fp32", tmp_path, words="metrics.json")
     assert list(tmp_path.iterdir()) == []
@@ -179,6 +195,27 @@ def test_an_allocation_for_another_model_is_refused(tmp_path: Path, chain: dict,
     path.write_text(json.dumps(raw | {"layers": raw["layers"][:-1]}))
     fails("pack", tiny_archive, "--allocation", path, "--out", out, words="no bit-width for decoder")
     assert not out.exists()
+
+
+def test_a_floor_that_is_given_twice_is_the_larger(tmp_path: Path, chain: dict) -> None:
+    for first, second in ((8, 2), (2, 8)):
+        keep = ["--keep", f"decoder.*={first}", "--keep", f"decoder.*={second}"]
+        done = result_json(
+            "allocate", chain["folder"] / "sens.json", "--average-bits", "4", *keep, "--out", tmp_path / "a"
+        )
+        assert {layer["name"]: layer["bits"] for layer in done["layers"]}["decoder.decoder_layers.0.weight"] == 8
+
+
+@pytest.mark.parametrize("target", ["1e15", "1e300"])
+def test_a_budget_without_bound(tmp_path: Path, chain: dict, target: str) -> None:
+    done = result_json("allocate", chain["folder"] / "sens.json", "--target-mb", target, "--out", tmp_path / "a")
+    assert done["predicted_kl"] == min(kl for _, kl in done["frontier"])
+
+
+def test_names_with_brackets_are_printed_as_they_are(tmp_path: Path, tiny_archive: Path) -> None:
+    (tmp_path / "r[bold]").mkdir()
+    done = run("pack", tiny_archive, "--bits", "4", "--out", tmp_path / "r[bold]" / "[a].safetensors")
+    assert done.exit_code == 0 and "r[bold]/[a].safetensors" in done.stdout
 
 
 def test_an_allocation_written_by_hand(tmp_path: Path, chain: dict, tiny_archive: Path) -> None:

@@ -1,14 +1,17 @@
 """Evaluation: NeMo's own word errors on real speech, invariances, resuming, and what is refused before any work."""
 
 import json
+import shutil
 from pathlib import Path
 
 import jiwer
 import pytest
+import soundfile
 
+from mpq.compare import read_evaluations
 from mpq.errors import MpqError
 from mpq.evaluate import evaluate
-from mpq.metrics import read_trn
+from mpq.metrics import escape_markup, read_trn, write_trn
 from mpq.models.nemo import NemoConformerCtc
 
 
@@ -72,9 +75,58 @@ def test_a_reference_that_sclite_could_not_read_is_refused_before_any_work(
         line["audio_filepath"] = str(tiny_manifest.parent / line["audio_filepath"])
         line["utt_id"] = ("same", "SAME")[index]
     (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    with pytest.raises(MpqError, match="same"):
+    with pytest.raises(MpqError, match=r"data\.jsonl:2: .*SAME"):
+        run(tiny_archive, tmp_path / "data.jsonl", tmp_path / "run")
+    lines[0] |= {"utt_id": "u0", "text": "a; b"}
+    lines[1] |= {"text": 'say "a"'}
+    (tmp_path / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(MpqError, match=r"(?s)data\.jsonl:1: .*markup.*data\.jsonl:2: .*markup"):
         run(tiny_archive, tmp_path / "data.jsonl", tmp_path / "run")
     assert not (tmp_path / "run").exists()
+
+
+def test_other_audio_is_not_mixed_with_old_hypotheses(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = tmp_path / "data"
+    shutil.copytree(tiny_manifest.parent, data)
+    transcribe, calls = NemoConformerCtc.transcribe, []
+
+    def stop_at_second(model, waveforms, lengths):
+        calls.append(len(waveforms))
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return transcribe(model, waveforms, lengths)
+
+    monkeypatch.setattr(NemoConformerCtc, "transcribe", stop_at_second)
+    with pytest.raises(KeyboardInterrupt):
+        run(tiny_archive, data / tiny_manifest.name, tmp_path / "run", max_batch_seconds=1.5)
+    wave, rate = soundfile.read(data / "utt5.wav")
+    soundfile.write(data / "utt5.wav", wave[::-1], rate)
+    with pytest.raises(MpqError, match="other input"):
+        run(tiny_archive, data / tiny_manifest.name, tmp_path / "run", max_batch_seconds=1.5)
+
+
+def test_outputs_that_sclite_would_misread_are_escaped_and_counted(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        NemoConformerCtc,
+        "transcribe",
+        lambda model, waves, lengths: ['a "few* words'] * (len(waves) - 1) + ["a few words"],
+    )
+    result = run(tiny_archive, tiny_manifest, tmp_path / "run", max_batch_seconds=100)
+    assert result.escaped == 5 and result.metrics.substitutions == 5
+    hypotheses = list(read_trn(tmp_path / "run/hyp.trn").utterances.values())
+    assert hypotheses.count(("a", "\ufffdfew\ufffd", "words")) == 5
+    ref, _, _ = read_evaluations(tmp_path / "run", tmp_path / "run")
+    assert len(ref.utterances) == 6
+
+
+@pytest.mark.parametrize("text", ["", "a ; b", 'x"', "**a b*", "* ** ***", "@", "{ a / b }", "\ufeffa"])
+def test_escaped_text_can_be_read_back(tmp_path: Path, text: str) -> None:
+    write_trn(tmp_path / "x.trn", ["u"], [escape_markup(text)])
+    assert len(read_trn(tmp_path / "x.trn").utterances["u"]) == len(text.split())
 
 
 def test_the_folder_is_replaced(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:

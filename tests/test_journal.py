@@ -56,6 +56,14 @@ def test_results_of_other_work_are_not_overwritten(tmp_path: Path) -> None:
     assert journal.read() == [{"n": 1}]
 
 
+def test_a_foreign_journal_without_results_is_replaced(tmp_path: Path) -> None:
+    Journal(tmp_path / "x.journal", "f").begin()
+    journal = Journal(tmp_path / "x.journal", "g")
+    journal.begin()
+    journal.append({"n": 1})
+    assert Journal(tmp_path / "x.journal", "g").read() == [{"n": 1}]
+
+
 def kill_when(command: list[str], ready) -> None:
     """Runs a command and kills it (SIGKILL) once `ready` says so; fails if it ends before."""
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -19,6 +19,7 @@ from mpq.models import load_model
 from mpq.models.base import AsrModel
 from mpq.models.conformer import relative_positions
 from mpq.models.nemo import NemoConformerCtc
+from mpq.text import CharTokenizer
 
 
 def outputs(model: AsrModel, waveforms: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
@@ -200,6 +201,23 @@ def test_archive_gives_the_model_back(tiny_archive: Path) -> None:
         assert torch.equal(tensor, STATE[name]), name
 
 
+def test_null_is_absent_and_defaults_may_be_written_out(tmp_path: Path) -> None:
+    encoder = {"causal_downsampling": None, "att_context_style": None, "conv_norm_type": None, "use_bias": None}
+    config = nemo_config(encoder=encoder | {"conv_context_size": [2, 2]}, decoder={"num_classes": None})
+    assert load_model(write_nemo(tmp_path / "m.nemo", config, STATE)).encoder.options == tiny_model().encoder.options
+
+
+def test_labels_of_several_characters_can_be_decoded() -> None:
+    tokenizer = CharTokenizer([*LABELS, "<unk>"])
+    assert tokenizer.decode([1, len(LABELS), 2]) == "a<unk>b"
+    assert tokenizer.missing_characters("ab<c") == "<"
+
+
+def test_a_single_frame_has_features() -> None:
+    features, lengths = tiny_model().features(torch.ones(2, 400), torch.tensor([400, 160]))
+    assert lengths.tolist() == [2, 1] and bool(features.isfinite().all()) and bool((features[1] == 0).all())
+
+
 def test_gzipped_archive_without_buffers(tmp_path: Path, tiny_archive: Path) -> None:
     state = {name: tensor for name, tensor in STATE.items() if not name.startswith("preprocessor")}
     plain = write_nemo(tmp_path / "plain.nemo", nemo_config(), state)
@@ -234,13 +252,27 @@ WEIGHT = "encoder.layers.1.self_attn.linear_q.weight"
         (nemo_config(encoder={"conv_kernel_size": 4}), STATE, "kernel_size: expected an odd number"),
         (nemo_config(encoder={"subsampling_factor": 3}), STATE, "power of two"),
         (nemo_config(encoder={"n_heads": 3}), STATE, "multiple of heads"),
-        (nemo_config(encoder={"n_layers": "two"}), STATE, "encoder.n_layers: expected a number"),
+        (nemo_config(encoder={"n_layers": "two"}), STATE, "encoder.n_layers: expected a whole number"),
         (nemo_config(encoder={"feat_in": 80}), STATE, "feat_in is 80"),
         (nemo_config(encoder=None), STATE, "encoder"),
         (nemo_config(preprocessor={"normalize": "fixed_mean"}), STATE, "preprocessor.normalize"),
         (nemo_config(preprocessor={"frame_splicing": 3}), STATE, "preprocessor.frame_splicing"),
         (nemo_config(decoder={"num_classes": 5}), STATE, "num_classes is 5"),
-        (nemo_config(decoder={"vocabulary": ["ab", "c"]}), STATE, "single characters"),
+        (nemo_config(encoder={"n_layers": 2.5}), STATE, "encoder.n_layers: expected a whole number"),
+        (nemo_config(encoder={"n_heads": 0}), STATE, "encoder.n_heads: expected a whole number, 1 or more, got 0"),
+        (nemo_config(encoder={"d_model": float("nan")}), STATE, "encoder.d_model"),
+        (nemo_config(encoder={"d_model": 10**8}), STATE, "memory|overflow|invalid|expected shape"),
+        (nemo_config(encoder={"conv_kernel_size": -5}), STATE, "encoder.conv_kernel_size"),
+        (nemo_config(encoder={"subsampling_conv_channels": 0}), STATE, "encoder.subsampling_conv_channels"),
+        (nemo_config(encoder={"ff_expansion_factor": -1}), STATE, "encoder.ff_expansion_factor"),
+        (nemo_config(encoder={"use_bias": "false"}), STATE, "encoder.use_bias: expected true or false, got 'false'"),
+        (nemo_config(preprocessor={"n_fft": "abc"}), STATE, "preprocessor.n_fft"),
+        (nemo_config(preprocessor={"n_fft": 100}), STATE, "preprocessor.n_fft: expected a whole number, 400 or more"),
+        (nemo_config(preprocessor={"window_stride": 0}), STATE, "preprocessor.n_window_stride"),
+        (nemo_config(preprocessor={"lowfreq": 900, "highfreq": 800}), STATE, "lowfreq < highfreq"),
+        (nemo_config(decoder=[1]), STATE, "decoder: expected a mapping"),
+        (nemo_config(), STATE | {WEIGHT: STATE[WEIGHT].to(torch.complex64)}, f"{WEIGHT}: expected plain real numbers"),
+        (nemo_config(), STATE | {WEIGHT: STATE[WEIGHT] > 0}, f"{WEIGHT}: expected torch.float32, got torch.bool"),
         (
             nemo_config() | {"tokenizer": {"type": "wpe"}},
             STATE,

@@ -165,10 +165,21 @@ def test_error_falls_with_bits() -> None:
         assert errors == sorted(errors, reverse=True)
 
 
-def test_tiny_weights_survive_half_precision_scales() -> None:
-    x = weight((2, 64)) * 1e-6
-    error = (fake_quantize(x, QuantSpec(8, "symmetric", "channel", "none")) - x).abs().max()
-    assert float(error) <= 2.0**-24 / 2 + 1e-12  # half of the smallest scale that float16 has
+@pytest.mark.parametrize("size", [1e-3, 1e-4, 1e-5, 1e-6, 1e-8])
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_no_tiny_weight_is_cut_off_by_half_precision_scales(scheme: str, size: float) -> None:
+    x = weight((4, 65)) * size
+    spec = QuantSpec(8, scheme, "group:5", "none")
+    scale = quantize(x, spec).scale.repeat_interleave(5, dim=1)
+    assert bool(((fake_quantize(x, spec) - x).abs() <= 0.57 * scale).all())  # half a step, and float16's 2^-11 of 127
+
+
+def test_a_group_larger_than_any_row() -> None:
+    x = weight((3, 10))
+    assert torch.equal(
+        fake_quantize(x, QuantSpec(4, granularity="group:99999999999999999999")),
+        fake_quantize(x, QuantSpec(4, granularity="channel")),
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -193,6 +204,9 @@ def test_empty_is_refused() -> None:
     [
         ({"bits": 0}, "bits"),
         ({"bits": 9}, "bits"),
+        ({"bits": True}, "bits"),
+        ({"bits": 4, "granularity": 64}, "granularity"),
+        ({"bits": 4, "clip": None}, "clip"),
         ({"bits": 4, "scheme": "affine"}, "scheme"),
         ({"bits": 4, "granularity": "group:0"}, "granularity"),
         ({"bits": 4, "granularity": "row"}, "granularity"),

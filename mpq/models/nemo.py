@@ -7,10 +7,13 @@ Checked against NeMo 3.0.0. Legend: N utterances, T' encoder frames, D encoder w
 """
 
 import io
+import lzma
 import math
 import pickle
 import posixpath
 import tarfile
+import zlib
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -103,8 +106,9 @@ def read_nemo(path: Path) -> NemoConformerCtc:
     options = _encoder_options(path, _section(config, "encoder", path), mel)
     try:
         model = NemoConformerCtc(options, mel, _tokenizer(path, config, members))
-    except MpqError as error:
-        raise MpqError(f"{path}: {error}") from None
+    except (MpqError, RuntimeError, ValueError) as error:  # torch's own words where a size is beyond reason
+        message = " ".join(str(error).split()).removeprefix(f"{path}: ")
+        raise MpqError(f"{path}: {message}") from None
     for name, buffer in model.preprocessor.named_buffers(prefix="preprocessor"):
         state.setdefault(name, buffer)  # archives need not hold the window and the filter bank
     load_state(model, state, path)
@@ -125,6 +129,8 @@ def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
     for name, tensor in state.items():
         if name in own and own[name].shape != tensor.shape:
             faults.append(f"tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+        elif name in own and own[name].is_floating_point() != tensor.is_floating_point():
+            faults.append(f"tensor {name}: expected {own[name].dtype}, got {tensor.dtype}")
         elif tensor.is_floating_point() and not tensor.isfinite().all():
             faults.append(f"tensor {name} has values that are not finite")
     if faults:
@@ -152,7 +158,7 @@ def _read_members(path: Path) -> dict[str, bytes]:
                     members[name] = file.read()
     except FileNotFoundError:
         raise MpqError(f"{path}: no such file") from None
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
         raise MpqError(f"{path}: not a whole .nemo (tar) archive: {error}") from None
     return members
 
@@ -169,7 +175,7 @@ def _parse_yaml(path: Path, members: dict[str, bytes]) -> dict[str, Any]:
     text = _member(path, members, "model_config.yaml", "configuration")
     try:
         return {"model_config.yaml": yaml.safe_load(text.decode("utf-8"))}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise MpqError(f"{path}: model_config.yaml: not plain YAML: {' '.join(str(error).split())[:200]}") from None
 
 
@@ -182,6 +188,11 @@ def _read_weights(path: Path, members: dict[str, bytes]) -> dict[str, Tensor]:
         raise MpqError(f"{path}: model_weights.ckpt: not a plain dictionary of tensors (refused): {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise MpqError(f"{path}: model_weights.ckpt: expected a dictionary of tensors, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise MpqError(
+                f"{path}: model_weights.ckpt: tensor {name}: expected plain real numbers, got {tensor.dtype}"
+            )
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
@@ -194,8 +205,7 @@ def _section(config: dict[str, Any], key: str, path: Path) -> dict[str, Any]:
 
 def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
     target = str(config.get("target", ""))
-    encoder = str((config.get("encoder") or {}).get("_target_", ""))
-    decoder = str((config.get("decoder") or {}).get("_target_", ""))
+    encoder, decoder = (str(_section(config, key, path).get("_target_", "")) for key in ("encoder", "decoder"))
     if "joint" in config or "RNNT" in target or "TDT" in target or "RNNT" in decoder:
         raise MpqError(f"{path}: an RNN-T/TDT (transducer) model, {target or decoder}, not a CTC one; {SUPPORTED}")
     for key, value, suffix in (
@@ -210,18 +220,43 @@ def _refuse_other_models(path: Path, config: dict[str, Any]) -> None:
 def _options(path: Path, where: str, config: dict[str, Any], fixed: dict[str, tuple[Any, ...]]) -> None:
     """Refuses a configuration in which an option has a value that changes the numbers in a way not built here."""
     for key, allowed in fixed.items():
-        if key in config and config[key] not in allowed:
+        if config.get(key) is not None and config[key] not in allowed:
             expected = " or ".join(map(repr, allowed))
             raise MpqError(f"{path}: model_config.yaml: {where}.{key}: supported {expected}, got {config[key]!r}")
 
 
-def _number(path: Path, where: str, config: dict[str, Any], key: str, default: Any = None) -> Any:
-    value = config.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise MpqError(f"{path}: model_config.yaml: {where}.{key}: expected a number, got {value!r}")
-    return value
+class _Values:
+    """A section of the configuration; values that are absent or null have NeMo's default.
+
+    Args:
+        path: The archive.
+        where: The section's name.
+        section: Its content.
+    """
+
+    def __init__(self, path: Path, where: str, section: dict[str, Any]) -> None:
+        self.path, self.where, self.section = path, where, section
+
+    def _get(self, key: str, default: Any, expected: str, is_good: Callable[[Any], bool]) -> Any:
+        value = self.section.get(key)
+        value = default if value is None else value
+        if not is_good(value):
+            raise MpqError(f"{self.path}: model_config.yaml: {self.where}.{key}: expected {expected}, got {value!r}")
+        return value
+
+    def number(self, key: str, default: float | None = None, least: float = 0.0) -> float:
+        return float(self._get(key, default, f"a number, {least:g} or more", lambda v: _is_number(v) and v >= least))
+
+    def whole(self, key: str, default: int | None = None, least: int = 1) -> int:
+        expected = f"a whole number, {least} or more"
+        return int(self._get(key, default, expected, lambda v: _is_number(v) and v == int(v) and v >= least))
+
+    def flag(self, key: str, default: bool) -> bool:
+        return self._get(key, default, "true or false", lambda v: isinstance(v, bool))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e9 < value < 1e9
 
 
 def _mel_options(path: Path, config: dict[str, Any]) -> LogMelOptions:
@@ -247,68 +282,81 @@ def _mel_options(path: Path, config: dict[str, Any]) -> LogMelOptions:
             "normalize": ("per_feature", "all_features", None, "NA"),
         },
     )
-    rate = int(_number(path, where, config, "sample_rate", 16000))
-    win = config.get("n_window_size") or int(_number(path, where, config, "window_size", 0.02) * rate)
-    hop = config.get("n_window_stride") or int(_number(path, where, config, "window_stride", 0.01) * rate)
-    normalize = config.get("normalize", "per_feature")
-    return LogMelOptions(
+    values = _Values(path, where, config)
+    rate = values.whole("sample_rate", 16000)
+    window = values.whole("n_window_size", int(values.number("window_size", 0.02) * rate))
+    mel = LogMelOptions(
         sample_rate=rate,
-        n_mels=int(_number(path, where, config, "features", 64)),
-        n_fft=int(config.get("n_fft") or 2 ** math.ceil(math.log2(win))),
-        win_length=win,
-        hop_length=hop,
-        window=config.get("window", "hann"),
-        preemphasis=float(config.get("preemph", 0.97) or 0.0),
-        fmin=float(_number(path, where, config, "lowfreq", 0)),
-        fmax=float(_number(path, where, config, "highfreq", rate / 2)),
-        log_guard=float(_number(path, where, config, "log_zero_guard_value", 2.0**-24)),
-        normalize=normalize if normalize in ("per_feature", "all_features") else "none",
-        pad_to=int(_number(path, where, config, "pad_to", 16)),
+        n_mels=values.whole("features", 64),
+        n_fft=values.whole("n_fft", 2 ** math.ceil(math.log2(window)), least=window),
+        win_length=window,
+        hop_length=values.whole("n_window_stride", int(values.number("window_stride", 0.01) * rate)),
+        window=config.get("window") or "hann",
+        preemphasis=values.number("preemph", 0.97) if config.get("preemph", 0.97) is not None else 0.0,
+        fmin=values.number("lowfreq", 0.0),
+        fmax=values.number("highfreq", rate / 2, least=1.0),
+        log_guard=values.number("log_zero_guard_value", 2.0**-24, least=1e-30),
+        normalize={"per_feature": "per_feature", "all_features": "all_features"}.get(
+            str(config.get("normalize", "per_feature")), "none"
+        ),
+        pad_to=values.whole("pad_to", 16, least=0),
     )
+    if not mel.fmin < mel.fmax <= rate / 2:
+        raise MpqError(
+            f"{path}: model_config.yaml: {where}: expected lowfreq < highfreq <= {rate / 2:g}, got {mel.fmax:g}"
+        )
+    return mel
 
 
 def _encoder_options(path: Path, config: dict[str, Any], mel: LogMelOptions) -> ConformerOptions:
     """Reads `encoder`; absent keys have NeMo's defaults."""
     where = "encoder"
-    width = int(_number(path, where, config, "d_model"))
+    values = _Values(path, where, config)
+    width = values.whole("d_model")
+    kernel = values.whole("conv_kernel_size", 31)
     _options(
         path,
         where,
         config,
         {
-            "feat_out": (-1, None, width),
+            "feat_out": (-1, width),
             "subsampling": ("striding", "dw_striding"),
             "causal_downsampling": (False,),
             "self_attention_model": ("rel_pos",),
-            "att_context_size": (None, [-1, -1], [[-1, -1]]),
+            "att_context_size": ([-1, -1], [[-1, -1]]),
             "att_context_style": ("regular",),
             "conv_norm_type": ("batch_norm", "layer_norm"),
-            "conv_context_size": (None,),
-            "reduction": (None,),
+            "conv_context_size": ([kernel // 2, kernel // 2],),
+            "reduction": (),
         },
     )
-    features = int(_number(path, where, config, "feat_in", mel.n_mels))
+    features = values.whole("feat_in", mel.n_mels)
     if features != mel.n_mels:
         raise MpqError(f"{path}: model_config.yaml: encoder.feat_in is {features}, preprocessor.features {mel.n_mels}")
-    kernel = int(_number(path, where, config, "conv_kernel_size", 31))
-    channels = int(_number(path, where, config, "subsampling_conv_channels", -1))
+    channels = values.whole("subsampling_conv_channels", -1, least=-1)
+    if channels == 0:
+        raise MpqError(
+            f"{path}: model_config.yaml: encoder.subsampling_conv_channels: expected -1, or 1 or more, got 0"
+        )
     try:
         return ConformerOptions(
             features=features,
-            layers=int(_number(path, where, config, "n_layers")),
+            layers=values.whole("n_layers"),
             width=width,
-            heads=int(_number(path, where, config, "n_heads", 4)),
-            ffn_width=int(width * _number(path, where, config, "ff_expansion_factor", 4)),
+            heads=values.whole("n_heads", 4),
+            ffn_width=int(width * values.number("ff_expansion_factor", 4.0, least=1 / width)),
             kernel_size=kernel,
-            subsampling=config.get("subsampling", "striding"),
-            subsampling_factor=int(_number(path, where, config, "subsampling_factor", 4)),
+            subsampling=config.get("subsampling") or "striding",
+            subsampling_factor=values.whole("subsampling_factor", 4),
             subsampling_channels=width if channels == -1 else channels,
-            use_bias=bool(config.get("use_bias", True)),
-            scale_input=bool(config.get("xscaling", True)),
-            conv_norm=config.get("conv_norm_type", "batch_norm"),
+            use_bias=values.flag("use_bias", True),
+            scale_input=values.flag("xscaling", True),
+            conv_norm=config.get("conv_norm_type") or "batch_norm",
         )
     except MpqError as error:
-        raise MpqError(f"{path}: model_config.yaml: {error}") from None
+        raise MpqError(
+            f"{path}: model_config.yaml: {str(error).removeprefix(f'{path}: model_config.yaml: ')}"
+        ) from None
 
 
 def _tokenizer(path: Path, config: dict[str, Any], members: dict[str, bytes]) -> Tokenizer:
@@ -328,7 +376,7 @@ def _tokenizer(path: Path, config: dict[str, Any], members: dict[str, bytes]) ->
             raise MpqError(f"{path}: model_config.yaml: decoder.vocabulary: expected a list of strings")
         tokenizer = CharTokenizer(labels)
     classes = _section(config, "decoder", path).get("num_classes", -1)
-    if classes not in (-1, len(tokenizer.pieces)):
+    if classes not in (None, -1, len(tokenizer.pieces)):
         raise MpqError(
             f"{path}: decoder.num_classes is {classes}, but the tokenizer has {len(tokenizer.pieces)} tokens"
         )
