@@ -1,0 +1,45 @@
+"""One row of a table for each file size: allocation, word errors, significance. After run.sh, in the same run folder.
+
+    python recipes/read_speech/sizes.py MODEL.nemo DATA.jsonl RUN_FOLDER 6 7 8 9 10
+
+Every file is packed and evaluated for real; the sensitivities are those that run.sh measured. `u4` in place of a size is
+every weight at 4 bits.
+"""
+
+import sys
+from pathlib import Path
+
+from mpq.allocation import allocate
+from mpq.compare import compare, read_evaluations
+from mpq.evaluate import evaluate
+from mpq.pack import pack
+from mpq.records import SensitivityTable
+
+
+def main(model: Path, data: Path, run: Path, sizes: list[str]) -> None:
+    table = SensitivityTable.load(run / "sens.json")
+    baseline = run / f"fp32_{data.stem}"
+    rows = evaluate(model, data, baseline).metrics
+    print("| file MB | times smaller | bits a weight | WER % | S | D | I | Z | p | lossless |")
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    counts = f"{rows.substitutions} | {rows.deletions} | {rows.insertions}"
+    print(f"| float32 | 1 | 32 | {100 * rows.wer:.2f} | {counts} | | | |")
+    for size in sizes:
+        folder = run / f"size_{size}_{data.stem}"
+        packed = run / f"size_{size}.safetensors"
+        uniform = int(size.removeprefix("u")) if size.startswith("u") else None
+        allocation = None if uniform else allocate(table, target_mb=float(size))
+        result = pack(model, packed, allocation, uniform)
+        evaluate(packed, data, folder)
+        comparison = compare(*read_evaluations(baseline, folder), names=("float32", size))
+        b, test = comparison.b, comparison.mapsswe
+        print(
+            f"| {result.size_bytes / 2**20:.3f}{' (uniform)' if uniform else ''} | {result.ratio:.2f} "
+            f"| {result.average_bits:.2f} | {100 * b.wer:.2f} | {b.substitutions} | {b.deletions} | {b.insertions} "
+            f"| {test.z:.2f} | {test.p:.4f} | {'yes' if comparison.lossless else 'no'} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4:])
