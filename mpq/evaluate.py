@@ -123,7 +123,7 @@ def evaluate(
             advance(len(batch))
     texts = [hypotheses[name] for name in utt_ids]
     metrics = measure(utt_ids, references, texts, [duration[name] for name in utt_ids])
-    escaped = sum(escape_markup(text) != text for text in texts)
+    escaped = sum(escape_markup(text).count("\ufffd") > text.count("\ufffd") for text in texts)
     result = Evaluation(metrics, seconds, checked.skipped, escaped, record, {"path": str(data)}, str(where))
     (out / "metrics.json").unlink(missing_ok=True)
     write_text(out / "ref.trn", ref)

@@ -40,7 +40,7 @@ class Journal:
         if entries:
             os.truncate(self.path, size)
         else:
-            self.path.write_bytes(b"")
+            self.remove()
             self.append({"format": _FORMAT, "fingerprint": self.fingerprint})
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
@@ -65,14 +65,21 @@ class Journal:
         return lines[1:], size
 
     def append(self, entry: dict[str, Any]) -> None:
-        """Adds a finished result; it is on the disk when this returns."""
+        """Adds a finished result; it is on the disk when this returns.
+
+        Raises:
+            MpqError: The journal cannot be written: no room, no permission.
+        """
         line = (json.dumps(entry, ensure_ascii=False) + "\n").encode()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
-            os.write(descriptor, line)
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(descriptor, line)
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            raise MpqError(f"{self.path}: cannot be written: {error.strerror}") from error
 
     def remove(self) -> None:
         """Removes the journal: the result that it led up to is complete."""

@@ -2,8 +2,8 @@
 
     python recipes/read_speech/sizes.py MODEL.nemo DATA.jsonl RUN_FOLDER 6 7 8 9 10
 
-Every file is packed and evaluated for real; the sensitivities are those that run.sh measured. `u4` in place of a size is
-every weight at 4 bits.
+Every file is packed and evaluated for real; the sensitivities are those that run.sh measured. `u4` in place of a size
+is every weight at 4 bits.
 """
 
 import sys
