@@ -116,6 +116,13 @@ def tiny_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def deeper_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with 8 blocks: enough layers to be interrupted between."""
+    path = tmp_path_factory.mktemp("deeper") / "deeper.nemo"
+    return write_nemo(path, nemo_config(encoder={"n_layers": 8}), tiny_model(layers=8).state_dict())
+
+
+@pytest.fixture(scope="session")
 def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of six noisy tones of 0.3 to 1.3 s, with transcripts that have nothing to do with them."""
     folder = tmp_path_factory.mktemp("data")

@@ -249,8 +249,8 @@ def test_faults_of_the_data_are_told_together(tmp_path: Path, tiny_archive: Path
     assert skipped["skipped"] == 3 and skipped["utterances"] == 1
 
 
-def test_interrupted_by_ctrl_c(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
-    command = [sys.executable, "-m", "mpq", "sensitivity", str(tiny_archive), "--data", str(tiny_manifest)]
+def test_interrupted_by_ctrl_c(tmp_path: Path, deeper_archive: Path, tiny_manifest: Path) -> None:
+    command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(tiny_manifest)]
     command += ["--bits", "1,2,3,4,5,6,7,8", "--out", str(tmp_path / "sens.json")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     journal = tmp_path / "sens.json.journal"

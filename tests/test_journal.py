@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import nemo_config, tiny_model, write_nemo
 
 from mpq.errors import MpqError
 from mpq.journal import Journal
@@ -80,12 +79,6 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-@pytest.fixture(scope="module")
-def deeper_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("deeper") / "deeper.nemo"
-    return write_nemo(path, nemo_config(encoder={"n_layers": 8}), tiny_model(layers=8).state_dict())
-
-
 def test_kill_in_the_middle_of_sensitivity(tmp_path: Path, deeper_archive: Path, tiny_manifest: Path) -> None:
     command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(tiny_manifest)]
     command += ["--bits", "1,2,3,4", "--out"]
@@ -125,12 +118,13 @@ def test_kill_in_the_middle_of_evaluate(tmp_path: Path, tiny_archive: Path, tiny
 
 
 def test_kill_in_the_middle_of_pack(tmp_path: Path, deeper_archive: Path) -> None:
-    command = [sys.executable, "-m", "mpq", "pack", str(deeper_archive), "--bits", "4", "--out"]
+    """Killed when the file is written but does not have its name yet, which is made to last."""
+    arguments = ["pack", str(deeper_archive), "--bits", "4", "--out"]
+    command = [sys.executable, "-m", "mpq", *arguments]
     subprocess.run([*command, str(tmp_path / "whole.safetensors")], check=True, capture_output=True)
     out, partial = tmp_path / "cut.safetensors", tmp_path / "cut.safetensors.partial"
-    partial.write_bytes(b"what a killed run leaves")
-    started = time.monotonic()
-    kill_when([*command, str(out)], lambda: time.monotonic() > started + 1.0)
+    slow = "import os, time; from mpq.cli import main; os.replace = lambda *_: time.sleep(600); main({})"
+    kill_when([sys.executable, "-c", slow.format([*arguments, str(out)])], partial.exists)
     assert not out.exists()
     subprocess.run([*command, str(out)], check=True, capture_output=True)
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
