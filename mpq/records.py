@@ -56,19 +56,16 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not MIN_BITS <= self.bits <= MAX_BITS:
             raise MpqError(f"bits: expected a whole number from {MIN_BITS} to {MAX_BITS}, got {self.bits!r}")
-        for key in ("scheme", "granularity", "clip", "rounding", "scale_dtype"):
+        for key in ("granularity", "clip"):
             if not isinstance(getattr(self, key), str):
                 raise MpqError(f"{key}: expected a string, got {getattr(self, key)!r}")
-        if self.scheme not in SCHEMES:
-            raise MpqError(f"scheme: expected {' or '.join(SCHEMES)}, got {self.scheme!r}")
+        for key, known in (("scheme", SCHEMES), ("rounding", ROUNDINGS), ("scale_dtype", SCALE_DTYPES)):
+            if getattr(self, key) not in known:
+                raise MpqError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
         if self.granularity not in ("tensor", "channel") and not re.fullmatch(r"group:[1-9]\d*", self.granularity):
             raise MpqError(f"granularity: expected tensor, channel or group:G with G >= 1, got {self.granularity!r}")
         if self.clip not in ("none", "mse", "mae") and self.percentile is None:
             raise MpqError(f"clip: expected none, mse, mae or percentile:P with 50 < P <= 100, got {self.clip!r}")
-        if self.rounding not in ROUNDINGS:
-            raise MpqError(f"rounding: expected {' or '.join(ROUNDINGS)}, got {self.rounding!r}")
-        if self.scale_dtype not in SCALE_DTYPES:
-            raise MpqError(f"scale_dtype: expected {' or '.join(SCALE_DTYPES)}, got {self.scale_dtype!r}")
 
     @property
     def group_size(self) -> int | None:

@@ -252,7 +252,13 @@ def test_faults_of_the_data_are_told_together(tmp_path: Path, tiny_archive: Path
 def test_interrupted_by_ctrl_c(tmp_path: Path, deeper_archive: Path, tiny_manifest: Path) -> None:
     command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(tiny_manifest)]
     command += ["--bits", "1,2,3,4,5,6,7,8", "--out", str(tmp_path / "sens.json")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+    )
     journal = tmp_path / "sens.json.journal"
     while not (journal.exists() and journal.read_bytes().count(b"\n") > 3):
         assert process.poll() is None
