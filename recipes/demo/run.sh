@@ -8,5 +8,5 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 [ -x "$here/.venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$here/.venv"
-"$here/.venv/bin/python" -m pip install --quiet "$here"
+"$here/.venv/bin/python" -m pip install --quiet --editable "$here"
 PATH="$here/.venv/bin:$PATH" "$here/recipes/read_speech/run.sh" "$@"
