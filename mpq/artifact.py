@@ -23,7 +23,7 @@ from torch import Tensor
 from mpq import __version__
 from mpq.errors import MpqError
 from mpq.files import atomic_path
-from mpq.models.base import AsrModel, WeightRef
+from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
 from mpq.models.nemo import NemoConformerCtc
 from mpq.packing import pack_codes, packed_size, unpack_codes
 from mpq.quantizers import Quantized, QuantSpec, code_range, dequantize, quantize, scale_shape
@@ -98,11 +98,11 @@ def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
 
 def fixed_bytes(model: AsrModel, storage: Storage) -> int:
     """Returns the size of the packed file less its layers: header, configuration, tokenizer, biases and norms."""
-    parts = _parts(model, storage)
-    parts["weights"] = b"\0" * sum(layer_bytes(ref.shape, 32, storage) for ref in model.weights())
-    header = int.from_bytes(_file(parts, storage, None)[:8], "little")
+    sizes = {name: len(part) for name, part in _parts(model, storage).items()}
+    largest = sum(layer_bytes(ref.shape, 32, storage) for ref in model.weights())
+    header = len(_header(sizes | {"weights": largest}, storage, checksum="0" * 64))
     header = -(-(header + HEADER_SLACK) // 8) * 8  # so that the first tensor is aligned
-    return 8 + header + sum(len(part) for name, part in parts.items() if name != "weights")
+    return 8 + header + sum(sizes.values())
 
 
 def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage: Storage, size_bytes: int) -> None:
@@ -168,9 +168,7 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
         for name in manifest[blob]:
             size = own[name].numel() * np.dtype(dtype).itemsize
             state[name] = _floats(cursor.take(size), tuple(own[name].shape), dtype)
-    if missing := [name for name in own if name not in state and not name.endswith("num_batches_tracked")]:
-        raise MpqError(f"tensor {missing[0]} is missing")
-    model.load_state_dict(state, strict=False)  # strict but for BatchNorm's counters, which nothing reads
+    load_state(model, state)
     model.quantized_bits = dict(zip(manifest["weights"], parts["bits"], strict=True))
     model.quantized_bytes = {
         name: layer_bytes(refs[name].shape, bits, storage) for name, bits in model.quantized_bits.items()
@@ -243,7 +241,7 @@ def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
     rest: dict[str, bytes] = {}
     exact: dict[str, bytes] = {}
     for name, tensor in model.state_dict().items():
-        if name in names or name.endswith("num_batches_tracked"):
+        if name in names or is_counter(name):
             continue
         is_trained = name in parameters or name.endswith(("running_mean", "running_var"))
         if is_trained and (storage.rest_dtype == "float32" or _survives_half(name, tensor)):
@@ -274,23 +272,25 @@ def _survives_half(name: str, tensor: Tensor) -> bool:
     return bool((error <= 2**-10 * reference).all())  # false for infinity and NaN too
 
 
-def _file(parts: Mapping[str, bytes], storage: Storage, size_bytes: int | None) -> bytes:
+def _file(parts: Mapping[str, bytes], storage: Storage, size_bytes: int) -> bytes:
     """Returns the safetensors file: length of the header, header, data; padded with spaces in the header."""
-    entries: dict[str, Any] = {}
-    metadata = {"format": f"{FORMAT_NAME}{FORMAT_VERSION}", "mpq": __version__, "sha256": _checksum(parts)}
-    entries["__metadata__"] = metadata
-    start = 0
-    for name in _TENSORS:
-        dtype, width = ("F16", 2) if name == "rest" and storage.rest_dtype == "float16" else ("U8", 1)
-        if name == "rest" and storage.rest_dtype == "float32":
-            dtype, width = "F32", 4
-        end = start + len(parts[name])
-        entries[name] = {"dtype": dtype, "shape": [len(parts[name]) // width], "data_offsets": [start, end]}
-        start = end
-    header = json.dumps(entries, separators=(",", ":")).encode()
-    padding = -len(header) % 8 if size_bytes is None else size_bytes - start - 8 - len(header)
+    header = _header({name: len(part) for name, part in parts.items()}, storage, _checksum(parts))
+    padding = size_bytes - 8 - len(header) - sum(len(part) for part in parts.values())
     header += b" " * max(padding, 0)
     return len(header).to_bytes(8, "little") + header + b"".join(parts[name] for name in _TENSORS)
+
+
+def _header(sizes: Mapping[str, int], storage: Storage, checksum: str) -> bytes:
+    """Returns the header of a file whose parts have these sizes in bytes, without padding."""
+    metadata = {"format": f"{FORMAT_NAME}{FORMAT_VERSION}", "mpq": __version__, "sha256": checksum}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in _TENSORS:
+        dtype, width = (f"F{storage.float_bits}", storage.float_bits // 8) if name == "rest" else ("U8", 1)
+        end = start + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [start, end]}
+        start = end
+    return json.dumps(entries, separators=(",", ":")).encode()
 
 
 def _checksum(parts: Mapping[str, bytes]) -> str:

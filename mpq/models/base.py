@@ -8,7 +8,7 @@ Legend: N utterances, S samples, T feature frames, F features, T' encoder frames
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.decoding import ctc_greedy
+from mpq.errors import MpqError
 from mpq.text import Tokenizer
 
 
@@ -140,6 +141,35 @@ class AsrModel(nn.Module, ABC):
         }
         blocks = [tensor.numel() for name, tensor in tensors.items() if name.startswith("encoder.layers.")]
         return {"total": sum(tensor.numel() for tensor in tensors.values()), "encoder_blocks": sum(blocks)}
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Copies tensors into the model, which must have exactly these names and shapes.
+
+    Raises:
+        MpqError: Names the first tensors that are missing, superfluous, misshapen or not finite.
+    """
+    own = model.state_dict()
+    faults = [f"tensor {name} is missing" for name in own if name not in state and not is_counter(name)]
+    faults += [
+        f"tensor {name} {tuple(state[name].shape)} has no place in the model" for name in state if name not in own
+    ]
+    for name, tensor in state.items():
+        if name in own and own[name].shape != tensor.shape:
+            faults.append(f"tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
+        elif name in own and own[name].is_floating_point() != tensor.is_floating_point():
+            faults.append(f"tensor {name}: expected {own[name].dtype}, got {tensor.dtype}")
+        elif tensor.is_floating_point() and not tensor.isfinite().all():
+            faults.append(f"tensor {name} has values that are not finite")
+    if faults:
+        more = f" (and {len(faults) - 3} more faults)" if len(faults) > 3 else ""
+        raise MpqError(f"{'; '.join(faults[:3])}{more}")
+    model.load_state_dict(state, strict=False)  # strict but for the counters, as just checked
+
+
+def is_counter(name: str) -> bool:
+    """Returns whether a tensor is one of BatchNorm's counters, which nothing reads and no file needs."""
+    return name.endswith("num_batches_tracked")
 
 
 def _kind(module: nn.Module, name: str) -> str | None:

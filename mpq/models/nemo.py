@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.features import LogMel, LogMelOptions
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Stage, load_state
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions, subsampled_length
 from mpq.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
@@ -106,41 +106,13 @@ def read_nemo(path: Path) -> NemoConformerCtc:
     options = _encoder_options(path, _section(config, "encoder", path), mel)
     try:
         model = NemoConformerCtc(options, mel, _tokenizer(path, config, members))
+        for name, buffer in model.preprocessor.named_buffers(prefix="preprocessor"):
+            state.setdefault(name, buffer)  # archives need not hold the window and the filter bank
+        load_state(model, state)
     except (MpqError, RuntimeError, ValueError) as error:  # torch's own words where a size is beyond reason
         message = " ".join(str(error).split()).removeprefix(f"{path}: ")
         raise MpqError(f"{path}: {message}") from None
-    for name, buffer in model.preprocessor.named_buffers(prefix="preprocessor"):
-        state.setdefault(name, buffer)  # archives need not hold the window and the filter bank
-    load_state(model, state, path)
     return model
-
-
-def load_state(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
-    """Copies tensors into the model, which must have exactly these names and shapes.
-
-    Raises:
-        MpqError: Names the first tensors that are missing, superfluous, misshapen or not finite.
-    """
-    own = model.state_dict()
-    faults = [f"tensor {name} is missing" for name in own if name not in state and not _is_counter(name)]
-    faults += [
-        f"tensor {name} {tuple(state[name].shape)} has no place in the model" for name in state if name not in own
-    ]
-    for name, tensor in state.items():
-        if name in own and own[name].shape != tensor.shape:
-            faults.append(f"tensor {name}: expected shape {tuple(own[name].shape)}, got {tuple(tensor.shape)}")
-        elif name in own and own[name].is_floating_point() != tensor.is_floating_point():
-            faults.append(f"tensor {name}: expected {own[name].dtype}, got {tensor.dtype}")
-        elif tensor.is_floating_point() and not tensor.isfinite().all():
-            faults.append(f"tensor {name} has values that are not finite")
-    if faults:
-        more = f" (and {len(faults) - 3} more faults)" if len(faults) > 3 else ""
-        raise MpqError(f"{path}: {'; '.join(faults[:3])}{more}")
-    model.load_state_dict(state, strict=False)  # strict but for the counters, as just checked
-
-
-def _is_counter(name: str) -> bool:
-    return name.endswith("num_batches_tracked")
 
 
 def _read_members(path: Path) -> dict[str, bytes]:
