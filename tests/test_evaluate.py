@@ -19,6 +19,20 @@ def run(checkpoint: Path, data: Path, out: Path, **options):
     return evaluate(checkpoint, data, out, device="cpu", quiet=True, **options)
 
 
+def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
+    """Makes one batch, counted from 1, end as by Ctrl-C; returns a list that collects the sizes of the batches."""
+    transcribe, calls = NemoConformerCtc.transcribe, []
+
+    def counted(model, waveforms, lengths):
+        calls.append(len(waveforms))
+        if len(calls) == at:
+            raise KeyboardInterrupt
+        return transcribe(model, waveforms, lengths)
+
+    monkeypatch.setattr(NemoConformerCtc, "transcribe", counted)
+    return calls
+
+
 def test_nvidias_model_has_nemos_word_errors(shared: Path, tmp_path: Path) -> None:
     """NeMo: 4.142 %, 45 substitutions, 1 deletion, 11 insertions in 1376 words, on the development part."""
     data = shared / "data/read_speech/dev.jsonl"
@@ -38,15 +52,7 @@ def test_nvidias_model_has_nemos_word_errors(shared: Path, tmp_path: Path) -> No
 def test_a_finished_batch_is_not_done_again(
     tmp_path: Path, tiny_archive: Path, tiny_manifest: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transcribe, calls = NemoConformerCtc.transcribe, []
-
-    def stop_at_third(model, waveforms, lengths):
-        calls.append(len(waveforms))
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return transcribe(model, waveforms, lengths)
-
-    monkeypatch.setattr(NemoConformerCtc, "transcribe", stop_at_third)
+    calls = interrupt(monkeypatch, at=3)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_archive, tiny_manifest, tmp_path / "run", max_batch_seconds=1.5)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["hyp.journal"]
@@ -90,15 +96,7 @@ def test_other_audio_is_not_mixed_with_old_hypotheses(
 ) -> None:
     data = tmp_path / "data"
     shutil.copytree(tiny_manifest.parent, data)
-    transcribe, calls = NemoConformerCtc.transcribe, []
-
-    def stop_at_second(model, waveforms, lengths):
-        calls.append(len(waveforms))
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        return transcribe(model, waveforms, lengths)
-
-    monkeypatch.setattr(NemoConformerCtc, "transcribe", stop_at_second)
+    interrupt(monkeypatch, at=2)
     with pytest.raises(KeyboardInterrupt):
         run(tiny_archive, data / tiny_manifest.name, tmp_path / "run", max_batch_seconds=1.5)
     wave, rate = soundfile.read(data / "utt5.wav")
