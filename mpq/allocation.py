@@ -6,17 +6,15 @@ times bits) is what `average_bits` bounds. `mpq.pareto` has the mathematics; thi
 floors, exclusions and ties into its decisions, and the answer into an `Allocation`.
 """
 
-import fnmatch
 import math
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
 
+from mpq.decisions import Decision, list_decisions
 from mpq.errors import MpqError
 from mpq.pareto import WHOLE, Frontier, pareto_frontier, smallest_kl
-from mpq.records import FLOAT_BITS, MAX_BITS, MIN_BITS, Allocation, LayerSensitivity, SensitivityTable
+from mpq.records import Allocation, SensitivityTable
 
 __all__ = ["allocate", "pareto_frontier"]
 
@@ -28,23 +26,6 @@ QUICK = 10_000_000
 """Pairs that the dynamic programme may look at for a frontier that nobody asked to be whole: 0.1 to 0.4 s."""
 
 
-@dataclass(frozen=True)
-class _Decision:
-    """Layers that share one bit-width.
-
-    Attributes:
-        layers: Their indices in the table.
-        bits: The widths to choose from.
-        size_bytes, kl, code_bits: Sums over the layers, for each of the widths.
-    """
-
-    layers: tuple[int, ...]
-    bits: tuple[int, ...]
-    size_bytes: tuple[int, ...]
-    kl: tuple[float, ...]
-    code_bits: tuple[int, ...]
-
-
 def allocate(
     table: SensitivityTable,
     *,
@@ -52,6 +33,7 @@ def allocate(
     target_mb: float | None = None,
     target_ratio: float | None = None,
     average_bits: float | None = None,
+    max_divergence: float | None = None,
     keep: Mapping[str, int] | None = None,
     exclude: Sequence[str] = (),
     tie: Sequence[str] = (),
@@ -69,6 +51,8 @@ def allocate(
         target_ratio: The bound is the size with every layer at 32 bits (and the fixed bytes) divided by this.
         average_bits: Upper bound of sum(numel * bits) / sum(numel): codes alone. The target of the answer is then its
             own size, and the frontier leaves out what is smaller and better but above the average.
+        max_divergence: Upper bound of the sum of divergences, nats per frame; the smallest file that keeps it is the
+            answer, and its size the target.
         keep: {pattern: bits}: at least so many bits.
         exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
         tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width. In addition
@@ -80,20 +64,18 @@ def allocate(
             (the message says the smallest); a pattern that matches nothing or contradicts another.
     """
     budgets = {"target_bytes": target_bytes, "target_mb": target_mb, "target_ratio": target_ratio}
-    budgets |= {"average_bits": average_bits}
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
-        raise MpqError(f"{name}: expected a positive number, got {value!r}")
+    budgets |= {"average_bits": average_bits, "max_divergence": max_divergence}
+    name, value = one_budget(budgets)
     value = Fraction(str(value))  # the decimal that was asked for: 3.3 admits an average of exactly 33/10
-    decisions = _decisions(table, keep or {}, exclude, tie)
+    decisions = list_decisions(table, keep or {}, exclude, tie)
     by_bytes = [list(zip(d.size_bytes, d.kl, strict=True)) for d in decisions]
     smallest = table.fixed_bytes + sum(min(decision.size_bytes) for decision in decisions)
     if name == "average_bits":
         choices = _under_average(table, decisions, value, smallest)
-        target = _totals(table, decisions, choices)[0]
+        target = totals(table, decisions, choices)[0]
+    elif name == "max_divergence":
+        choices = _under_divergence(by_bytes, float(value))
+        target = totals(table, decisions, choices)[0]
     else:
         full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
         target = math.floor({"target_bytes": value, "target_mb": value * MB, "target_ratio": full / value}[name])
@@ -106,9 +88,9 @@ def allocate(
         choices = smallest_kl(by_bytes, min(target - table.fixed_bytes, largest))
     frontier = pareto_frontier(by_bytes, WHOLE if whole_frontier else QUICK)
     points, note = _points(frontier, table.fixed_bytes), _described(frontier)
-    predicted_bytes, predicted_kl = _totals(table, decisions, choices)
+    predicted_bytes, predicted_kl = totals(table, decisions, choices)
     assert predicted_bytes <= target, "the solver kept to its budget"
-    points, thinned = _with_answer(points, predicted_bytes, predicted_kl, target)
+    points, thinned = with_answer(points, predicted_bytes, predicted_kl, target)
     bits = {
         table.layers[index].name: decision.bits[choice]
         for decision, choice in zip(decisions, choices, strict=True)
@@ -125,12 +107,29 @@ def allocate(
         frontier_note=note + (f"; thinned to a KL within {THINNING:.1%} at every size" if thinned else ""),
         quantizer=table.quantizer,
         model=table.model,
+        data=table.data,
+        output=table.output,
         fingerprint=table.fingerprint,
     )
 
 
+def one_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
+    """Returns the name and value of the one budget that is given.
+
+    Raises:
+        MpqError: Not exactly one is, or it is not a positive number.
+    """
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
+        raise MpqError(f"{name}: expected a positive number, got {value!r}")
+    return name, value
+
+
 def _under_average(
-    table: SensitivityTable, decisions: Sequence[_Decision], average_bits: Fraction, smallest_bytes: int
+    table: SensitivityTable, decisions: Sequence[Decision], average_bits: Fraction, smallest_bytes: int
 ) -> list[int]:
     """Returns the best choices under an average width; of equal sums of divergences, the one with the fewest bytes."""
     numel = sum(layer.numel for layer in table.layers)
@@ -147,13 +146,38 @@ def _under_average(
     return smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
 
 
+def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: float) -> list[int]:
+    """Returns the choices with the fewest bytes whose sum of divergences is at most `limit`."""
+
+    def divergence(choices: Sequence[int]) -> float:
+        return math.fsum(pairs[choice][1] for pairs, choice in zip(options, choices, strict=True))
+
+    # the smallest divergence falls with the budget, so the smallest budget that is enough is found by halving
+    low = sum(min(size for size, _ in pairs) for pairs in options) - 1
+    high = sum(max(size for size, _ in pairs) for pairs in options)
+    best = smallest_kl(options, high)
+    if divergence(best) > limit:
+        raise MpqError(
+            f"max_divergence {limit:g} is less than the smallest possible with these widths: {divergence(best):.4g} "
+            "nats per frame; measure wider ones"
+        )
+    while high - low > 1:
+        middle = (low + high) // 2
+        choices = smallest_kl(options, middle)
+        if divergence(choices) <= limit:
+            best, high = choices, middle
+        else:
+            low = middle
+    return best
+
+
 def _described(frontier: Frontier) -> str:
     if frontier.is_whole:
         return "every trade-off between size and KL"
     return "too many trade-offs to list all: those on the lower convex hull, each the smallest KL of its size"
 
 
-def _totals(table: SensitivityTable, decisions: Sequence[_Decision], choices: Sequence[int]) -> tuple[int, float]:
+def totals(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequence[int]) -> tuple[int, float]:
     """Returns the file's bytes and the sum of divergences of a choice."""
     pairs = list(zip(decisions, choices, strict=True))
     size = table.fixed_bytes + sum(decision.size_bytes[choice] for decision, choice in pairs)
@@ -164,7 +188,7 @@ def _points(frontier: Frontier, fixed_bytes: int) -> list[tuple[int, float]]:
     return [(int(size) + fixed_bytes, float(kl)) for size, kl in zip(frontier.size_bytes, frontier.kl, strict=True)]
 
 
-def _with_answer(
+def with_answer(
     points: Sequence[tuple[int, float]], size: int, kl: float, target: int
 ) -> tuple[list[tuple[int, float]], bool]:
     """Returns the frontier with the answer as its last point at or below the target; whether points were left out.
@@ -192,92 +216,3 @@ def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
         if not kept or point[1] * (1 + THINNING) < kept[-1][1] or point is points[-1]:
             kept.append(point)
     return kept
-
-
-def _decisions(
-    table: SensitivityTable, keep: Mapping[str, int], exclude: Sequence[str], tie: Sequence[str]
-) -> list[_Decision]:
-    """Returns what is to be decided: one entry for each layer or set of tied layers, with its allowed widths."""
-    names = [layer.name for layer in table.layers]
-    floors = [0] * len(names)
-    for pattern, bits in keep.items():
-        if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-            raise MpqError(f"keep {pattern}={bits}: expected whole bits from {MIN_BITS} to {MAX_BITS}")
-        if bits > max(table.bits):
-            raise MpqError(f"keep {pattern}={bits}: the widths that were measured end at {max(table.bits)}")
-        for index in _matches(names, pattern, "keep"):
-            floors[index] = max(floors[index], bits)
-    excluded: set[int] = set()
-    for pattern in exclude:
-        for index in _matches(names, pattern, "exclude"):
-            if floors[index]:
-                raise MpqError(f"exclude {pattern}: {names[index]} has a floor of {floors[index]} bits from keep")
-            if table.layers[index].float_bytes is None:
-                raise MpqError(f"exclude {pattern}: {names[index]} has no float_bytes in the sensitivity file")
-            excluded.add(index)
-    groups: dict[int, list[int]] = {}
-    for index, group in enumerate(_groups(table.layers, tie)):
-        groups.setdefault(group, []).append(index)
-    decisions = []
-    for members in groups.values():
-        if excluded & set(members):
-            if left := [names[index] for index in members if index not in excluded]:
-                raise MpqError(f"exclude: {left[0]} is tied to an excluded layer; exclude it too")
-            layers = [table.layers[index] for index in members]
-            decisions += [_excluded(index, layer) for index, layer in zip(members, layers, strict=True)]
-            continue
-        floor = max(floors[index] for index in members)
-        layers = [table.layers[index] for index in members]
-        widths = tuple(bits for bits in table.bits if bits >= floor)
-        decisions.append(
-            _Decision(
-                tuple(members),
-                widths,
-                tuple(sum(layer.size_bytes[bits] for layer in layers) for bits in widths),
-                tuple(math.fsum(layer.kl[bits] for layer in layers) for bits in widths),
-                tuple(sum(layer.numel * bits for layer in layers) for bits in widths),
-            )
-        )
-    return decisions
-
-
-def _excluded(index: int, layer: LayerSensitivity) -> _Decision:
-    assert layer.float_bytes is not None
-    bits = 8 * layer.float_bytes // layer.numel
-    if bits not in FLOAT_BITS or layer.float_bytes * 8 != bits * layer.numel:
-        expected = " or ".join(str(bits * layer.numel // 8) for bits in FLOAT_BITS)
-        raise MpqError(f"exclude: {layer.name}: float_bytes: expected {expected}, got {layer.float_bytes}")
-    return _Decision((index,), (bits,), (layer.float_bytes,), (0.0,), (layer.numel * bits,))
-
-
-def _matches(names: Sequence[str], pattern: str, what: str) -> list[int]:
-    found = [index for index, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
-    if not found:
-        raise MpqError(f"{what} {pattern}: matches none of the {len(names)} layers, such as {names[0]}")
-    return found
-
-
-def _groups(layers: Sequence[LayerSensitivity], tie: Sequence[str]) -> list[int]:
-    """Returns for each layer the number of its set; layers in one set share a width (union-find)."""
-    parents = list(range(len(layers)))
-
-    def root(index: int) -> int:
-        while parents[index] != index:
-            index = parents[index]
-        return index
-
-    first: dict[tuple[str, ...], int] = {}
-    names = [layer.name for layer in layers]
-    keys = [(index, ("group", layer.group)) for index, layer in enumerate(layers) if layer.group is not None]
-    for pattern in tie:
-        # what each * stands for, in groups of a regular expression
-        expression = re.compile("(.*)".join(fnmatch.translate(part)[4:-3] for part in pattern.split("*")))
-        for index in _matches(names, pattern, "tie"):
-            match = expression.fullmatch(names[index])
-            if match is None:
-                raise MpqError(f"tie {pattern}: a * within [...] stands for itself, which no layer's name has")
-            keys.append((index, ("tie", pattern, *match.groups())))
-    for index, key in keys:
-        other = first.setdefault(key, index)
-        parents[max(root(index), root(other))] = min(root(index), root(other))
-    return [root(index) for index in range(len(layers))]

@@ -10,7 +10,7 @@ metadata in random order, hence the own writer; it reads the file).
 import hashlib
 import json
 import lzma
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
 from mpq.models.nemo import NemoConformerCtc
 from mpq.packing import pack_codes, packed_size, unpack_codes
-from mpq.quantizers import Quantized, QuantSpec, code_range, dequantize, quantize, scale_shape
+from mpq.quantizers import Quantized, QuantSpec, code_range, dequantize, quantize_widths, scale_shape
 from mpq.records import FLOAT_BITS
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
@@ -105,7 +105,15 @@ def fixed_bytes(model: AsrModel, storage: Storage) -> int:
     return 8 + header + sum(sizes.values())
 
 
-def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage: Storage, size_bytes: int) -> None:
+def write_artifact(
+    path: Path,
+    model: AsrModel,
+    bits: Mapping[str, int],
+    storage: Storage,
+    size_bytes: int,
+    grams: Mapping[str, Tensor] | None = None,
+    on_layer: Callable[[float], None] = lambda amount: None,
+) -> None:
     """Quantizes and packs a model; the file appears under its name when it is whole.
 
     Args:
@@ -114,6 +122,8 @@ def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
         storage: How to store it.
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
+        grams: For the rounding "gptq": {weight name: statistics} (`mpq.calibration.input_grams`).
+        on_layer: Told 1 with each finished layer.
 
     Raises:
         MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into
@@ -126,10 +136,8 @@ def write_artifact(path: Path, model: AsrModel, bits: Mapping[str, int], storage
     parts["bits"] = bytes(bits[ref.name] for ref in refs)
     payloads = []
     for ref in refs:
-        try:
-            payloads.append(_encode(state[ref.name].cpu(), bits[ref.name], storage))
-        except MpqError as error:
-            raise MpqError(f"{ref.name}: {error}") from None
+        payloads.append(_encode(ref.name, state[ref.name], bits[ref.name], storage, grams or {}))
+        on_layer(1)
         assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
     parts["weights"] = b"".join(payloads)
     data = _file(parts, storage, size_bytes)
@@ -195,23 +203,58 @@ def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
             raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
 
 
+def quantize_layer(
+    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Returns what the file gives back of a weight stored at each of several widths.
+
+    Args:
+        name: Of the weight.
+        weight: Of any shape.
+        storage: How it is stored.
+        widths: 1 to 8.
+        grams: {weight name: statistics} (`mpq.calibration.input_grams`); not looked at when rounding is "nearest".
+
+    Raises:
+        MpqError: The weight cannot be quantized; the message names it.
+    """
+    quantized = _quantized(name, weight, storage, widths, grams)
+    return [dequantize(one, storage.spec) for one in quantized]
+
+
+def _quantized(
+    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+) -> list[Quantized]:
+    if storage.spec.rounding == "gptq" and name not in grams:
+        raise MpqError(
+            f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
+        )
+    try:
+        return quantize_widths(weight, storage.spec, widths, grams.get(name))
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
+
+
 def _levels(spec: QuantSpec) -> int:
     """Returns how many codes the spec uses, for `packing`."""
     q_min, q_max = code_range(spec)
     return 2 if spec.bits == 1 else q_max - q_min + 1
 
 
-def _encode(weight: Tensor, bits: int, storage: Storage) -> bytes:
+def _encode(name: str, weight: Tensor, bits: int, storage: Storage, grams: Mapping[str, Tensor]) -> bytes:
     """Returns codes, zero points and scales of a weight, or its floats."""
     if bits in FLOAT_BITS:
-        return _float_bytes(weight, f"float{bits}")
+        try:
+            return _float_bytes(weight, f"float{bits}")
+        except MpqError as error:
+            raise MpqError(f"{name}: {error}") from None
     spec = replace(storage.spec, bits=bits)
-    quantized = quantize(weight, spec)
-    codes = quantized.codes.flatten().to(torch.int16)
+    (quantized,) = _quantized(name, weight, storage, [bits], grams)
+    codes = quantized.codes.flatten().to(torch.int16).cpu()
     codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
     encoded = pack_codes(codes.numpy(), _levels(spec))
     if quantized.zero_point is not None:
-        encoded += pack_codes(quantized.zero_point.flatten().numpy(), 2**bits)
+        encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), 2**bits)
     return encoded + _float_bytes(quantized.scale, spec.scale_dtype)
 
 

@@ -3,9 +3,7 @@
 
 import json
 import os
-import re
 import sys
-from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,17 @@ import click
 
 from mpq import __version__
 from mpq.errors import MpqError
-
-EXISTING = click.Path(path_type=Path)
+from mpq.options import (
+    EXISTING,
+    PatternBits,
+    Widths,
+    channel_options,
+    common_options,
+    data_options,
+    given,
+    quantizer_options,
+    seconds_or_all,
+)
 
 
 class Cli(click.Group):
@@ -50,47 +57,6 @@ def main() -> None:
     """
 
 
-def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for decorator in reversed(decorators):
-            command = decorator(command)
-        return command
-
-    return decorate
-
-
-data_options = _together(
-    click.option("--data", required=True, type=EXISTING, help="Manifest (JSON lines) or Kaldi data directory."),
-    click.option(
-        "--channel", default="error", show_default=True, help="Of several: error, mix (their mean), 0, 1, ..."
-    ),
-    click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out, and count them."),
-)
-common_options = _together(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N]."),
-    click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random."),
-    click.option("--quiet", is_flag=True, help="Show no progress."),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-)
-quantizer_options = _together(
-    click.option("--scheme", type=click.Choice(["symmetric", "asymmetric"]), help="Default: asymmetric."),
-    click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
-    click.option("--clip", metavar="none|mse|mae|percentile:P", help="How the range is chosen. Default: mse."),
-    click.option("--rounding", type=click.Choice(["nearest"]), help="Default: nearest."),
-    click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
-    click.option(
-        "--rest-dtype",
-        type=click.Choice(["float16", "float32"]),
-        help="Of what is not quantized (biases, norms). Default: float16.",
-    ),
-)
-
-
-def _given(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the quantizer options that were given."""
-    return {key: value for key, value in options.items() if value is not None}
-
-
 def _print(result: Any, as_json: bool, *views: Any) -> None:
     if as_json:
         click.echo(json.dumps(result.to_json(), ensure_ascii=False))
@@ -99,32 +65,6 @@ def _print(result: Any, as_json: bool, *views: Any) -> None:
 
     for view in views:
         console().print(view, soft_wrap=isinstance(view, str))
-
-
-class Widths(click.ParamType):
-    """A list such as 2,3,4,8."""
-
-    name = "2,3,4,..."
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return value if isinstance(value, list) else [int(item) for item in value.split(",")]
-        except ValueError:
-            self.fail(f"expected whole numbers with commas between them, got {value!r}", param, ctx)
-
-
-class PatternBits(click.ParamType):
-    """PATTERN=BITS."""
-
-    name = "PATTERN=BITS"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        if isinstance(value, tuple):
-            return value
-        pattern, equals, bits = value.rpartition("=")
-        if not (pattern and equals and re.fullmatch("[0-9]+", bits)):
-            self.fail(f"expected PATTERN=BITS such as 'decoder.*=8', got {value!r}", param, ctx)
-        return pattern, int(bits)
 
 
 @main.command()
@@ -177,9 +117,15 @@ def evaluate(
 @click.option("--out", required=True, type=EXISTING, help="The mpq.sensitivity/1 file to write.")
 @quantizer_options
 @click.option("--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder"]), help="Whose KL.")
-@click.option("--method", default="kl", show_default=True, type=click.Choice(["kl"]), help="kl: one at a time, exact.")
 @click.option(
-    "--seconds", default="60", show_default=True, help="Use a random part of the data of this length, or all."
+    "--method",
+    default="fisher",
+    show_default=True,
+    type=click.Choice(["fisher", "kl"]),
+    help="fisher: second order, fast; kl: one layer at a time, exact (Li et al. 2023, Eq. 7).",
+)
+@click.option(
+    "--seconds", help="Use a random part of the data of this length, or all. Default: 300 (fisher) or 60 (kl)."
 )
 @common_options
 def sensitivity(
@@ -193,16 +139,15 @@ def sensitivity(
     quiet: bool,
     output: str,
     method: str,
-    seconds: str,
+    seconds: str | None,
     seed: int,
     as_json: bool,
     **quantizer: Any,
 ) -> None:
-    """Measure how much the output suffers from each layer at each bit-width (Li et al. 2023, Eq. 7).
+    """Measure how much the output suffers from each layer at each bit-width: KL divergence per frame, in nats.
 
-    Exact: one layer at a time is quantized and the output distributions are compared, KL divergence per frame. A run
-    that was cut off goes on where it stopped; with more --bits only the new ones are measured. Transcripts are not
-    used. Under torchrun the processes of one machine share the work.
+    A run that was cut off goes on where it stopped; with more --bits only the new ones are measured. Transcripts are
+    not used. Under torchrun the processes of one machine share the work.
 
     \b
     Example:
@@ -210,20 +155,17 @@ def sensitivity(
     """
     from mpq.artifact import Storage
     from mpq.report import sensitivity_view
-    from mpq.sensitivity import measure_sensitivity
+    from mpq.sensitivity import METHODS, measure_sensitivity
 
-    try:
-        max_seconds = None if seconds == "all" else float(seconds)
-    except ValueError:
-        raise MpqError(f"--seconds: expected a number or all, got {seconds!r}") from None
     table = measure_sensitivity(
         checkpoint,
         data,
         bits,
         out,
-        Storage.from_json(_given(quantizer)),
+        Storage.from_json({"rounding": "gptq"} | given(quantizer)),
+        method=method,
         output=output,
-        max_seconds=max_seconds,
+        max_seconds=seconds_or_all(seconds, METHODS[method]),
         seed=seed,
         channel=channel,
         skip_bad=skip_bad,
@@ -239,10 +181,16 @@ def sensitivity(
 @click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
 @click.option("--target-ratio", type=float, help="How many times smaller than with every layer at 32 bits.")
 @click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
+@click.option("--max-divergence", type=float, help="The smallest file that keeps this; measured, with --measure.")
 @click.option("--keep", multiple=True, type=PatternBits(), help="At least BITS for the layers that match.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
 @click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
+@click.option("--measure", type=EXISTING, metavar="CKPT", help="Measure the answer, all layers quantized together.")
+@click.option("--refine", type=EXISTING, metavar="CKPT", help="Measure it, and look for moves that make it better.")
+@click.option("--minutes", default=10.0, show_default=True, help="How long to look for moves.")
+@click.option("--points", default=5, show_default=True, help="Sizes of the frontier that are measured too.")
+@click.option("--data", type=EXISTING, help="Where the calibration data are now, if not where SENSITIVITY says.")
 @click.option("--out", required=True, type=EXISTING, help="The mpq.allocation/1 file to write.")
 @common_options
 def allocate(
@@ -250,42 +198,75 @@ def allocate(
     target_mb: float | None,
     target_ratio: float | None,
     average_bits: float | None,
+    max_divergence: float | None,
     keep: tuple[tuple[str, int], ...],
     exclude: tuple[str, ...],
     tie: tuple[str, ...],
     whole_frontier: bool,
+    measure: Path | None,
+    refine: Path | None,
+    minutes: float,
+    points: int,
+    data: Path | None,
     out: Path,
+    device: str,
+    quiet: bool,
     as_json: bool,
     **_: Any,
 ) -> None:
     """Choose the bit-width of every layer: the least divergence within the size, exactly (Li et al. 2023, Eq. 8).
 
     The size is that of the packed file in bytes, everything included. Patterns are globs on layer names; one that
-    matches nothing is an error.
+    matches nothing is an error. With --measure or --refine, the checkpoint is quantized as the answer says, and the
+    divergence of its output is measured on audio that the sensitivities have not seen.
 
     \b
     Examples:
       mpq allocate sens.json --target-mb 7.5 --out alloc.json
       mpq allocate sens.json --average-bits 4 --keep 'decoder.*=8' --out alloc.json
       mpq allocate sens.json --target-ratio 8 --tie 'encoder.layers.*.self_attn.linear_[qkv].weight' --out alloc.json
+      mpq allocate sens.json --max-divergence 0.15 --measure model.nemo --out alloc.json
+      mpq allocate sens.json --target-mb 5 --refine model.nemo --minutes 5 --out alloc.json
     """
-    from mpq.allocation import allocate as solve
+    from mpq import allocation as step
     from mpq.files import check_output
     from mpq.records import SensitivityTable
     from mpq.report import allocation_view
 
+    if measure and refine:
+        raise MpqError("--measure and --refine: give one of them; --refine measures too")
     check_output(out, sensitivity)
-    allocation = solve(
-        SensitivityTable.load(sensitivity),
-        target_mb=target_mb,
-        target_ratio=target_ratio,
-        average_bits=average_bits,
-        keep={pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
-        exclude=exclude,
-        tie=tie,
-        whole_frontier=whole_frontier,
-    )
-    allocation.save(out)
+    budgets = {
+        "target_mb": target_mb,
+        "target_ratio": target_ratio,
+        "average_bits": average_bits,
+        "max_divergence": max_divergence,
+    }
+    constraints = {
+        "keep": {pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
+        "exclude": exclude,
+        "tie": tie,
+        "whole_frontier": whole_frontier,
+    }
+    table = SensitivityTable.load(sensitivity)
+    if checkpoint := measure or refine:
+        from mpq.refine import allocate_measured
+
+        allocation = allocate_measured(
+            table,
+            checkpoint,
+            out,
+            budgets,
+            **constraints,
+            points=points,
+            refine_minutes=minutes if refine else 0,
+            data=data,
+            device=device,
+            quiet=quiet,
+        )
+    else:
+        allocation = step.allocate(table, **budgets, **constraints)
+        allocation.save(out)
     _print(allocation, as_json, allocation_view(allocation))
 
 
@@ -293,6 +274,9 @@ def allocate(
 @click.argument("checkpoint", type=EXISTING)
 @click.option("--allocation", type=EXISTING, help="The bit-widths that `mpq allocate` chose.")
 @click.option("--bits", type=click.IntRange(1, 8), help="One width for all layers instead.")
+@click.option("--data", type=EXISTING, help="Calibration data; with --allocation, if not where that says.")
+@click.option("--seconds", help="With --bits: use a random part of the data of this length, or all. Default: 300.")
+@channel_options
 @quantizer_options
 @click.option("--out", required=True, type=EXISTING, help="The safetensors file to write.")
 @common_options
@@ -300,6 +284,10 @@ def pack(
     checkpoint: Path,
     allocation: Path | None,
     bits: int | None,
+    data: Path | None,
+    seconds: str | None,
+    channel: str,
+    skip_bad: bool,
     out: Path,
     device: str,
     seed: int,
@@ -309,13 +297,14 @@ def pack(
 ) -> None:
     """Write the packed file: one safetensors file with all that is needed to run the model.
 
-    Its size is what `mpq allocate` predicted, to the byte. Quantizer options come from the allocation. With neither
-    --allocation nor --bits, the weights are stored in --rest-dtype.
+    Its size is what `mpq allocate` predicted, to the byte. Quantizer options and calibration data come from the
+    allocation. The divergence of the file's output is measured, on audio that the sensitivities have not seen. With
+    neither --allocation nor --bits, the weights are stored in --rest-dtype.
 
     \b
     Examples:
       mpq pack model.nemo --allocation alloc.json --out small.safetensors
-      mpq pack model.nemo --bits 4 --out uniform4.safetensors
+      mpq pack model.nemo --bits 4 --data train.jsonl --out uniform4.safetensors
     """
     from mpq import pack as step
     from mpq.records import Allocation
@@ -324,7 +313,20 @@ def pack(
     if allocation is not None and bits is not None:
         raise MpqError("--allocation and --bits: give one of them")
     chosen = Allocation.load(allocation) if allocation else None
-    result = step.pack(checkpoint, out, chosen, bits, _given(quantizer), device)
+    result = step.pack(
+        checkpoint,
+        out,
+        chosen,
+        bits,
+        given(quantizer),
+        device,
+        data=data,
+        max_seconds=seconds_or_all(seconds, 300.0),
+        seed=seed,
+        channel=channel,
+        skip_bad=skip_bad,
+        quiet=quiet,
+    )
     _print(result, as_json, pack_line(result))
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from mpq.errors import MpqError
 from mpq.files import read_json
 from mpq.metrics import METRICS_FORMAT, Trn, read_trn, score
-from mpq.records import Comparison
+from mpq.scores import Comparison
 from mpq.significance import align, bootstrap, count_errors, mapsswe, mcnemar, segments
 
 SHOWN_IDS = 3

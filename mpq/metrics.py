@@ -16,7 +16,7 @@ from typing import Any
 
 from mpq.errors import MpqError
 from mpq.files import read_text, write_text
-from mpq.records import SystemScore
+from mpq.scores import SystemScore
 from mpq.significance import align, count_errors
 
 METRICS_FORMAT = "mpq.metrics/1"

@@ -1,16 +1,29 @@
-"""From a float checkpoint and bit-widths to the packed file, checked against its budget."""
+"""From a float checkpoint and bit-widths to the packed file, checked against its budget.
+
+What the file's output loses is measured, with all layers quantized together, on audio that the sensitivities have not
+seen: sums of one-layer divergences say little about it (docs/quantizers.md).
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, write_artifact
+from torch import Tensor
+
+from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, read_artifact, write_artifact
+from mpq.calibration import CalibrationData, cached_statistics, draw, further, in_batches, redraw, statistics
+from mpq.divergence import output_divergence
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.models import load_model
+from mpq.models.base import AsrModel
 from mpq.records import Allocation
-from mpq.runtime import choose_device
+from mpq.runtime import choose_device, memory_for, progress
+
+HELD_OUT_SECONDS = 300.0
+"""Audio that the divergence is measured on."""
+BATCH_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,10 @@ class PackResult:
         nominal_bytes: What papers count: every parameter at its width, without scales, tokenizer and header.
         float_bytes: Every parameter in float32, for the ratio.
         average_bits: Code bits per weight.
+        rounding: "nearest" or "gptq".
+        predicted_kl: What the allocation said; None without one.
+        measured_kl: Divergence of the file's output from the checkpoint's, nats per frame; None if not measured.
+        measured_on: On which audio, or why it was not measured.
     """
 
     path: Path
@@ -34,6 +51,10 @@ class PackResult:
     nominal_bytes: int
     float_bytes: int
     average_bits: float
+    rounding: str
+    predicted_kl: float | None
+    measured_kl: float | None
+    measured_on: str
 
     @property
     def ratio(self) -> float:
@@ -51,6 +72,10 @@ class PackResult:
             "float_bytes": self.float_bytes,
             "ratio": self.ratio,
             "average_bits": self.average_bits,
+            "rounding": self.rounding,
+            "predicted_kl": self.predicted_kl,
+            "measured_kl": self.measured_kl,
+            "measured_on": self.measured_on,
         }
 
 
@@ -61,39 +86,40 @@ def pack(
     bits: int | None = None,
     options: Mapping[str, Any] | None = None,
     device: str = "auto",
+    *,
+    data: Path | None = None,
+    max_seconds: float | None = 300.0,
+    seed: int = 0,
+    channel: str = "error",
+    skip_bad: bool = False,
+    quiet: bool = True,
 ) -> PackResult:
     """Writes the packed file `out`; nothing is left under that name if it would be above the budget.
 
     Args:
         checkpoint: The float model.
         out: The file to write.
-        allocation: The bit-width of every layer and the quantizer it was made for.
+        allocation: The bit-width of every layer, the quantizer and the audio that it was made for.
         bits: One width for all layers instead, 1 to 8; with neither, the weights stay in `rest_dtype`.
         options: Quantizer options ("scheme", ...) that were asked for; they may not contradict the allocation's.
+            Without an allocation, "rounding" is "gptq" by default if there is `data`.
         device: As in `mpq.runtime.choose_device`.
+        data: Calibration audio; with an allocation it need not be given where the file that this names is still there,
+            and has to be the same audio.
+        max_seconds, seed, channel, skip_bad: What part of `data` to use without an allocation, as in
+            `mpq.calibration.draw`.
+        quiet: Show no progress.
 
     Raises:
         MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
     """
     check_output(out, checkpoint)
-    options = dict(options or {})
-    if allocation is not None:
-        for key, value in options.items():
-            if key in allocation.quantizer and allocation.quantizer[key] != value:
-                raise MpqError(
-                    f"--{key.replace('_', '-')} {value}: the allocation was made for {allocation.quantizer[key]}; "
-                    "leave the option out, or measure and allocate again with it"
-                )
-        options = allocation.quantizer | options
-    storage = Storage.from_json(options)
+    storage = _storage(allocation, bits, dict(options or {}), data)
     model = load_model(checkpoint, choose_device(device))
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; pack the float checkpoint that it was made from")
-    if (
-        allocation is not None
-        and "sha256" in allocation.model
-        and allocation.model["sha256"] != sha256_file(checkpoint)
-    ):
+    sha256 = sha256_file(checkpoint)
+    if allocation is not None and allocation.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the allocation was made for another checkpoint, {allocation.model.get('path')}")
     refs = model.weights()
     widths = dict(allocation.bits) if allocation else {ref.name: bits or storage.float_bits for ref in refs}
@@ -107,7 +133,29 @@ def pack(
             f"predicted {allocation.predicted_bytes}); its sizes are of another model or quantizer: run mpq "
             "sensitivity and mpq allocate for this one"
         )
-    write_artifact(out, model, widths, storage, size)
+    drawn, note = None, "no calibration data are known; --data names some"
+    try:
+        if allocation is not None and "sha256" in allocation.data:
+            drawn = redraw(model, allocation.data, data)
+        elif data is not None:
+            drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
+    except MpqError as error:
+        if data is not None:
+            raise
+        note = str(error).splitlines()[0]
+    grams: dict[str, Tensor] | None = {}
+    if drawn is not None:
+        grams = statistics(model, sha256, drawn, storage, quiet)
+    elif storage.spec.rounding == "gptq":
+        assert allocation is not None or data is None
+        grams = cached_statistics(model, sha256, allocation.data.get("sha256", "")) if allocation else None
+        if grams is None:
+            raise MpqError(f"{out}: rounding gptq needs calibration data: {note}")
+    with progress("packing", len(refs), quiet, "layers") as advance:
+        write_artifact(out, model, widths, storage, size, grams, advance)
+    measured_kl = None
+    if drawn is not None:
+        measured_kl, note = _measured(model, out, drawn, allocation)
     parameters = model.parameter_counts()["total"]
     weights = sum(ref.numel for ref in refs)
     code_bits = sum(widths[ref.name] * ref.numel for ref in refs)
@@ -119,4 +167,37 @@ def pack(
         nominal_bytes=-(-(code_bits + storage.float_bits * (parameters - weights)) // 8),
         float_bytes=4 * parameters,
         average_bits=code_bits / weights,
+        rounding=storage.spec.rounding,
+        predicted_kl=allocation.predicted_kl if allocation else None,
+        measured_kl=measured_kl,
+        measured_on=note,
     )
+
+
+def _storage(allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None) -> Storage:
+    """Returns the quantizer: the allocation's, or what the options say."""
+    if allocation is None:
+        return Storage.from_json({"rounding": "gptq" if data and bits else "nearest"} | options)
+    for key, value in options.items():
+        if key in allocation.quantizer and allocation.quantizer[key] != value:
+            raise MpqError(
+                f"--{key.replace('_', '-')} {value}: the allocation was made for {allocation.quantizer[key]}; "
+                "leave the option out, or measure and allocate again with it"
+            )
+    return Storage.from_json(allocation.quantizer | options)
+
+
+def _measured(
+    model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None
+) -> tuple[float | None, str]:
+    """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
+    if allocation is not None and allocation.refinement:
+        drawn = further(model, drawn, allocation.refinement.get("max_seconds"))
+    fresh = further(model, drawn, HELD_OUT_SECONDS)
+    if not fresh.utterances:
+        return None, f"{drawn.path} has no audio that was not used before"
+    packed = read_artifact(out).to(next(model.parameters()).device)
+    with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
+        batches = in_batches(model, fresh, BATCH_SECONDS)
+        kl = output_divergence(model, packed, batches, allocation.output if allocation else "ctc")
+    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that were not used before"

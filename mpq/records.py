@@ -6,17 +6,16 @@ validates: a fault names the file, the key and what was expected there.
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
 from mpq.files import read_json, write_json
-from mpq.validation import Reader, a_finite, a_positive, a_text, a_text_or_none, a_whole, an_object
+from mpq.validation import Reader, a_finite, a_finite_or_none, a_positive, a_text, a_text_or_none, a_whole, an_object
 
 SENSITIVITY_FORMAT = "mpq.sensitivity/1"
 ALLOCATION_FORMAT = "mpq.allocation/1"
-COMPARISON_FORMAT = "mpq.comparison/1"
 
 MIN_BITS, MAX_BITS = 1, 8
 FLOAT_BITS = (16, 32)
@@ -24,7 +23,7 @@ FLOAT_BITS = (16, 32)
 
 SCHEMES = ("symmetric", "asymmetric")
 SCALE_DTYPES = ("float16", "float32")
-ROUNDINGS = ("nearest",)
+ROUNDINGS = ("nearest", "gptq")
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ class QuantSpec:
             the last group of a row is shorter when G does not divide K).
         clip: How the range is chosen: "none" (all weights inside), "mse" or "mae" (searched for the smallest squared
             or absolute error), "percentile:P" (P in (50, 100], of the sorted weights).
-        rounding: "nearest".
+        rounding: "nearest", or "gptq": errors are made up for, by the statistics of the layer's inputs (mpq.gptq).
         scale_dtype: "float16" or "float32": how scales are stored, and so what values they can take.
     """
 
@@ -90,9 +89,11 @@ class LayerSensitivity:
         shape: Of the weight.
         numel: Number of weights.
         size_bytes: {bits: bytes in the packed file}, scales and zero points included.
-        kl: {bits: mean KL divergence per frame in nats, with this layer alone quantized} (Li et al. 2023, Eq. 7).
+        kl: {bits: KL divergence per frame in nats that this layer alone is expected to cause}, as the table's `method`
+            says; "kl" is Li et al. 2023, Eq. 7.
         group: Layers with the same group share one bit-width; None: on its own.
         float_bytes: Bytes when left unquantized; None in a file that does not say.
+        interval: {bits: (low, high)}: 95 % confidence interval of kl over the choice of utterances; None without one.
     """
 
     name: str
@@ -103,6 +104,7 @@ class LayerSensitivity:
     kl: dict[int, float]
     group: str | None = None
     float_bytes: int | None = None
+    interval: dict[int, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class SensitivityTable:
         model: {"path", "sha256", "architecture"}.
         data: {"path", "utterances", "frames"}.
         output: "ctc", "encoder" or "decoder": whose distribution the KL compares.
-        method: "kl" is Li et al. 2023, Eq. 7.
+        method: "fisher": second order (`mpq.fisher`); "kl": exact, one layer at a time (Li et al. 2023, Eq. 7).
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere
             may hold fewer keys.
         fingerprint: Of model, data, output, method and quantizer; None in a file from elsewhere.
@@ -146,6 +148,8 @@ class SensitivityTable:
             }
             if layer.float_bytes is not None:
                 entry["float_bytes"] = layer.float_bytes
+            if layer.interval is not None:
+                entry["interval"] = {str(bits): list(ends) for bits, ends in layer.interval.items()}
             layers.append(entry)
         return {
             "format": SENSITIVITY_FORMAT,
@@ -185,6 +189,7 @@ class SensitivityTable:
                 kl=entry.mapping("kl", bits, a_finite),
                 group=entry.get("group", a_text_or_none, default=None),
                 float_bytes=entry.get("float_bytes", a_whole, default=None),
+                interval=entry.mapping("interval", bits, _interval) if entry.has("interval") else None,
             )
             if math.prod(layer.shape) != layer.numel:
                 entry.fail("numel", f"the product of shape, {math.prod(layer.shape)}", layer.numel)
@@ -219,7 +224,12 @@ class Allocation:
         average_bits: Code bits per weight, weighted by numel; scales and zero points are not counted.
         frontier: ((bytes, kl), ...), ascending in bytes, strictly falling in kl.
         frontier_note: How complete the frontier is, in one sentence.
-        quantizer, model, fingerprint: Copied from the sensitivity file.
+        quantizer, model, data, output, fingerprint: Copied from the sensitivity file.
+        measured: ((bytes, predicted kl, measured kl), ...) of whole models that were measured, ascending in bytes.
+        measured_kl: The answer's own measured divergence, nats per frame; None if it was not measured.
+        measured_seconds: Audio that it was measured on, none of it used for the sensitivities; 0 if not measured.
+        refinement: {"moves", "before", "after", "max_seconds", ...}: what `mpq.refine` did, and on how much audio,
+            which is not that of measured_kl; empty without.
     """
 
     bits: dict[str, int]
@@ -231,7 +241,13 @@ class Allocation:
     frontier_note: str = ""
     quantizer: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    output: str = "ctc"
     fingerprint: str | None = None
+    measured: tuple[tuple[int, float, float], ...] = ()
+    measured_kl: float | None = None
+    measured_seconds: float = 0.0
+    refinement: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -240,12 +256,18 @@ class Allocation:
             "predicted_bytes": self.predicted_bytes,
             "predicted_kl": self.predicted_kl,
             "average_bits": self.average_bits,
+            "measured_kl": self.measured_kl,
+            "measured_seconds": self.measured_seconds,
+            "refinement": self.refinement,
             "model": self.model,
+            "data": self.data,
+            "output": self.output,
             "quantizer": self.quantizer,
             "fingerprint": self.fingerprint,
             "layers": [{"name": name, "bits": bits} for name, bits in self.bits.items()],
             "frontier": [list(point) for point in self.frontier],
             "frontier_note": self.frontier_note,
+            "measured": [list(point) for point in self.measured],
         }
 
     def save(self, path: Path) -> None:
@@ -271,114 +293,14 @@ class Allocation:
             frontier_note=reader.get("frontier_note", a_text, default=""),
             quantizer=reader.get("quantizer", an_object, default={}),
             model=reader.get("model", an_object, default={}),
+            data=reader.get("data", an_object, default={}),
+            output=reader.get("output", a_text, default="ctc"),
+            measured=tuple(reader.sequence("measured", _measured_point, default=())),
+            measured_kl=reader.get("measured_kl", a_finite_or_none, default=None),
+            measured_seconds=reader.get("measured_seconds", a_finite, default=0.0),
+            refinement=reader.get("refinement", an_object, default={}),
             fingerprint=reader.get("fingerprint", a_text_or_none, default=None),
         )
-
-
-@dataclass(frozen=True)
-class SystemScore:
-    """One system's word errors over the whole corpus, as sclite's Sum row counts them.
-
-    Attributes:
-        name: What the reports call the system.
-        wer: (sub + del + ins) / (corr + sub + del); 0 without reference words.
-        correct, substitutions, deletions, insertions: Words.
-        sentence_errors: Utterances with at least one error.
-    """
-
-    name: str
-    wer: float
-    correct: int
-    substitutions: int
-    deletions: int
-    insertions: int
-    sentence_errors: int
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "name": self.name,
-            "wer": self.wer,
-            "corr": self.correct,
-            "sub": self.substitutions,
-            "del": self.deletions,
-            "ins": self.insertions,
-            "sentence_errors": self.sentence_errors,
-        }
-
-
-@dataclass(frozen=True)
-class MapssweResult:
-    """The matched pairs test; differences are (errors of a) - (errors of b) per segment.
-
-    Attributes:
-        segments: Number of segments.
-        mean, std: Of the differences (std with n - 1).
-        z: mean / (std / sqrt(segments)); 0 when the differences are all equal; None without segments.
-        p: Exact two-tailed normal probability of z; None without segments.
-        p_sctk: The probability as sc_stats prints it (z floored to 0.01); None without segments.
-        significant: |z| above the critical value, strictly (1.960 at alpha 0.05, as sc_stats).
-        better: "a", "b", or None when not significant.
-        note: Why there is no verdict or why to doubt it, else "".
-    """
-
-    segments: int
-    mean: float
-    std: float
-    z: float | None
-    p: float | None
-    p_sctk: float | None
-    significant: bool
-    better: str | None
-    note: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """`mpq.comparison/1`: two systems on the same utterances; a is the baseline, b the compressed one.
-
-    Attributes:
-        alpha: Level of the tests.
-        utterances, words: In the reference.
-        a, b: The systems' scores.
-        mapsswe: The matched pairs test.
-        mcnemar: {"a_only_wrong", "b_only_wrong", "p", "significant"}: exact binomial test on utterances.
-        bootstrap: {"difference", "low", "high", "level", "resamples", "seed"}: WER of b minus WER of a and its
-            percentile interval from resampled utterances.
-        changed: Utterances whose hypotheses differ: {"utt_id", "ref", "a", "b", "errors_a", "errors_b"} each.
-        lossless: b is not significantly worse than a (MAPSSWE).
-    """
-
-    alpha: float
-    utterances: int
-    words: int
-    a: SystemScore
-    b: SystemScore
-    mapsswe: MapssweResult
-    mcnemar: dict[str, Any]
-    bootstrap: dict[str, Any]
-    changed: tuple[dict[str, Any], ...]
-    lossless: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": COMPARISON_FORMAT,
-            "alpha": self.alpha,
-            "utterances": self.utterances,
-            "words": self.words,
-            "a": self.a.to_json(),
-            "b": self.b.to_json(),
-            "mapsswe": self.mapsswe.to_json(),
-            "mcnemar": self.mcnemar,
-            "bootstrap": self.bootstrap,
-            "lossless": self.lossless,
-            "changed": list(self.changed),
-        }
-
-    def save(self, path: Path) -> None:
-        write_json(path, self.to_json())
 
 
 def _bits(value: Any) -> int:
@@ -394,6 +316,18 @@ def _bits_or_float(value: Any) -> int:
         return _bits(value)
     except ValueError as error:
         raise ValueError(f"{error}, or {' or '.join(map(str, FLOAT_BITS))}") from None
+
+
+def _interval(value: Any) -> tuple[float, float]:
+    if not isinstance(value, list) or len(value) != 2:
+        raise ValueError("a pair [low, high]")
+    return a_finite(value[0]), a_finite(value[1])
+
+
+def _measured_point(value: Any) -> tuple[int, float, float]:
+    if not isinstance(value, list) or len(value) != 3:
+        raise ValueError("[bytes, predicted kl, measured kl]")
+    return a_whole(value[0]), a_finite(value[1]), a_finite(value[2])
 
 
 def _frontier_point(value: Any) -> tuple[int, float]:

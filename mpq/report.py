@@ -6,7 +6,8 @@ from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
-from mpq.records import Allocation, Comparison, SensitivityTable, SystemScore
+from mpq.records import Allocation, SensitivityTable
+from mpq.scores import Comparison, SystemScore
 
 if TYPE_CHECKING:  # these import torch, which a comparison does not need
     from mpq.evaluate import Evaluation
@@ -53,9 +54,10 @@ def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
     weights = sum(layer.numel for layer in sensitivity.layers)
     table.add_row("sum of all layers", str(weights), *(f"{total:.2e}" for total in sums))
     data = sensitivity.data
+    method = {"kl": "measured one layer at a time", "fisher": "to second order"}.get(sensitivity.method, "")
     return _view(
-        f"KL divergence of the {sensitivity.output} output, nats per frame: the {min(most, len(sensitivity.layers))} "
-        f"most sensitive of {len(sensitivity.layers)} layers",
+        f"KL divergence of the {sensitivity.output} output, nats per frame, {method or sensitivity.method}: the "
+        f"{min(most, len(sensitivity.layers))} most sensitive of {len(sensitivity.layers)} layers",
         table,
         f"measured on {data.get('utterances')} utterances, {data.get('frames')} frames of {data.get('path')}",
     )
@@ -66,25 +68,49 @@ def allocation_view(allocation: Allocation) -> Group:
     table = _table("bits", "layers")
     for bits in sorted(set(allocation.bits.values())):
         table.add_row(str(bits), str(sum(width == bits for width in allocation.bits.values())))
+    measured = "not measured (--measure CKPT does)"
+    if allocation.measured_kl is not None:
+        seconds = allocation.measured_seconds
+        measured = f"measured {allocation.measured_kl:.4g} on {seconds:.0f} s that were not used before"
+    notes = [
+        f"{allocation.average_bits:.3f} bits a weight on average, codes alone",
+        f"divergence, nats per frame: predicted {allocation.predicted_kl:.4g}, {measured}",
+    ]
+    if done := allocation.refinement:
+        notes.append(
+            f"refined by {done['moves']} moves: {done['before']:.4g} -> {done['after']:.4g} on the "
+            f"{done['seconds']:.0f} s that decided on them, {done['measured_before']:.4g} -> "
+            f"{allocation.measured_kl:.4g} on those that did not"
+        )
+    notes.append(f"frontier: {len(allocation.frontier)} points; {allocation.frontier_note}")
+    tables = [table]
+    if allocation.measured:
+        points = _table("MB", "predicted KL", "measured KL")
+        for size, predicted, measured in allocation.measured:
+            points.add_row(f"{size / MB:.3f}", f"{predicted:.4g}", f"{measured:.4g}")
+        tables.append(points)
     return _view(
         f"{allocation.predicted_bytes} bytes ({allocation.predicted_bytes / MB:.3f} MB) of at most "
         f"{allocation.target_bytes} ({allocation.target_bytes / MB:.3f} MB)",
-        table,
-        f"{allocation.average_bits:.3f} bits a weight on average, codes alone; predicted KL "
-        f"{allocation.predicted_kl:.4g} nats per frame",
-        f"frontier: {len(allocation.frontier)} points; {allocation.frontier_note}",
+        Group(*tables),
+        *notes,
     )
 
 
 def pack_line(result: "PackResult") -> str:
-    """Returns one line with the size and how it compares."""
+    """Returns a line with the size and how it compares, and one with what it does to the output."""
     line = (
         f"{result.path}: {result.size_bytes} bytes ({result.size_bytes / MB:.3f} MB), {result.ratio:.2f} times smaller "
         f"than float32, {result.average_bits:.3f} bits a weight (nominally {result.nominal_bytes / MB:.3f} MB)"
     )
     if result.predicted_bytes is not None:
         line += f"; predicted {result.predicted_bytes}, at most {result.target_bytes}"
-    return line
+    line += f"\nrounding {result.rounding}; divergence, nats per frame: "
+    if result.predicted_kl is not None:
+        line += f"predicted {result.predicted_kl:.4g}, "
+    if result.measured_kl is None:
+        return line + f"not measured: {result.measured_on}"
+    return line + f"measured {result.measured_kl:.4g} on {result.measured_on}"
 
 
 def inspection_view(inspection: "Inspection") -> Group:
@@ -148,7 +174,7 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _view(title: str, table: Table, *notes: str) -> Group:
+def _view(title: str, table: Table | Group, *notes: str) -> Group:
     return Group(Text(title, style="bold"), table, *map(Text, notes))
 
 

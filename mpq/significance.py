@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import binomtest
 
 from mpq.errors import MpqError
-from mpq.records import MapssweResult
+from mpq.scores import MapssweResult
 
 SUBSTITUTION_COST, GAP_COST = 4, 3
 """sclite's costs of a substitution, and of an insertion or a deletion."""

@@ -45,6 +45,10 @@ def a_finite(value: Any) -> float:
     return float(value)
 
 
+def a_finite_or_none(value: Any) -> float | None:
+    return None if value is None else a_finite(value)
+
+
 def a_list(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise ValueError("a list")
@@ -68,6 +72,9 @@ class Reader:
 
     def fail(self, key: str, expected: str, got: Any) -> None:
         raise MpqError(f"{self.path}: {self.where}{key}: expected {expected}, got {json.dumps(got)[:80]}")
+
+    def has(self, key: str) -> bool:
+        return self.value.get(key) is not None
 
     def get(self, key: str, convert: Callable[[Any], Any], default: Any = _REQUIRED) -> Any:
         if key not in self.value:

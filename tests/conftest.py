@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,15 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"not run: needs the shared data folder, which is not at {folder} (set MPQ_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Statistics are cached in a folder of the tests' own."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("MPQ_CACHE", str(folder))
+        yield folder
 
 
 def nemo_config(**changes: dict) -> dict:

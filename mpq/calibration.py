@@ -1,0 +1,345 @@
+"""Calibration audio, and what the layers see of it: the Gram matrix of each layer's inputs, for `mpq.gptq`.
+
+For a layer y = W x that is the sum of x x' over all frames (a convolution: over all positions, x the patch that one
+output reads). Utterances go through the model one by one, so that no padding is seen. Weights are found where they are
+used, not by module: whatever linear map or convolution reads a weight's memory counts as its use.
+
+The matrices take 4 bytes x (columns squared) a layer: 152 MB for NVIDIA's 13 M Conformer. More than MOST_BYTES of them
+are collected in several passes over the data. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
+fingerprints of model and audio, so that packing finds what measuring collected; of more than CACHE_BYTES the oldest go.
+
+Legend: N utterances, T feature frames, F features, B Gram matrices, M positions, K columns (inputs of one output).
+"""
+
+import hashlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from mpq.artifact import Storage
+from mpq.audio import pad_batch
+from mpq.data import batches, calibration_subset, prepare_data, read_batch
+from mpq.errors import MpqError
+from mpq.files import atomic_path
+from mpq.manifests import Utterance
+from mpq.models.base import AsrModel, WeightRef
+from mpq.runtime import progress
+
+MOST_BYTES = 2 * 2**30
+"""Of Gram matrices that are in memory while they are collected."""
+CACHE_BYTES = 4 * 2**30
+"""Of all files in the cache folder."""
+
+
+@dataclass(frozen=True)
+class CalibrationData:
+    """The audio that a model is looked at with.
+
+    Attributes:
+        path: The manifest or directory.
+        max_seconds, seed: How it was drawn (`mpq.data.calibration_subset`); max_seconds None is all.
+        channel, skip_bad: As in `mpq.data.prepare_data`.
+        utterances, durations: What was drawn; seconds.
+        rest, rest_durations: What was not.
+        skipped: Faulty utterances that were left out.
+        waveforms: ((1, S) samples, (1,) length) of each utterance.
+        sha256: Of the waveforms.
+    """
+
+    path: Path
+    max_seconds: float | None
+    seed: int
+    channel: str
+    skip_bad: bool
+    utterances: tuple[Utterance, ...]
+    durations: tuple[float, ...]
+    rest: tuple[Utterance, ...]
+    rest_durations: tuple[float, ...]
+    skipped: int
+    waveforms: tuple[tuple[Tensor, Tensor], ...]
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the "data" object of a sensitivity file, from which `redraw` finds the same audio."""
+        return {
+            "path": str(self.path),
+            "utterances": len(self.utterances),
+            "seconds": round(sum(self.durations), 3),
+            "max_seconds": self.max_seconds,
+            "seed": self.seed,
+            "channel": self.channel,
+            "skip_bad": self.skip_bad,
+            "skipped": self.skipped,
+            "sha256": self.sha256,
+        }
+
+
+def draw(
+    model: AsrModel,
+    path: Path,
+    max_seconds: float | None,
+    seed: int = 0,
+    channel: str = "error",
+    skip_bad: bool = False,
+) -> CalibrationData:
+    """Returns a random part of the data, at most `max_seconds` of audio, and what is left.
+
+    Raises:
+        MpqError: Bad data, all of its faults at once.
+    """
+    checked = prepare_data(path, model, channel=channel, skip_bad=skip_bad)
+    rest = CalibrationData(
+        path=path,
+        max_seconds=None,
+        seed=seed,
+        channel=channel,
+        skip_bad=skip_bad,
+        utterances=(),
+        durations=(),
+        rest=checked.utterances,
+        rest_durations=checked.durations,
+        skipped=checked.skipped,
+        waveforms=(),
+        sha256="",
+    )
+    return further(model, rest, max_seconds)
+
+
+def further(model: AsrModel, data: CalibrationData, max_seconds: float | None) -> CalibrationData:
+    """Returns a random part of what `data` left of its file: audio that it does not have. Nothing left gives nothing.
+
+    Args:
+        model: As in `draw`.
+        data: What was drawn before.
+        max_seconds: As in `draw`.
+    """
+    utterances, durations = calibration_subset(data.rest, data.rest_durations, max_seconds, data.seed)
+    drawn = {utterance.utt_id for utterance in utterances}
+    rest = [pair for pair in zip(data.rest, data.rest_durations, strict=True) if pair[0].utt_id not in drawn]
+    waveforms = tuple(read_batch([utterance], model.sample_rate, data.channel) for utterance in utterances)
+    digest = hashlib.sha256()
+    for samples, lengths in waveforms:
+        digest.update(lengths.numpy().tobytes())
+        digest.update(samples.numpy().tobytes())
+    return replace(
+        data,
+        max_seconds=max_seconds,
+        utterances=tuple(utterances),
+        durations=tuple(durations),
+        rest=tuple(utterance for utterance, _ in rest),
+        rest_durations=tuple(seconds for _, seconds in rest),
+        waveforms=waveforms,
+        sha256=digest.hexdigest(),
+    )
+
+
+def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> CalibrationData:
+    """Returns the audio that the "data" object of a sensitivity or allocation file says.
+
+    Args:
+        model: As in `draw`.
+        data: As `CalibrationData.to_json` wrote it.
+        path: Where the data are now, if not where they were.
+
+    Raises:
+        MpqError: The object does not say how the audio was drawn, or what is drawn now is other audio.
+    """
+    missing = [key for key in ("path", "max_seconds", "seed", "channel", "skip_bad", "sha256") if key not in data]
+    if missing:
+        raise MpqError(f"the file does not say which audio it was made with (its data has no {missing[0]!r})")
+    where = path or Path(data["path"])
+    drawn = draw(model, where, data["max_seconds"], data["seed"], data["channel"], data["skip_bad"])
+    if drawn.sha256 != data["sha256"]:
+        raise MpqError(
+            f"{where}: not the audio that the sensitivities were measured with (it changed since, or is other data); "
+            "give that data with --data, or measure again"
+        )
+    return drawn
+
+
+def one_by_one(model: AsrModel, data: CalibrationData) -> list[tuple[Tensor, Tensor]]:
+    """Returns ((1, T, F) features, (1,) frames) of each utterance, on the model's device."""
+    where = next(model.parameters()).device
+    with torch.no_grad():  # not inference mode: what a backward pass is to go through
+        return [model.features(samples.to(where), lengths.to(where)) for samples, lengths in data.waveforms]
+
+
+def in_batches(model: AsrModel, data: CalibrationData, max_seconds: float) -> list[tuple[Tensor, Tensor]]:
+    """Returns ((N, T, F) features, (N,) frames) of batches of at most `max_seconds`, on the model's device."""
+    where = next(model.parameters()).device
+    waveforms = {utterance.utt_id: pair for utterance, pair in zip(data.utterances, data.waveforms, strict=True)}
+    found = []
+    for batch in batches(data.utterances, data.durations, max_seconds):
+        samples, lengths = pad_batch([waveforms[utterance.utt_id][0][0] for utterance in batch])
+        with torch.no_grad():
+            found.append(model.features(samples.to(where), lengths.to(where)))
+    return found
+
+
+def input_grams(
+    model: AsrModel,
+    data: Sequence[tuple[Tensor, Tensor]],
+    on_utterance: Callable[[float], None] = lambda share: None,
+) -> dict[str, Tensor]:
+    """Returns {weight name: (B, K, K) float32 sum of the outer products of its inputs}, on the CPU.
+
+    B is 1 but for grouped convolutions, which have one matrix a group. An embedding's row is read as it is, so that
+    its matrix is the identity. A weight that the data never reach is missing from the result.
+
+    Args:
+        model: The float model.
+        data: ((1, T, F) features, (1,) frames) of each utterance.
+        on_utterance: Told what share of the work is done with each.
+    """
+    passes: list[list[WeightRef]] = [[]]
+    size = 0
+    for ref in model.weights():
+        own = _gram_bytes(ref)
+        if passes[-1] and size + own > MOST_BYTES:
+            passes.append([])
+            size = 0
+        passes[-1].append(ref)
+        size += own
+    grams: dict[str, Tensor] = {}
+    for refs in passes:
+        watch = _Watch(model, refs)
+        with torch.no_grad(), watch:
+            for features, lengths in data:
+                model.ctc_log_probs(model.encode(features, lengths)[0])
+                on_utterance(1 / len(passes))
+        grams |= {name: gram.cpu() for name, gram in watch.grams.items()}
+    return grams
+
+
+def _gram_bytes(ref: WeightRef) -> int:
+    groups = ref.shape[0] if ref.kind.endswith("depthwise") else 1
+    return 4 * groups * (ref.numel // ref.shape[0]) ** 2
+
+
+class _Watch(TorchFunctionMode):
+    """Adds up the Gram matrices of whatever reads the given weights while it is on."""
+
+    def __init__(self, model: AsrModel, refs: Sequence[WeightRef]) -> None:
+        super().__init__()
+        parameters = dict(model.named_parameters())
+        self.names = {parameters[ref.name].untyped_storage().data_ptr(): ref.name for ref in refs}
+        self.grams: dict[str, Tensor] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func in _PATCHES:
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            name = self.names.get(weight.untyped_storage().data_ptr())
+            if name is not None:
+                patches = _PATCHES[func](*args, **kwargs)  # (B, M, K)
+                gram = patches.transpose(1, 2) @ patches
+                self.grams[name] = self.grams[name] + gram if name in self.grams else gram
+        return result
+
+
+def _linear_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _conv1d_patches(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    (stride,), (padding,), (dilation,) = (v if isinstance(v, tuple) else (v,) for v in (stride, padding, dilation))
+    flat = x[:, :, None], weight[:, :, None]  # one row high
+    return _conv2d_patches(*flat, None, (1, stride), (0, padding), (1, dilation), groups)
+
+
+def _conv2d_patches(
+    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+) -> Tensor:
+    unfolded = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # (N, C K', L)
+    return unfolded.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)  # (groups, N L, C K' / groups)
+
+
+def _embedding_patches(tokens: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    return torch.eye(weight.shape[1], device=weight.device)[None]
+
+
+_PATCHES = {
+    F.linear: _linear_patches,
+    F.conv1d: _conv1d_patches,
+    F.conv2d: _conv2d_patches,
+    F.embedding: _embedding_patches,
+}
+
+
+def statistics(
+    model: AsrModel, model_sha256: str, data: CalibrationData, storage: Storage, quiet: bool = True
+) -> dict[str, Tensor]:
+    """Returns what a rounding needs to know of the layers' inputs: `input_grams` for "gptq", nothing for "nearest".
+
+    It is taken from the cache folder, or collected and put there. A cache that cannot be written is not used, which is
+    said on stderr.
+
+    Args:
+        model: The float model.
+        model_sha256: Of its checkpoint.
+        data: The audio.
+        storage: Names the rounding.
+        quiet: Show no progress.
+    """
+    if storage.spec.rounding == "nearest":
+        return {}
+    if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
+        return found
+    with progress("statistics", len(data.utterances), quiet, "utterances") as advance:
+        grams = input_grams(model, one_by_one(model, data), advance)
+    path = _cache_path(model_sha256, data.sha256)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as temporary:
+            save_file(grams, temporary)
+        _prune(path.parent, keep=path)
+    except (OSError, SafetensorError, MpqError) as error:
+        print(f"mpq: the statistics were not cached: {error}", file=sys.stderr)
+    return grams
+
+
+def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> dict[str, Tensor] | None:
+    """Returns what `statistics` left in the cache folder for a model and audio, None if it is not there."""
+    path = _cache_path(model_sha256, data_sha256)
+    try:
+        grams = load_file(path)
+        os.utime(path)  # the last use, for `_prune`
+    except (OSError, SafetensorError):
+        return None
+    columns = {ref.name: ref.numel // ref.shape[0] for ref in model.weights()}
+    fits = all(gram.ndim == 3 and gram.shape[1] == gram.shape[2] == columns.get(name) for name, gram in grams.items())
+    return grams if fits else None
+
+
+def cache_folder() -> Path:
+    """Returns the folder for statistics: $MPQ_CACHE, $XDG_CACHE_HOME/mpq or ~/.cache/mpq."""
+    if folder := os.environ.get("MPQ_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpq"
+
+
+def _cache_path(model_sha256: str, data_sha256: str) -> Path:
+    key = hashlib.sha256(f"grams/1 {model_sha256} {data_sha256}".encode()).hexdigest()
+    return cache_folder() / f"grams-{key[:32]}.safetensors"
+
+
+def _prune(folder: Path, keep: Path) -> None:
+    files = sorted(folder.glob("grams-*.safetensors"), key=lambda path: -path.stat().st_mtime)
+    total = 0
+    for path in files:
+        total += path.stat().st_size
+        if total > CACHE_BYTES and path != keep:
+            path.unlink(missing_ok=True)

@@ -1,0 +1,151 @@
+"""Which levels a group of weights gets: a range, searched for the smallest error, and from it scale and zero point.
+
+Symmetric levels after Li et al. 2023, Eq. 5-6 (with the step max|w| / (2^(n-1) - 1), so that the levels span the
+weights); asymmetric levels, sub-channel scales and the search for the range after Rybakov et al. 2023. Codes are
+rounded to nearest, ties to even, by multiplication with 1 / scale: as torch's own fake-quantize operators, to which the
+results are equal for the same scales.
+
+Legend: a weight of shape (C, ...) is a matrix of C rows and K columns, each row cut into G groups of `size` columns
+that share a scale (one group a row for "channel"; for "tensor" the whole matrix is one row and one group).
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from mpq.errors import MpqError
+from mpq.records import QuantSpec
+
+CLIP_RATIOS = tuple(ratio / 40 for ratio in range(40, 3, -1))
+"""What share of the range "mse" and "mae" try: 1, 0.975, ... 0.1."""
+
+_AT_ONCE = 2**19
+"""Levels that are tried in one operation: enough to hide its overhead, few enough for a processor's cache."""
+
+
+def code_range(spec: QuantSpec) -> tuple[int, int]:
+    """Returns (q_min, q_max).
+
+    >>> code_range(QuantSpec(3, scheme="symmetric")), code_range(QuantSpec(3, scheme="asymmetric"))
+    ((-3, 3), (0, 7))
+    >>> code_range(QuantSpec(1, scheme="symmetric"))  # and 0 is not used: sign(w)
+    (-1, 1)
+    """
+    if spec.scheme == "asymmetric":
+        return 0, 2**spec.bits - 1
+    q_max = max(2 ** (spec.bits - 1) - 1, 1)
+    return -q_max, q_max
+
+
+def is_sign(spec: QuantSpec) -> bool:
+    """Returns whether the levels are sign(w) * scale, without zero: 1 bit symmetric (Rastegari et al. 2016)."""
+    return spec.bits == 1 and spec.scheme == "symmetric"
+
+
+def matrix_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
+    """Returns (C, K) of a weight of this shape: one row for granularity "tensor" and for a vector."""
+    numel = math.prod(shape)
+    rows = 1 if spec.granularity == "tensor" or len(shape) < 2 else shape[0]
+    return rows, numel // rows
+
+
+def scale_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
+    """Returns (C, G), the shape of the scales of a weight of this shape.
+
+    >>> scale_shape((176, 176, 31), QuantSpec(4, granularity="group:64"))
+    (176, 86)
+    """
+    rows, columns = matrix_shape(shape, spec)
+    return rows, -(-columns // min(spec.group_size or columns, columns))
+
+
+def choose_grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point, (C, G) float32 each, of groups of weights (C, G, size).
+
+    Raises:
+        MpqError: A scale does not fit into the spec's scale_dtype.
+    """
+    if is_sign(spec):
+        scale = _stored(groups.abs().mean(dim=-1), spec)  # 0 for a group of zeros, whose codes then stand for zeros
+        return scale, torch.zeros_like(scale)
+    low, high = _range(groups, spec)
+    if spec.clip not in ("mse", "mae"):
+        return _scale_and_zero_point(low, high, spec)
+    best = torch.full_like(low, torch.inf)
+    scale, zero_point = torch.empty_like(low), torch.empty_like(low)
+    ratios = torch.tensor(CLIP_RATIOS, device=groups.device)
+    for some in ratios.split(max(_AT_ONCE // groups.numel(), 1)):
+        candidates = _scale_and_zero_point(low * some[:, None, None], high * some[:, None, None], spec)
+        error, index = _error(groups, *candidates, spec).min(dim=0)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale = torch.where(better, candidates[0].gather(0, index[None])[0], scale)
+        zero_point = torch.where(better, candidates[1].gather(0, index[None])[0], zero_point)
+    return scale, zero_point
+
+
+def nearest_codes(groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the float32 codes (C, G, size) of the levels next to the weights; scale and zero point are (C, G)."""
+    if is_sign(spec):
+        return torch.where(groups >= 0, 1.0, -1.0)
+    q_min, q_max = code_range(spec)
+    codes = torch.round(groups * scale.reciprocal()[..., None])
+    return codes.add_(zero_point[..., None]).clamp_(q_min, q_max)
+
+
+def _range(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns the (C, G) ends of the range, before any search."""
+    if spec.percentile is None:
+        if spec.scheme == "symmetric":
+            high = groups.abs().amax(dim=-1)
+            return -high, high
+        low, high = groups.aminmax(dim=-1)
+    else:
+        share = spec.percentile / 100
+        if spec.scheme == "symmetric":
+            high = _quantile(groups.abs(), share)
+            return -high, high
+        low, high = _quantile(groups, 1 - share), _quantile(groups, share)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _quantile(groups: Tensor, share: float) -> Tensor:
+    """Returns the (C, G) quantile with linear interpolation (torch.quantile refuses more than 2^24 elements)."""
+    ordered = groups.sort(dim=-1).values
+    position = share * (groups.shape[-1] - 1)
+    below = math.floor(position)
+    above = min(below + 1, groups.shape[-1] - 1)
+    return torch.lerp(ordered[..., below], ordered[..., above], position - below)
+
+
+def _scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+    """Returns scales and (float32) zero points that spread the codes over [low, high]."""
+    q_min, q_max = code_range(spec)
+    if spec.scheme == "symmetric":
+        return _divisor(high / q_max, spec), torch.zeros_like(high)
+    scale = _divisor((high - low) / (q_max - q_min), spec)
+    return scale, torch.round(-low / scale).clamp_(q_min, q_max)
+
+
+def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the scale rounded to scale_dtype; up where float16 has few digits left, so that no weight is cut off."""
+    stored = scale.to(getattr(torch, spec.scale_dtype)).to(torch.float32)
+    if spec.scale_dtype == "float16":
+        stored = torch.where(scale < 2.0**-14, torch.ceil(scale * 2.0**24) / 2.0**24, stored)
+    if not stored.isfinite().all():
+        raise MpqError(f"scale {float(scale.max()):g} does not fit into {spec.scale_dtype}; use scale_dtype float32")
+    return stored
+
+
+def _divisor(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the scale rounded to scale_dtype, at least its smallest positive value."""
+    smallest = 2.0**-24 if spec.scale_dtype == "float16" else torch.finfo(torch.float32).tiny
+    return _stored(scale, spec).clamp_(min=smallest)
+
+
+def _error(groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the (..., C, G) squared ("mse") or absolute ("mae") error of each group, for scales (..., C, G)."""
+    levels = nearest_codes(groups, scale, zero_point, spec).sub_(zero_point[..., None])
+    error = levels.mul_(scale[..., None]).sub_(groups)
+    return (error.square_() if spec.clip == "mse" else error.abs_()).sum(dim=-1)

@@ -1,0 +1,355 @@
+"""What an allocation really does to the output, with all layers quantized together, and moves that make it better.
+
+Sums of one-layer divergences leave out what layers do to each other. So the model is quantized as an allocation says
+and its divergence measured, on audio that the sensitivities have not seen: for the answer, and for some sizes of the
+frontier. Refinement then looks for moves: one decision gets one width more, another one less, and the size stays within
+the target. In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs
+are tried in the order of what their two measurements add up to, and a pair is kept only if the measured divergence of
+the whole model falls by more than twice its standard error over the utterances: on little audio most falls are chance.
+The verdict comes from a third part of the audio, which has decided nothing.
+
+Measured moves are kept in a journal beside the result (their time too), so a run that was killed resumes.
+"""
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mpq.allocation import allocate, one_budget, totals, with_answer
+from mpq.artifact import Storage, check_names, quantize_layer
+from mpq.calibration import CalibrationData, further, in_batches, redraw, statistics
+from mpq.decisions import Decision, list_decisions
+from mpq.divergence import JointDivergence
+from mpq.errors import MpqError
+from mpq.files import check_output, sha256_file
+from mpq.journal import Journal
+from mpq.models import load_model
+from mpq.models.base import AsrModel
+from mpq.records import Allocation, SensitivityTable
+from mpq.runtime import choose_device, memory_for, progress
+
+SECONDS = 300.0
+"""Audio to decide on moves with, and as much again to measure on."""
+BATCH_SECONDS = 40.0
+MOST_PROMISING = 24
+"""Raises, and cuts, that are measured one by one in a round."""
+TRIES = 12
+"""Pairs in a row that may fail before a round ends."""
+ERRORS = 2.0
+"""Standard errors by which the divergence has to fall."""
+
+
+def allocate_measured(
+    table: SensitivityTable,
+    checkpoint: Path,
+    out: Path,
+    budgets: Mapping[str, float | None],
+    *,
+    keep: Mapping[str, int] | None = None,
+    exclude: Sequence[str] = (),
+    tie: Sequence[str] = (),
+    whole_frontier: bool = False,
+    points: int = 5,
+    refine_minutes: float = 0.0,
+    data: Path | None = None,
+    device: str = "auto",
+    quiet: bool = True,
+) -> Allocation:
+    """Solves the allocation, measures it and some sizes of the frontier, refines it if asked to, and writes `out`.
+
+    Args:
+        table: The sensitivities; its model and data have to be at hand.
+        checkpoint: The float model that they were measured on.
+        out: The `mpq.allocation/1` file to write.
+        budgets: One of `mpq.allocation.allocate`'s, such as {"target_mb": 7.5}; others may be there as None.
+            {"max_divergence": F} bounds the measured divergence here; the smallest file that keeps it is searched for
+            by halving.
+        keep, exclude, tie, whole_frontier: As in `mpq.allocation.allocate`.
+        points: Sizes, evenly spaced over the frontier, that are measured besides the answer.
+        refine_minutes: How long to look for better moves; 0 is not at all.
+        data: Where the data are now, if not where the table says.
+        device, quiet: As in `mpq.sensitivity.measure_sensitivity`.
+
+    Raises:
+        MpqError: Bad input of any kind, other data than the table's, or no audio besides what the table has seen.
+    """
+    if points < 0 or not (math.isfinite(refine_minutes) and refine_minutes >= 0):
+        raise MpqError(f"expected 0 or more points and minutes, got {points} and {refine_minutes:g}")
+    name, value = one_budget(budgets)
+    limit = value if name == "max_divergence" else None
+    if limit is not None and refine_minutes:
+        raise MpqError("moves keep a size: expected a size as the budget to refine under, got max_divergence")
+    check_output(out, checkpoint, data)
+
+    def solve(**size: float) -> Allocation:
+        return allocate(table, **size, keep=keep, exclude=exclude, tie=tie, whole_frontier=whole_frontier)
+
+    decisions = list_decisions(table, keep or {}, exclude, tie)
+    smallest, largest = (
+        table.fixed_bytes + sum(of(decision.size_bytes) for decision in decisions) for of in (min, max)
+    )
+    allocation = solve(**{name: value}) if limit is None else solve(target_bytes=largest)
+    model = load_model(checkpoint, choose_device(device))
+    sha256 = sha256_file(checkpoint)
+    if table.model.get("sha256", sha256) != sha256:
+        raise MpqError(f"{checkpoint}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
+    check_names(model.weights(), allocation.bits)
+    storage = Storage.from_json(table.quantizer)
+    seen = redraw(model, table.data, data)
+    used = further(model, seen, SECONDS) if refine_minutes else seen
+    fresh = further(model, used, SECONDS)
+    if not fresh.utterances:
+        raise MpqError(
+            f"{seen.path}: no audio is left to measure on: {sum(seen.durations):.0f} s were used for the sensitivities"
+            f"{f' and {sum(used.durations):.0f} s to refine' if refine_minutes else ''}; measure the sensitivities on "
+            "less (--seconds), or on a part of more data"
+        )
+    grams = statistics(model, sha256, seen, storage, quiet)
+    journal = None
+    with memory_for(f"{seen.path}: batches of {BATCH_SECONDS:g} s"):
+        weights = _rounded(model, storage, table, grams, quiet)
+        refined, refinement = allocation, {}
+        if refine_minutes:
+            work = [sha256, used.sha256, table.to_json(), allocation.to_json()]
+            fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+            journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
+            journal.begin()
+            with _measuring(model, used, table.output) as joint:
+                meter = _Meter(joint, weights, journal)
+                refined, refinement = _refined(meter, table, decisions, allocation, 60 * refine_minutes, quiet)
+            refinement |= {"max_seconds": SECONDS, "seconds": round(math.fsum(used.durations), 3)}
+        with _measuring(model, fresh, table.output) as joint:
+            meter = _Meter(joint, weights)
+            sizes = [smallest + (largest - smallest) * step // max(points - 1, 1) for step in range(points)]
+            measured = [meter.point(solve(target_bytes=size)) for size in sizes]
+            if limit is not None:
+                allocation, tried = _within(solve, meter, smallest, largest, limit)
+                measured += tried
+            measured.append(meter.point(allocation))
+            if refinement:
+                refinement["measured_before"] = measured[-1][2]
+                measured.append(meter.point(refined))
+    allocation = replace(
+        refined if refinement else allocation,
+        measured=tuple(sorted(set(measured))),
+        measured_kl=measured[-1][2],
+        measured_seconds=round(math.fsum(fresh.durations), 3),
+        refinement=refinement,
+    )
+    allocation.save(out)
+    if journal:
+        journal.remove()
+    return allocation
+
+
+def _rounded(
+    model: AsrModel, storage: Storage, table: SensitivityTable, grams: Mapping[str, Tensor], quiet: bool
+) -> dict[str, dict[int, Tensor]]:
+    """Returns {weight name: {bits: what the packed file gives back}}: 4 bytes x widths for each weight."""
+    state = model.state_dict()
+    found: dict[str, dict[int, Tensor]] = {}
+    with progress("rounding", len(table.layers), quiet, "layers") as advance:
+        for ref in model.weights():
+            weight = state[ref.name].clone()
+            rounded = quantize_layer(ref.name, weight, storage, table.bits, grams)
+            found[ref.name] = dict(zip(table.bits, rounded, strict=True))
+            found[ref.name] |= {16: weight.half().float(), 32: weight}
+            advance(1)
+    return found
+
+
+@contextmanager
+def _measuring(model: AsrModel, data: CalibrationData, output: str) -> Iterator[JointDivergence]:
+    """Yields what measures a model; it has its own weights again afterwards."""
+    joint = JointDivergence(model, in_batches(model, data, BATCH_SECONDS), output)
+    try:
+        yield joint
+    finally:
+        joint.restore()
+
+
+class _Meter:
+    """Measures models by their bit-widths, each only once.
+
+    Args:
+        joint: Of the model.
+        weights: As `_rounded` returns them.
+        journal: Keeps what was measured, and how long it took.
+    """
+
+    def __init__(
+        self, joint: JointDivergence, weights: Mapping[str, Mapping[int, Tensor]], journal: Journal | None = None
+    ) -> None:
+        self.joint, self.weights, self.journal = joint, weights, journal
+        self.bits: dict[str, int] = {}  # of the model as it is now
+        self.known: dict[str, Tensor] = {}
+        self.seconds = 0.0
+        for entry in journal.read() if journal else ():
+            self.known[entry["key"]] = torch.tensor(entry["kl"], dtype=torch.float64)
+            self.seconds += entry["seconds"]
+
+    def kl(self, bits: Mapping[str, int]) -> Tensor:
+        """Returns the (utterances,) divergences, summed over frames, of the model with these widths."""
+        key = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()
+        if key not in self.known:
+            start = time.monotonic()
+            self.known[key] = self.joint.measure(self._changes(bits))
+            seconds = time.monotonic() - start
+            self.seconds += seconds
+            if self.journal:
+                self.journal.append({"key": key, "kl": self.known[key].tolist(), "seconds": seconds})
+        return self.known[key]
+
+    def move_to(self, bits: Mapping[str, int]) -> None:
+        """Makes these the widths that others are measured from."""
+        self.joint.change(self._changes(bits))
+        self.bits = dict(bits)
+
+    def point(self, allocation: Allocation) -> tuple[int, float, float]:
+        """Returns (bytes, predicted divergence, measured divergence per frame)."""
+        kl = float(self.kl(allocation.bits).sum()) / self.joint.frames
+        return allocation.predicted_bytes, allocation.predicted_kl, kl
+
+    def _changes(self, bits: Mapping[str, int]) -> dict[str, Tensor]:
+        return {name: self.weights[name][width] for name, width in bits.items() if self.bits.get(name) != width}
+
+
+def _within(
+    solve: Callable[..., Allocation], meter: _Meter, smallest: int, largest: int, limit: float
+) -> tuple[Allocation, list[tuple[int, float, float]]]:
+    """Returns the smallest allocation found whose measured divergence is at most `limit`, and what was measured.
+
+    Sizes are halved until they agree to a thousandth; the measured divergence need not fall at every step of the
+    frontier, so a smaller size that keeps the limit may exist.
+    """
+    best = solve(target_bytes=largest)
+    tried = [meter.point(best)]
+    if tried[0][2] > limit:
+        raise MpqError(
+            f"max_divergence {limit:g} is less than what was measured with the widest widths: {tried[0][2]:.4g} nats "
+            "per frame; measure wider ones"
+        )
+    low, high = smallest - 1, best.predicted_bytes
+    while high - low > largest // 1000:
+        candidate = solve(target_bytes=(low + high) // 2)
+        tried.append(meter.point(candidate))
+        if tried[-1][2] <= limit:
+            best, high = candidate, candidate.predicted_bytes
+        else:
+            low = (low + high) // 2
+    return replace(best, target_bytes=best.predicted_bytes), tried
+
+
+def _refined(
+    meter: _Meter,
+    table: SensitivityTable,
+    decisions: Sequence[Decision],
+    start: Allocation,
+    seconds: float,
+    quiet: bool,
+) -> tuple[Allocation, dict[str, Any]]:
+    """Returns the allocation after the moves that were kept, and {"moves", "measurements", "before", "after"}."""
+    names = [layer.name for layer in table.layers]
+    choices = [d.bits.index(start.bits[names[d.layers[0]]]) for d in decisions]
+    budget = start.target_bytes - table.fixed_bytes
+
+    def bits(of: Sequence[int]) -> dict[str, int]:
+        pairs = zip(decisions, of, strict=True)
+        chosen = {names[layer]: d.bits[choice] for d, choice in pairs for layer in d.layers}
+        return {name: chosen[name] for name in names}
+
+    def moved(*steps: tuple[int, int]) -> list[int]:
+        result = list(choices)
+        for index, step in steps:
+            result[index] += step
+        return result
+
+    def slack(of: Sequence[int]) -> int:
+        return budget - sum(d.size_bytes[choice] for d, choice in zip(decisions, of, strict=True))
+
+    meter.move_to(bits(choices))
+    first = current = meter.kl(bits(choices))
+    moves = 0
+    with progress("refining", seconds, quiet, "s") as advance:
+        shown = 0.0
+
+        def change(*steps: tuple[int, int]) -> Tensor | None:
+            """Returns what a move adds to the divergence of each utterance; None when the time is over."""
+            nonlocal shown
+            if meter.seconds >= seconds:
+                return None
+            result = meter.kl(bits(moved(*steps))) - current
+            advance(min(meter.seconds, seconds) - shown)
+            shown = min(meter.seconds, seconds)
+            return result
+
+        is_better = True
+        while is_better:
+            is_better = False
+            singles: dict[tuple[int, int], float] = {}
+            for index, step in _promising(decisions, choices):
+                effect = change((index, step))
+                if effect is None:
+                    break
+                singles[index, step] = float(effect.sum())
+            raises = [move for move in singles if move[1] > 0]
+            cuts = [move for move in singles if move[1] < 0]
+            pairs = [(move,) for move in raises] + [(up, down) for up in raises for down in cuts if up[0] != down[0]]
+            pairs.sort(key=lambda pair: sum(singles[move] for move in pair))
+            touched: set[int] = set()
+            failures = 0
+            for pair in pairs:
+                if failures == TRIES or sum(singles[move] for move in pair) >= 0:
+                    break
+                if touched & {index for index, _ in pair} or slack(moved(*pair)) < 0:
+                    continue
+                effect = change(*pair)
+                if effect is None:
+                    break
+                if float(effect.sum()) >= -ERRORS * float(effect.std()) * math.sqrt(len(effect)):
+                    failures += 1
+                    continue
+                choices = moved(*pair)
+                current = current + effect
+                meter.move_to(bits(choices))
+                touched |= {index for index, _ in pair}
+                moves, failures, is_better = moves + 1, 0, True
+    size, kl = totals(table, decisions, choices)
+    frontier, _ = with_answer(start.frontier, size, kl, start.target_bytes)
+    widths = bits(choices)
+    weights = sum(layer.numel for layer in table.layers)
+    refined = replace(
+        start,
+        bits=widths,
+        predicted_bytes=size,
+        predicted_kl=kl,
+        average_bits=sum(widths[layer.name] * layer.numel for layer in table.layers) / weights,
+        frontier=tuple(frontier),
+    )
+    return refined, {
+        "moves": moves,
+        "measurements": len(meter.known),
+        "before": float(first.sum()) / meter.joint.frames,
+        "after": float(current.sum()) / meter.joint.frames,
+    }
+
+
+def _promising(decisions: Sequence[Decision], choices: Sequence[int]) -> list[tuple[int, int]]:
+    """Returns (decision, +1 or -1): the raises that the table promises most of for a byte, the cuts that cost least."""
+    raises, cuts = [], []
+    for index, (decision, choice) in enumerate(zip(decisions, choices, strict=True)):
+        for step, found in ((1, raises), (-1, cuts)):
+            if 0 <= choice + step < len(decision.bits):
+                kl = decision.kl[choice + step] - decision.kl[choice]
+                size = abs(decision.size_bytes[choice + step] - decision.size_bytes[choice])
+                found.append((kl / max(size, 1), index, step))
+    return [(index, step) for found in (raises, cuts) for _, index, step in sorted(found)[:MOST_PROMISING]]
