@@ -2,7 +2,8 @@
 
 For a layer y = W x that is the sum of x x' over all frames (a convolution: over all positions, x the patch that one
 output reads). Utterances go through the model one by one, so that no padding is seen. Weights are found where they are
-used, not by module: whatever linear map or convolution reads a weight's memory counts as its use.
+used, not by module: whatever linear map or convolution reads a weight's memory counts as its use (but
+torch.nn.MultiheadAttention, whose inner calls cannot be watched; no model that mpq reads has it).
 
 The matrices take 4 bytes x (columns squared) a layer: 152 MB for NVIDIA's 13 M Conformer. More than MOST_BYTES of them
 are collected in several passes over the data. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
@@ -15,6 +16,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -171,7 +173,8 @@ def one_by_one(model: AsrModel, data: CalibrationData) -> list[tuple[Tensor, Ten
     """Returns ((1, T, F) features, (1,) frames) of each utterance, on the model's device."""
     where = next(model.parameters()).device
     with torch.no_grad():  # not inference mode: what a backward pass is to go through
-        return [model.features(samples.to(where), lengths.to(where)) for samples, lengths in data.waveforms]
+        found = [model.features(samples.to(where), lengths.to(where)) for samples, lengths in data.waveforms]
+    return [(features[:, : int(lengths)], lengths) for features, lengths in found]  # some features end with padding
 
 
 def in_batches(model: AsrModel, data: CalibrationData, max_seconds: float) -> list[tuple[Tensor, Tensor]]:
@@ -194,7 +197,7 @@ def input_grams(
     """Returns {weight name: (B, K, K) float32 sum of the outer products of its inputs}, on the CPU.
 
     B is 1 but for grouped convolutions, which have one matrix a group. An embedding's row is read as it is, so that
-    its matrix is the identity. A weight that the data never reach is missing from the result.
+    its matrix is a multiple of the identity. A weight that the data never reach is missing from the result.
 
     Args:
         model: The float model.
@@ -248,26 +251,38 @@ class _Watch(TorchFunctionMode):
         return result
 
 
-def _linear_patches(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return x.reshape(1, -1, x.shape[-1])
+def _linear_patches(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return input.reshape(1, -1, input.shape[-1])
 
 
 def _conv1d_patches(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Tensor:
     (stride,), (padding,), (dilation,) = (v if isinstance(v, tuple) else (v,) for v in (stride, padding, dilation))
-    flat = x[:, :, None], weight[:, :, None]  # one row high
+    flat = input[:, :, None], weight[:, :, None]  # one row high
     return _conv2d_patches(*flat, None, (1, stride), (0, padding), (1, dilation), groups)
 
 
 def _conv2d_patches(
-    x: Tensor, weight: Tensor, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
+    input: Tensor,
+    weight: Tensor,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
 ) -> Tensor:
-    unfolded = F.unfold(x, weight.shape[2:], dilation, padding, stride)  # (N, C K', L)
+    unfolded = F.unfold(input, weight.shape[2:], dilation, padding, stride)  # (N, C K', L)
     return unfolded.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)  # (groups, N L, C K' / groups)
 
 
-def _embedding_patches(tokens: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+def _embedding_patches(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
     return torch.eye(weight.shape[1], device=weight.device)[None]
 
 
@@ -332,14 +347,18 @@ def cache_folder() -> Path:
 
 
 def _cache_path(model_sha256: str, data_sha256: str) -> Path:
-    key = hashlib.sha256(f"grams/1 {model_sha256} {data_sha256}".encode()).hexdigest()
+    key = hashlib.sha256(f"grams/2 {model_sha256} {data_sha256}".encode()).hexdigest()
     return cache_folder() / f"grams-{key[:32]}.safetensors"
 
 
 def _prune(folder: Path, keep: Path) -> None:
-    files = sorted(folder.glob("grams-*.safetensors"), key=lambda path: -path.stat().st_mtime)
+    """Removes the files that were not used for longest, until the rest takes CACHE_BYTES at most."""
+    found = []
+    for path in folder.glob("grams-*.safetensors"):
+        with suppress(FileNotFoundError):  # another process may have removed it
+            found.append((path.stat().st_mtime, path.stat().st_size, path))
     total = 0
-    for path in files:
-        total += path.stat().st_size
+    for _, size, path in sorted(found, reverse=True):
+        total += size
         if total > CACHE_BYTES and path != keep:
             path.unlink(missing_ok=True)

@@ -7,6 +7,7 @@ measures one change after another of a model with all of its layers quantized.
 Legend: N utterances, T feature frames, F features, T' encoder frames, M valid encoder frames, V classes.
 """
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -72,13 +73,20 @@ def output_divergence(
         data: Batches of ((N, T, F) features, (N,) valid frames).
         output: "ctc" or "encoder": whose softmax.
     """
-
-    def stages(of: AsrModel) -> Sequence[Stage]:
-        return (*of.stages, of.head) if output == "ctc" else of.stages
-
+    chains = [_chain(one, output) for one in (model, changed)]
     with torch.inference_mode():
         batches = [OutputBatch(model, *batch) for batch in data]
-        return mean_kl(tuple(batch.log_distribution(stages(of)) for of in (model, changed)) for batch in batches)
+        kl = mean_kl(tuple(batch.log_distribution(chain) for chain in chains) for batch in batches)
+    if not math.isfinite(kl):
+        raise MpqError(f"expected a finite divergence of the changed model, got {kl}; its activations overflow")
+    return kl
+
+
+def _chain(model: AsrModel, output: str) -> tuple[Stage, ...]:
+    """Returns the stages from the features to the logits whose softmax is compared."""
+    if output not in OUTPUTS:
+        raise MpqError(f"output: expected {' or '.join(OUTPUTS)}, got {output!r}")
+    return (*model.stages, model.head) if output == "ctc" else tuple(model.stages)
 
 
 def owner(name: str, stages: Sequence[Stage]) -> int:
@@ -105,9 +113,7 @@ class JointDivergence:
     """
 
     def __init__(self, model: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str = "ctc") -> None:
-        if output not in OUTPUTS:
-            raise MpqError(f"output: expected {' or '.join(OUTPUTS)}, got {output!r}")
-        self._stages = (*model.stages, model.head) if output == "ctc" else model.stages
+        self._stages = _chain(model, output)
         self._all_stages = (*model.stages, model.head)
         self._parameters = dict(model.named_parameters())
         self._originals: dict[str, Tensor] = {}
@@ -158,13 +164,15 @@ class JointDivergence:
         for name, tensor in weights.items():
             self._parameters[name].data = tensor
         owners = [owner(name, self._all_stages) for name in weights]
-        first = min([index for index in owners if index < len(self._stages)], default=len(self._stages))
+        first = min([*owners, len(self._stages)])
         with torch.inference_mode():
             states = self._walk(first)
             kl = [
                 _sums(reference, batch.log_softmax(new[-1]), batch.lengths)
                 for reference, batch, new in zip(self._references, self._batches, states, strict=True)
             ]
+        if not bool(torch.cat(kl).isfinite().all()):
+            raise MpqError("expected a finite divergence of the quantized model, got NaN or infinity")
         return torch.cat(kl), first, states
 
     def _walk(self, first: int) -> list[list[Tensor]]:

@@ -1,14 +1,21 @@
 """How much the output will suffer from rounding errors, to second order, for all layers and widths at once.
 
-Near the trained weights the divergence of the output distribution is half the squared rounding error in the metric of
-the Fisher information: KL = 1/2 E[(d . gradient of log p(y))^2], y drawn from the model's own output (no transcripts).
-So for each utterance a label is drawn for every frame, the sum of their log-probabilities is sent backward, and the
-gradient of each layer's weight is multiplied with the rounding errors of that layer at every width. One backward pass
-serves all layers and widths; the exact divergence (`mpq.sensitivity.measure_kl`) needs a forward pass for each.
+Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
+the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is
+the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each frame
+and label. So an utterance takes one backward pass (no transcripts), whose gradient of each weight is multiplied with
+the rounding errors at every width. It serves all layers and widths; the exact divergence (`mpq.sensitivity.measure_kl`)
+needs a forward pass for each. Signs rather than labels drawn from p: a rare label with a large gradient makes drawn
+scores differ by a factor of two from draw to draw, the signs by a tenth.
 
-What the score leaves out: third order, and whatever layers do to each other.
+Utterances differ by orders of magnitude in how far the expansion overshoots: of 96, one can hold four fifths of the sum
+over all. Such an utterance is lost at a low width whatever is done. So what counts is each layer's *share* of an
+utterance's total, averaged over utterances, times the geometric mean of the totals: the divergence of a typical
+utterance. docs/rounding.md has what this is worth and what else was tried.
 
-Legend: L layers, W widths, T' frames, V classes.
+Left out: third order, and what layers do to each other.
+
+Legend: U utterances, L layers, W widths, T' frames, V classes.
 """
 
 import hashlib
@@ -24,7 +31,7 @@ from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 
 DRAWS = 2
-"""Labels drawn for each frame; the forward pass is shared, the backward pass is not."""
+"""Sets of signs for each utterance; the forward pass is shared, the backward pass is not."""
 
 
 def fisher_scores(
@@ -40,13 +47,14 @@ def fisher_scores(
     Args:
         model: The float model.
         errors: {weight name: (numel,) rounding errors at each of the W widths} (`rounding_errors`).
-        features, lengths: (1, T, F) and (1,) of the utterance.
-        seed: Of the labels.
+        features, lengths: (1, T, F) and (1,) of the utterance, without padding.
+        seed: Of the signs.
         output: "ctc": of the CTC posteriors; "encoder": of softmax of the encoder's output, and of the CTC posteriors
             for the weights that the encoder does not depend on.
 
     Raises:
-        MpqError: A gradient is not finite; the message names the layer.
+        MpqError: The output or a gradient is not finite, or a weight takes no part in the output; the message names
+            the layer.
     """
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
@@ -54,15 +62,14 @@ def fisher_scores(
     scores = torch.zeros(len(errors), len(next(iter(errors.values()))), dtype=torch.float64)
     log_probs = model.ctc_log_probs(encoded)[0]  # (T', V)
     generator = torch.Generator().manual_seed(_utterance_seed(seed, features))
-    if output == "encoder":
-        chains = [encoded[0].log_softmax(dim=-1), log_probs]
-    else:
-        chains = [log_probs]
+    outputs = [encoded[0].log_softmax(dim=-1), log_probs] if output == "encoder" else [log_probs]
+    if not all(bool(one.isfinite().all()) for one in outputs):
+        raise MpqError("the model's output is not finite; its activations overflow on this audio")
     for _ in range(DRAWS):
         gradients: list[Tensor | None] = [None] * len(weights)
-        for chain in chains:
-            labels = torch.multinomial(chain.detach().exp().cpu(), 1, generator=generator).to(chain.device)
-            total = chain.gather(1, labels).sum()
+        for one in outputs:
+            signs = torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1
+            total = (one * (0.5 * one.detach()).exp() * signs).sum()
             found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
             gradients = [old if old is not None else new for old, new in zip(gradients, found, strict=True)]
         for index, (name, gradient) in enumerate(zip(errors, gradients, strict=True)):
@@ -105,29 +112,33 @@ def rounding_errors(
     return errors
 
 
-def mean_with_interval(sums: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Returns the mean per frame of what was summed over utterances, and the ends of its 95 % confidence interval.
+def typical_scores(sums: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Returns (L, W) nats per frame of a typical utterance, and the ends of their 95 % confidence intervals.
 
-    The utterances are the sample; the mean is a ratio of sums, so its variance is that of (sum - mean x frames) over
-    the utterances (Cochran 1977, section 6.4), with Student's t. One utterance gives no interval: (0, infinity).
+    A layer's score is its share of an utterance's total over the layers, averaged over the utterances, times the
+    geometric mean of the totals per frame. The interval is Student's, of the mean share; the common factor is taken as
+    it is, since it decides nothing between layers. One utterance gives no interval: (0, infinity).
 
     Args:
-        sums: (U, ...) float64, each utterance's sum over its frames.
+        sums: (U, L, W) float64, each utterance's sum over its frames.
         frames: (U,) number of frames.
     """
+    # cumsum adds in order, whatever the number of widths is; sum does not
+    totals = sums.cumsum(dim=1)[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # (U, 1, W)
+    per_frame = totals / frames.to(torch.float64)[:, None, None]
     count = len(sums)
-    frames = frames.to(torch.float64).reshape(-1, *[1] * (sums.ndim - 1))
-    # cumsum adds in order; the order of sum depends on how many layers and widths there are
-    mean = sums.cumsum(dim=0)[-1] / frames.sum()
+    typical = (per_frame.log().cumsum(dim=0)[-1] / count).exp()  # (1, W)
+    shares = sums / totals
+    mean = shares.cumsum(dim=0)[-1] / count
+    score = mean * typical
     if count < 2:
-        return mean, torch.zeros_like(mean), torch.full_like(mean, math.inf)
-    residuals = sums - mean * frames
-    error = (residuals.square().cumsum(dim=0)[-1] * count / (count - 1)).sqrt() / frames.sum()
-    half = float(stats.t.ppf(0.975, count - 1)) * error
-    return mean, (mean - half).clamp(min=0), mean + half
+        return score, torch.zeros_like(score), torch.full_like(score, math.inf)
+    variance = (shares - mean).square().cumsum(dim=0)[-1] / (count - 1)
+    half = float(stats.t.ppf(0.975, count - 1)) * (variance / count).sqrt() * typical
+    return score, (score - half).clamp(min=0), score + half
 
 
 def _utterance_seed(seed: int, features: Tensor) -> int:
-    """Returns the seed of an utterance's labels: it depends on the utterance alone, not on its place in the data."""
+    """Returns the seed of an utterance's signs: it depends on the utterance alone, not on its place in the data."""
     digest = hashlib.sha256(f"{seed}:".encode() + features.cpu().numpy().tobytes()).digest()
     return int.from_bytes(digest[:7], "little")

@@ -110,5 +110,8 @@ def inverse_factor(gram: Tensor) -> Tensor:
         raise MpqError("no calibration data reached it: all of its inputs are zero, or it takes no part in the output")
     damped = gram + torch.diag_embed((DAMPING * mean).expand_as(diagonal))
     damped[mean[:, 0] <= 0] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    except torch.linalg.LinAlgError as error:
+        raise MpqError(f"the statistics of its inputs are singular, although damped: {error}") from None

@@ -32,7 +32,7 @@ from mpq.calibration import CalibrationData, draw, in_batches, one_by_one, stati
 from mpq.divergence import OUTPUTS, OutputBatch, mean_kl, owner
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
-from mpq.fisher import fisher_scores, mean_with_interval, rounding_errors
+from mpq.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.journal import Journal
 from mpq.models import load_model
 from mpq.models.base import AsrModel
@@ -242,7 +242,7 @@ def _measure_fisher(
     workers.barrier()
     entries = [entry for _, entry in sorted(finished().items())]
     sums = torch.tensor([entry["scores"] for entry in entries], dtype=torch.float64)  # (U, L, W)
-    mean, low, high = mean_with_interval(sums, torch.tensor([entry["frames"] for entry in entries]))
+    mean, low, high = typical_scores(sums, torch.tensor([entry["frames"] for entry in entries]))
     return {
         (name, width): (
             float(mean[i, k]),
