@@ -158,8 +158,8 @@ def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: flo
     best = smallest_kl(options, high)
     if divergence(best) > limit:
         raise MpqError(
-            f"max_divergence {limit:g} is less than the smallest possible with these widths: {divergence(best):.4g} "
-            "nats per frame; measure wider ones"
+            f"max_divergence {limit:g} is less than the smallest possible with these widths: "
+            f"{rounded_up(divergence(best))} nats per frame; measure wider ones"
         )
     while high - low > 1:
         middle = (low + high) // 2
@@ -169,6 +169,12 @@ def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: flo
         else:
             low = middle
     return best
+
+
+def rounded_up(value: float) -> str:
+    """Returns a number in four digits that is not below the value, so that what an error offers can be asked for."""
+    digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
+    return f"{float(math.ceil(Fraction(value) * Fraction(10) ** digits) / Fraction(10) ** digits):.4g}"
 
 
 def _described(frontier: Frontier) -> str:

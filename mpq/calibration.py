@@ -158,9 +158,17 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
     """
     missing = [key for key in ("path", "max_seconds", "seed", "channel", "skip_bad", "sha256") if key not in data]
     if missing:
-        raise MpqError(f"the file does not say which audio it was made with (its data has no {missing[0]!r})")
-    where = path or Path(data["path"])
-    drawn = draw(model, where, data["max_seconds"], data["seed"], data["channel"], data["skip_bad"])
+        raise MpqError(
+            f"the sensitivities do not say which audio they were measured on (their data has no {missing[0]!r}); "
+            "measure them again"
+        )
+    where = path or Path(str(data["path"]))
+    try:
+        drawn = draw(model, where, data["max_seconds"], data["seed"], data["channel"], data["skip_bad"])
+    except TypeError as error:
+        raise MpqError(
+            f"the sensitivities do not say how to draw the audio that they were measured on: {error}"
+        ) from None
     if drawn.sha256 != data["sha256"]:
         raise MpqError(
             f"{where}: not the audio that the sensitivities were measured with (it changed since, or is other data); "

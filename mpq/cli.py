@@ -233,6 +233,8 @@ def allocate(
     from mpq.records import SensitivityTable
     from mpq.report import allocation_view
 
+    if data and not (measure or refine):
+        raise MpqError("--data: nothing is measured; give --measure CKPT or --refine CKPT with it")
     if measure and refine:
         raise MpqError("--measure and --refine: give one of them; --refine measures too")
     check_output(out, sensitivity)
@@ -307,11 +309,16 @@ def pack(
       mpq pack model.nemo --bits 4 --data train.jsonl --out uniform4.safetensors
     """
     from mpq import pack as step
+    from mpq.files import check_output
     from mpq.records import Allocation
     from mpq.report import pack_line
 
     if allocation is not None and bits is not None:
         raise MpqError("--allocation and --bits: give one of them")
+    if allocation:
+        check_output(out, allocation)
+        if seconds:
+            raise MpqError("--seconds: the allocation says which part of the data was used; leave the option out")
     chosen = Allocation.load(allocation) if allocation else None
     result = step.pack(
         checkpoint,

@@ -144,8 +144,8 @@ def calibration_subset(
     """
     chosen = list(range(len(utterances)))
     if max_seconds is not None:
-        if not max_seconds > 0:
-            raise MpqError(f"calibration data: expected more than 0 seconds, got {max_seconds:g}")
+        if not 0 < max_seconds < math.inf:
+            raise MpqError(f"calibration data: expected more than 0 seconds, or all, got {max_seconds:g}")
         chosen.sort(key=lambda i: hashlib.sha256(f"{seed}:{utterances[i].utt_id}".encode()).digest())
         total, fitting = 0.0, []
         for i in chosen:

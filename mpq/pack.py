@@ -113,7 +113,7 @@ def pack(
     Raises:
         MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
     """
-    check_output(out, checkpoint)
+    check_output(out, checkpoint, data)
     storage = _storage(allocation, bits, dict(options or {}), data)
     model = load_model(checkpoint, choose_device(device))
     if model.quantized_bits:
@@ -145,7 +145,8 @@ def pack(
         note = str(error).splitlines()[0]
     grams: dict[str, Tensor] | None = {}
     if drawn is not None:
-        grams = statistics(model, sha256, drawn, storage, quiet)
+        with memory_for(f"{drawn.path}: the statistics"):
+            grams = statistics(model, sha256, drawn, storage, quiet)
     elif storage.spec.rounding == "gptq":
         assert allocation is not None or data is None
         grams = cached_statistics(model, sha256, allocation.data.get("sha256", "")) if allocation else None
@@ -195,9 +196,9 @@ def _measured(
         drawn = further(model, drawn, allocation.refinement.get("max_seconds"))
     fresh = further(model, drawn, HELD_OUT_SECONDS)
     if not fresh.utterances:
-        return None, f"{drawn.path} has no audio that was not used before"
+        return None, f"{drawn.path} has no audio left that the sensitivities have not seen"
     packed = read_artifact(out).to(next(model.parameters()).device)
     with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
         batches = in_batches(model, fresh, BATCH_SECONDS)
         kl = output_divergence(model, packed, batches, allocation.output if allocation else "ctc")
-    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that were not used before"
+    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that decided nothing"

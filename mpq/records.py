@@ -226,7 +226,7 @@ class Allocation:
         frontier_note: How complete the frontier is, in one sentence.
         quantizer, model, data, output, fingerprint: Copied from the sensitivity file.
         measured: ((bytes, predicted kl, measured kl), ...) of whole models that were measured, ascending in bytes.
-        measured_kl: The answer's own measured divergence, nats per frame; None if it was not measured.
+        measured_kl: The answer's measured divergence (bounded: `mpq.divergence`), nats per frame; None if not measured.
         measured_seconds: Audio that it was measured on, none of it used for the sensitivities; 0 if not measured.
         refinement: {"moves", "before", "after", "max_seconds", ...}: what `mpq.refine` did, and on how much audio,
             which is not that of measured_kl; empty without.

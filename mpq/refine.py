@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mpq.allocation import allocate, one_budget, totals, with_answer
+from mpq.allocation import allocate, one_budget, rounded_up, totals, with_answer
 from mpq.artifact import Storage, check_names, quantize_layer
 from mpq.calibration import CalibrationData, further, in_batches, redraw, statistics
 from mpq.decisions import Decision, list_decisions
@@ -113,9 +114,9 @@ def allocate_measured(
             f"{f' and {sum(used.durations):.0f} s to refine' if refine_minutes else ''}; measure the sensitivities on "
             "less (--seconds), or on a part of more data"
         )
-    grams = statistics(model, sha256, seen, storage, quiet)
     journal = None
     with memory_for(f"{seen.path}: batches of {BATCH_SECONDS:g} s"):
+        grams = statistics(model, sha256, seen, storage, quiet)
         weights = _rounded(model, storage, table, grams, quiet)
         refined, refinement = allocation, {}
         if refine_minutes:
@@ -125,7 +126,8 @@ def allocate_measured(
             journal.begin()
             with _measuring(model, used, table.output) as joint:
                 meter = _Meter(joint, weights, journal)
-                refined, refinement = _refined(meter, table, decisions, allocation, 60 * refine_minutes, quiet)
+                codes = Fraction(str(value)) if name == "average_bits" else None
+                refined, refinement = _refined(meter, table, decisions, allocation, codes, 60 * refine_minutes, quiet)
             refinement |= {"max_seconds": SECONDS, "seconds": round(math.fsum(used.durations), 3)}
         with _measuring(model, fresh, table.output) as joint:
             meter = _Meter(joint, weights)
@@ -177,6 +179,10 @@ def _measuring(model: AsrModel, data: CalibrationData, output: str) -> Iterator[
         joint.restore()
 
 
+def _key(bits: Mapping[str, int]) -> str:
+    return hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()
+
+
 class _Meter:
     """Measures models by their bit-widths, each only once.
 
@@ -197,9 +203,13 @@ class _Meter:
             self.known[entry["key"]] = torch.tensor(entry["kl"], dtype=torch.float64)
             self.seconds += entry["seconds"]
 
+    def is_known(self, bits: Mapping[str, int]) -> bool:
+        """Returns whether the model with these widths was measured already, so that it takes no time."""
+        return _key(bits) in self.known
+
     def kl(self, bits: Mapping[str, int]) -> Tensor:
         """Returns the (utterances,) divergences, summed over frames, of the model with these widths."""
-        key = hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()
+        key = _key(bits)
         if key not in self.known:
             start = time.monotonic()
             self.known[key] = self.joint.measure(self._changes(bits))
@@ -235,8 +245,8 @@ def _within(
     tried = [meter.point(best)]
     if tried[0][2] > limit:
         raise MpqError(
-            f"max_divergence {limit:g} is less than what was measured with the widest widths: {tried[0][2]:.4g} nats "
-            "per frame; measure wider ones"
+            f"max_divergence {limit:g} is less than what was measured with the least sensitive widths: "
+            f"{rounded_up(tried[0][2])} nats per frame; measure wider ones"
         )
     low, high = smallest - 1, best.predicted_bytes
     while high - low > largest // 1000:
@@ -254,13 +264,18 @@ def _refined(
     table: SensitivityTable,
     decisions: Sequence[Decision],
     start: Allocation,
+    average_bits: Fraction | None,
     seconds: float,
     quiet: bool,
 ) -> tuple[Allocation, dict[str, Any]]:
-    """Returns the allocation after the moves that were kept, and {"moves", "measurements", "before", "after"}."""
+    """Returns the allocation after the moves that were kept, and {"moves", "measurements", "before", "after"}.
+
+    The size stays within the start's target, and the code bits within `average_bits` if that is what was asked for.
+    """
     names = [layer.name for layer in table.layers]
     choices = [d.bits.index(start.bits[names[d.layers[0]]]) for d in decisions]
     budget = start.target_bytes - table.fixed_bytes
+    weights = sum(layer.numel for layer in table.layers)
 
     def bits(of: Sequence[int]) -> dict[str, int]:
         pairs = zip(decisions, of, strict=True)
@@ -273,8 +288,12 @@ def _refined(
             result[index] += step
         return result
 
-    def slack(of: Sequence[int]) -> int:
-        return budget - sum(d.size_bytes[choice] for d, choice in zip(decisions, of, strict=True))
+    def fits(of: Sequence[int]) -> bool:
+        pairs = list(zip(decisions, of, strict=True))
+        code_bits = sum(d.code_bits[choice] for d, choice in pairs)
+        return sum(d.size_bytes[choice] for d, choice in pairs) <= budget and (
+            average_bits is None or code_bits <= average_bits * weights
+        )
 
     meter.move_to(bits(choices))
     first = current = meter.kl(bits(choices))
@@ -285,9 +304,10 @@ def _refined(
         def change(*steps: tuple[int, int]) -> Tensor | None:
             """Returns what a move adds to the divergence of each utterance; None when the time is over."""
             nonlocal shown
-            if meter.seconds >= seconds:
+            widths = bits(moved(*steps))
+            if meter.seconds >= seconds and not meter.is_known(widths):
                 return None
-            result = meter.kl(bits(moved(*steps))) - current
+            result = meter.kl(widths) - current
             advance(min(meter.seconds, seconds) - shown)
             shown = min(meter.seconds, seconds)
             return result
@@ -303,19 +323,20 @@ def _refined(
                 singles[index, step] = float(effect.sum())
             raises = [move for move in singles if move[1] > 0]
             cuts = [move for move in singles if move[1] < 0]
-            pairs = [(move,) for move in raises] + [(up, down) for up in raises for down in cuts if up[0] != down[0]]
+            pairs = [(move,) for move in singles] + [(up, down) for up in raises for down in cuts if up[0] != down[0]]
             pairs.sort(key=lambda pair: sum(singles[move] for move in pair))
             touched: set[int] = set()
             failures = 0
             for pair in pairs:
                 if failures == TRIES or sum(singles[move] for move in pair) >= 0:
                     break
-                if touched & {index for index, _ in pair} or slack(moved(*pair)) < 0:
+                if touched & {index for index, _ in pair} or not fits(moved(*pair)):
                     continue
                 effect = change(*pair)
                 if effect is None:
                     break
-                if float(effect.sum()) >= -ERRORS * float(effect.std()) * math.sqrt(len(effect)):
+                error = float(effect.std()) * math.sqrt(len(effect)) if len(effect) > 1 else math.inf
+                if float(effect.sum()) >= -ERRORS * error:
                     failures += 1
                     continue
                 choices = moved(*pair)
@@ -326,7 +347,6 @@ def _refined(
     size, kl = totals(table, decisions, choices)
     frontier, _ = with_answer(start.frontier, size, kl, start.target_bytes)
     widths = bits(choices)
-    weights = sum(layer.numel for layer in table.layers)
     refined = replace(
         start,
         bits=widths,
@@ -334,6 +354,7 @@ def _refined(
         predicted_kl=kl,
         average_bits=sum(widths[layer.name] * layer.numel for layer in table.layers) / weights,
         frontier=tuple(frontier),
+        frontier_note=start.frontier_note + ("; moves made the answer leave it" if moves else ""),
     )
     return refined, {
         "moves": moves,

@@ -71,7 +71,7 @@ def allocation_view(allocation: Allocation) -> Group:
     measured = "not measured (--measure CKPT does)"
     if allocation.measured_kl is not None:
         seconds = allocation.measured_seconds
-        measured = f"measured {allocation.measured_kl:.4g} on {seconds:.0f} s that were not used before"
+        measured = f"measured {allocation.measured_kl:.4g} on {seconds:.0f} s that the sensitivities have not seen"
     notes = [
         f"{allocation.average_bits:.3f} bits a weight on average, codes alone",
         f"divergence, nats per frame: predicted {allocation.predicted_kl:.4g}, {measured}",

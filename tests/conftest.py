@@ -1,5 +1,6 @@
 """What several test modules use: the shared folder, and a tiny model with data that any clone can make."""
 
+import hashlib
 import io
 import json
 import os
@@ -149,3 +150,61 @@ def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+@pytest.fixture(scope="session")
+def many_tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A manifest of 20 noisy tones, t00 to t19, of 0.3 to 0.68 s: enough for several parts."""
+    folder = tmp_path_factory.mktemp("tones")
+    random = np.random.default_rng(5)
+    lines = []
+    for index in range(20):
+        time = np.arange(int(16000 * (0.3 + 0.02 * index))) / 16000
+        wave = 0.3 * np.sin(2 * np.pi * (150 + 90 * index) * time * (1 + 0.5 * time))
+        soundfile.write(folder / f"t{index:02}.wav", wave + 0.05 * random.normal(size=time.size), 16000)
+        lines.append(json.dumps({"audio_filepath": f"t{index:02}.wav"}) + "\n")
+    path = folder / "tones.jsonl"
+    path.write_text("".join(lines))
+    return path
+
+
+def drawn_parts(manifest: Path, *most_seconds: float, seed: int = 0) -> list[list[Path]]:
+    """Returns random parts of a manifest's files, each from what those before it left: the rule written down again."""
+    files = [manifest.parent / json.loads(line)["audio_filepath"] for line in manifest.read_text().splitlines()]
+    files.sort(key=lambda file: hashlib.sha256(f"{seed}:{file.stem}".encode()).digest())
+    parts = []
+    for most in most_seconds:
+        part: list[Path] = []
+        for file in files:
+            if not part or audio_seconds([*part, file]) <= most:
+                part.append(file)
+        files = [file for file in files if file not in part]
+        parts.append(sorted(part))
+    return parts
+
+
+def audio_seconds(files: list[Path]) -> float:
+    return sum(soundfile.info(file).frames for file in files) / 16000
+
+
+def plain_divergence(
+    model: NemoConformerCtc, changed: NemoConformerCtc, files: list[Path], output: str = "ctc"
+) -> torch.Tensor:
+    """Returns (files, 2): the sum over frames of KL(model || changed), at most 1 each, and the number of frames.
+
+    Whole forward passes, each file on its own; distributions in double precision.
+    """
+    found = []
+    with torch.inference_mode():
+        for file in files:
+            samples, rate = soundfile.read(file, dtype="float32")
+            assert rate == model.sample_rate
+            features, lengths = model.features(torch.from_numpy(samples)[None], torch.tensor([len(samples)]))
+            rows = []
+            for one in (model, changed):
+                encoded, _ = one.encode(features[:, : int(lengths)], lengths)
+                logits = encoded if output == "encoder" else one.ctc_log_probs(encoded)
+                rows.append(logits[0].double().softmax(dim=-1))
+            p, q = rows
+            found.append([sum(min(float(kl), 1.0) for kl in (p * (p / q).log()).sum(dim=-1)), len(p)])
+    return torch.tensor(found, dtype=torch.float64)

@@ -247,7 +247,7 @@ def test_the_same_audio_is_found_again_and_other_audio_is_refused(tmp_path: Path
     with pytest.raises(MpqError, match=r"moved/data\.jsonl: not the audio .*with --data, or measure again"):
         redraw(model, said, moved)
     del said["seed"]
-    with pytest.raises(MpqError, match=r"does not say which audio it was made with .*no 'seed'"):
+    with pytest.raises(MpqError, match=r"do not say which audio they were measured on .*no 'seed'"):
         redraw(model, said)
 
 

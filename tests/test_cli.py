@@ -134,6 +134,7 @@ def fails(*arguments: object, words: str) -> None:
     assert done.exit_code == 2, done.output
     assert words in done.stderr, done.stderr
     assert "Traceback" not in done.stderr and done.stdout == ""
+    assert done.stderr.startswith("Usage: ") or done.stderr.count("\n") == 1, done.stderr
 
 
 def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_archive: Path, tiny_manifest: Path) -> None:
@@ -179,10 +180,141 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
         fails(
             "evaluate", tiny_archive, "--data", tiny_manifest, "--out", out, "--batch-seconds", seconds, words="seconds"
         )
+    for seconds, words in (("0", "more than 0 seconds"), ("nan", "seconds"), ("inf", "seconds"), ("x", "--seconds: ")):
+        for command in (["sensitivity", tiny_archive, "--bits", "2"], ["pack", tiny_archive, "--bits", "4"]):
+            fails(*command, "--data", tiny_manifest, "--seconds", seconds, "--out", out, words=words)
+    fails("sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2", "--out", out, "--method", "x", words="x")
+    fails("pack", tiny_archive, "--bits", "4", "--rounding", "gptq", "--out", out, words="--data names some")
+    fails("pack", tiny_archive, "--bits", "4", "--data", tmp_path / "no.jsonl", "--out", out, words="no such file")
+    fails("pack", tiny_archive, "--allocation", alloc, "--rounding", "nearest", "--out", out, words="made for gptq")
+    divergence = ["allocate", sens, "--out", out, "--max-divergence"]
+    fails(*divergence, "1e-12", words="max_divergence 1e-12 is less than the smallest possible")
+    fails(*divergence, "0", words="max_divergence: expected a positive number")
+    fails(*divergence, "1", "--target-mb", "1", words="expected one of")
+    fails(*divergence, "1", "--refine", tiny_archive, words="moves keep a size")
+    fails(*divergence, "1", "--measure", tiny_archive, words="no audio is left to measure on")
+    measured = ["allocate", sens, "--average-bits", "4", "--out", out, "--measure", tiny_archive]
+    fails(*measured, "--refine", tiny_archive, words="give one of them")
+    fails(*measured, "--points", "-1", words="0 or more points")
+    fails(*measured[:-1], tmp_path / "no.nemo", words="no.nemo: no such file")
+    fails(*measured, "--data", tmp_path / "no.jsonl", words="no.jsonl: no such file")
+    for minutes in ("-1", "nan"):
+        words = f"0 or more points and minutes, got 5 and {minutes}"
+        fails(*measured[:-2], "--refine", tiny_archive, "--minutes", minutes, words=words)
     fails("compare", folder / "fp32", folder / "small", "--alpha", "2", words="alpha")
     fails("compare", folder / "fp32", words="expected two folders")
     fails("compare", folder / "fp32", tmp_path, words="metrics.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_defaults_are_the_measured_best(chain: dict) -> None:
+    table = chain["sensitivity"]
+    assert table["method"] == "fisher" and table["output"] == "ctc" and table["quantizer"] == {
+        "scheme": "asymmetric", "granularity": "group:64", "clip": "mse", "rounding": "gptq", "scale_dtype": "float16",
+        "rest_dtype": "float16",
+    }  # fmt: skip
+    assert table["data"]["max_seconds"] == 300 and table["data"]["seed"] == 0
+    for layer in table["layers"]:
+        for bits in ("2", "4", "8"):
+            low, high = layer["interval"][bits]
+            assert 0 <= low < layer["kl"][bits] < high
+    assert chain["pack"]["rounding"] == "gptq" and chain["pack"]["measured_kl"] is None
+    assert chain["allocation"]["quantizer"] == table["quantizer"] and chain["allocation"]["measured_kl"] is None
+
+
+def test_other_methods_and_roundings(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    command = ["sensitivity", tiny_archive, "--data", tiny_manifest, "--bits", "2", "--out", tmp_path / "s.json"]
+    exact = result_json(*command, "--method", "kl", "--rounding", "nearest", "--seed", "3")
+    assert (exact["method"], exact["quantizer"]["rounding"]) == ("kl", "nearest")
+    assert exact["data"]["max_seconds"] == 60 and exact["data"]["seed"] == 3
+    assert all("interval" not in layer for layer in exact["layers"])
+    assert result_json(*command, "--seconds", "2.5")["data"]["max_seconds"] == 2.5
+    everything = result_json(*command, "--seconds", "all")["data"]
+    assert everything["max_seconds"] is None and everything["utterances"] == 6
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory: pytest.TempPathFactory, tiny_archive: Path, many_tones: Path) -> dict:
+    """Sensitivities on a part of the data, and the size with all layers at 4 bits."""
+    sens = tmp_path_factory.mktemp("measured") / "sens.json"
+    command = ["sensitivity", tiny_archive, "--data", many_tones, "--seconds", "1.5", "--bits", "2,4,8", "--out", sens]
+    table = result_json(*command)
+    size = table["fixed_bytes"] + sum(layer["bytes"]["4"] for layer in table["layers"])
+    return {"sens": sens, "table": table, "target": ["--target-mb", size / 2**20], "size": size}
+
+
+def test_allocations_are_measured(
+    tmp_path: Path, tiny_archive: Path, many_tones: Path, measured: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--measure, --refine and --max-divergence through to the packed file, which measures the same."""
+    from mpq import pack, refine
+
+    monkeypatch.setattr(refine, "SECONDS", 3.0)
+    monkeypatch.setattr(pack, "HELD_OUT_SECONDS", 3.0)
+    monkeypatch.setattr(refine, "MOST_PROMISING", 3)
+    sens, out = measured["sens"], tmp_path / "a.json"
+    for options, points in (
+        ([*measured["target"], "--measure", tiny_archive], 5),
+        ([*measured["target"], "--measure", tiny_archive, "--points", 2, "--data", many_tones], 2),
+        ([*measured["target"], "--refine", tiny_archive, "--points", 0], 0),
+        ([*measured["target"], "--refine", tiny_archive, "--minutes", 0, "--points", 0], 0),
+        (["--max-divergence", 0.05, "--measure", tiny_archive, "--points", 0], 0),
+    ):
+        found = result_json("allocate", sens, *options, "--out", out)
+        assert json.loads(out.read_text()) == found
+        assert found["predicted_bytes"] <= found["target_bytes"] <= max(measured["size"], found["predicted_bytes"])
+        assert len(found["measured"]) >= points + 1 and 1 < found["measured_seconds"] <= 3
+        assert bool(found["refinement"]) == ("--refine" in options and "--minutes" not in options)
+        if "--max-divergence" in options:
+            assert found["measured_kl"] <= 0.05
+        packed = result_json("pack", tiny_archive, "--allocation", out, "--out", tmp_path / "m")
+        assert packed["size_bytes"] == found["predicted_bytes"] == (tmp_path / "m").stat().st_size
+        assert packed["measured_kl"] == pytest.approx(found["measured_kl"], rel=0.05)  # norms in half precision
+    predicted = result_json("allocate", sens, "--max-divergence", 0.05, "--out", out)
+    assert predicted["predicted_kl"] <= 0.05 and predicted["measured"] == [] and predicted["measured_kl"] is None
+
+
+def test_measured_divergences_are_shown(
+    tmp_path: Path, tiny_archive: Path, many_tones: Path, measured: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpq import refine
+
+    monkeypatch.setattr(refine, "SECONDS", 2.0)
+    sens, out, small = measured["sens"], tmp_path / "a.json", tmp_path / "m"
+    done = run("allocate", sens, *measured["target"], "--out", out)
+    assert done.exit_code == 0 and "not measured (--measure CKPT does)" in done.stdout
+    done = run("allocate", sens, *measured["target"], "--refine", tiny_archive, "--minutes", "0.002", "--out", out)
+    kl = f"{json.loads(out.read_text())['measured_kl']:.4g}"
+    assert done.exit_code == 0 and f"measured {kl} on 2 s" in done.stdout and "refined by " in done.stdout
+    done = run("pack", tiny_archive, "--allocation", out, "--out", small)
+    assert done.exit_code == 0 and "rounding gptq; divergence, nats per frame: predicted " in done.stdout
+    done = run("pack", tiny_archive, "--bits", "4", "--data", many_tones, "--seconds", "1", "--out", small)
+    assert done.exit_code == 0 and "rounding gptq" in done.stdout and "that decided nothing" in done.stdout
+    done = run("pack", tiny_archive, "--bits", "4", "--out", small)
+    assert done.exit_code == 0 and "rounding nearest; divergence, nats per frame: not measured: no cal" in done.stdout
+
+
+def test_files_of_an_older_version(tmp_path: Path, tiny_archive: Path, chain: dict, measured: dict) -> None:
+    """Without the keys that came later: they load, allocate and pack as they did."""
+    table = {key: value for key, value in measured["table"].items() if key != "fingerprint"}
+    table["quantizer"] = {"scheme": "asymmetric", "granularity": "group:64", "clip": "mse"}
+    table["data"] = {key: table["data"][key] for key in ("path", "utterances", "frames")}
+    later = ("interval", "float_bytes")
+    table["layers"] = [{key: value for key, value in layer.items() if key not in later} for layer in table["layers"]]
+    sens, alloc, out = (tmp_path / name for name in ("s.json", "a.json", "m"))
+    sens.write_text(json.dumps(table))
+    new = result_json("allocate", measured["sens"], *measured["target"], "--out", tmp_path / "new.json")
+    old = result_json("allocate", sens, *measured["target"], "--out", alloc)
+    assert old["layers"] == new["layers"] and old["frontier"] == new["frontier"]
+    for key in ("measured", "measured_kl", "measured_seconds", "refinement", "frontier_note", "fingerprint"):
+        del old[key]
+    alloc.write_text(json.dumps(old))
+    done = result_json("pack", tiny_archive, "--allocation", alloc, "--out", out)
+    assert done["rounding"] == "nearest" and done["size_bytes"] == out.stat().st_size == new["predicted_bytes"]
+    fails(
+        "allocate", sens, *measured["target"], "--measure", tiny_archive, "--out", tmp_path / "x",
+        words="do not say which audio they were measured on",
+    )  # fmt: skip
 
 
 def test_an_allocation_for_another_model_is_refused(tmp_path: Path, chain: dict, tiny_archive: Path) -> None:

@@ -79,9 +79,27 @@ def lines_of(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
 
 
-def test_kill_in_the_middle_of_sensitivity(tmp_path: Path, deeper_archive: Path, tiny_manifest: Path) -> None:
-    command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(tiny_manifest)]
-    command += ["--bits", "1,2,3,4", "--out"]
+@pytest.fixture
+def many(tmp_path_factory: pytest.TempPathFactory, tiny_manifest: Path) -> Path:
+    """A manifest with each of the tiny one's utterances 40 times."""
+    lines = [json.loads(line) for line in tiny_manifest.read_text().splitlines()]
+    rows = [
+        line | {"utt_id": f"u{i}-{j}", "audio_filepath": str(tiny_manifest.parent / line["audio_filepath"])}
+        for i in range(40)
+        for j, line in enumerate(lines)
+    ]
+    manifest = tmp_path_factory.mktemp("many") / "many.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return manifest
+
+
+@pytest.mark.parametrize("method", ["kl", "fisher"])
+def test_kill_in_the_middle_of_sensitivity(
+    method: str, tmp_path: Path, deeper_archive: Path, tiny_manifest: Path, many: Path
+) -> None:
+    data = {"kl": tiny_manifest, "fisher": many}[method]
+    command = [sys.executable, "-m", "mpq", "sensitivity", str(deeper_archive), "--data", str(data), "--seconds", "all"]
+    command += ["--method", method, "--bits", "1,2,3,4", "--out"]
     subprocess.run([*command, str(tmp_path / "whole.json"), "--quiet"], check=True, capture_output=True)
     journal = tmp_path / "cut.json.journal"
     for target in (3, 60):
@@ -93,16 +111,8 @@ def test_kill_in_the_middle_of_sensitivity(tmp_path: Path, deeper_archive: Path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.json", "whole.json"]
 
 
-def test_kill_in_the_middle_of_evaluate(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
-    lines = [json.loads(line) for line in tiny_manifest.read_text().splitlines()]
-    many = [
-        line | {"utt_id": f"u{i}-{j}", "audio_filepath": str(tiny_manifest.parent / line["audio_filepath"])}
-        for i in range(40)
-        for j, line in enumerate(lines)
-    ]
-    manifest = tmp_path / "many.jsonl"
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in many))
-    command = [sys.executable, "-m", "mpq", "evaluate", str(tiny_archive), "--data", str(manifest), "--quiet"]
+def test_kill_in_the_middle_of_evaluate(tmp_path: Path, tiny_archive: Path, many: Path) -> None:
+    command = [sys.executable, "-m", "mpq", "evaluate", str(tiny_archive), "--data", str(many), "--quiet"]
     command += ["--batch-seconds", "1.5", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     journal = tmp_path / "cut" / "hyp.journal"

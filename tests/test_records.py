@@ -87,6 +87,48 @@ def test_faults_are_named(tmp_path: Path, value: object, words: str) -> None:
     assert str(caught.value).startswith(f"{path}: ")
 
 
+def test_intervals(tmp_path: Path) -> None:
+    """Of all widths or none; a file without them, or with null, has none."""
+    raw = changed("layers.0.interval", {"2": [0.4, 0.625], "4": [0, 0.2]})
+    raw["layers"][1]["interval"] = None
+    table = SensitivityTable.load(written(tmp_path, raw))
+    assert table.layers[0].interval == {2: (0.4, 0.625), 4: (0.0, 0.2)} and table.layers[1].interval is None
+    table.save(tmp_path / "again.json")
+    assert SensitivityTable.load(tmp_path / "again.json") == table
+    again = json.loads((tmp_path / "again.json").read_text())["layers"]
+    assert again[0]["interval"] == {"2": [0.4, 0.625], "4": [0.0, 0.2]} and "interval" not in again[1]
+    for value, words in (
+        ({"2": [0.4, 0.6]}, r"layers\[0\]\.interval\.4: this key is missing"),
+        ({"2": [0.4], "4": [0, 1]}, r"layers\[0\]\.interval\.2: expected a pair \[low, high\], got \[0\.4\]"),
+        ({"2": [0, 1], "4": [0, "1"]}, r"layers\[0\]\.interval\.4: expected a finite number"),
+        ([[0, 1], [0, 1]], r"layers\[0\]\.interval: expected an object"),
+    ):
+        with pytest.raises(MpqError, match=words):
+            SensitivityTable.load(written(tmp_path, changed("layers.0.interval", value)))
+
+
+def test_what_was_measured_of_an_allocation(tmp_path: Path) -> None:
+    plain = Allocation({"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),))
+    measured = Allocation(
+        {"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),), measured=((140, 0.5, 0.75), (150, 0.25, 0.375)),
+        measured_kl=0.375, measured_seconds=12.5, refinement={"moves": 2, "before": 0.5, "after": 0.25},
+    )  # fmt: skip
+    measured.save(tmp_path / "a.json")
+    assert Allocation.load(tmp_path / "a.json") == measured
+    raw = json.loads((tmp_path / "a.json").read_text())
+    assert raw["measured"] == [[140, 0.5, 0.75], [150, 0.25, 0.375]] and raw["measured_kl"] == 0.375
+    old = {key: raw[key] for key in raw if not key.startswith("measured") and key not in ("refinement", "fingerprint")}
+    assert Allocation.load(written(tmp_path, old)) == plain
+    for change, words in (
+        ({"measured": [[140, 0.5]]}, r"measured\[0\]: expected \[bytes, predicted kl, measured kl\]"),
+        ({"measured_kl": "low"}, "measured_kl: expected a finite number"),
+        ({"measured_seconds": None}, "measured_seconds: expected a finite number"),
+        ({"refinement": []}, "refinement: expected an object"),
+    ):
+        with pytest.raises(MpqError, match=words):
+            Allocation.load(written(tmp_path, raw | change))
+
+
 def test_allocation_round_trip(tmp_path: Path) -> None:
     allocation = Allocation({"a": 2, "b": 16}, 200, 150, 0.25, 3.5, ((140, 0.5), (150, 0.25)), "exact")
     allocation.save(tmp_path / "a.json")

@@ -131,7 +131,7 @@ def _read_members(path: Path) -> dict[str, bytes]:
     except FileNotFoundError:
         raise MpqError(f"{path}: no such file") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise MpqError(f"{path}: not a whole .nemo (tar) archive: {error}") from None
+        raise MpqError(f"{path}: not a whole .nemo (tar) archive: {str(error).splitlines()[0]}") from None
     return members
 
 
