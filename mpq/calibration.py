@@ -5,9 +5,10 @@ output reads). Utterances go through the model one by one, so that no padding is
 used, not by module: whatever linear map or convolution reads a weight's memory counts as its use (but
 torch.nn.MultiheadAttention, whose inner calls cannot be watched; no model that mpq reads has it).
 
-The matrices take 4 bytes x (columns squared) a layer: 152 MB for NVIDIA's 13 M Conformer. More than MOST_BYTES of them
-are collected in several passes over the data. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
-fingerprints of model and audio, so that packing finds what measuring collected; of more than CACHE_BYTES the oldest go.
+The matrices take 4 bytes x (columns squared) a layer (a depthwise kernel: for each channel): 152 MB for NVIDIA's 13 M
+Conformer, all of them in memory at once. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
+fingerprints of model and audio, so that packing finds what measuring collected; of more than CACHE_BYTES the files that
+were not used for longest go.
 
 Legend: N utterances, T feature frames, F features, B Gram matrices, M positions, K columns (inputs of one output).
 """
@@ -37,8 +38,10 @@ from mpq.manifests import Utterance
 from mpq.models.base import AsrModel, WeightRef
 from mpq.runtime import progress
 
-MOST_BYTES = 2 * 2**30
-"""Of Gram matrices that are in memory while they are collected."""
+BATCH_SECONDS = 40.0
+"""Padded audio in a batch of calibration data."""
+HELD_OUT_SECONDS = 300.0
+"""Audio that the divergence of a whole model is measured on, and as much that decides on moves."""
 CACHE_BYTES = 4 * 2**30
 """Of all files in the cache folder."""
 
@@ -82,25 +85,21 @@ class CalibrationData:
             "channel": self.channel,
             "skip_bad": self.skip_bad,
             "skipped": self.skipped,
+            "left_seconds": round(sum(self.rest_durations), 3),
             "sha256": self.sha256,
         }
 
 
-def draw(
-    model: AsrModel,
-    path: Path,
-    max_seconds: float | None,
-    seed: int = 0,
-    channel: str = "error",
-    skip_bad: bool = False,
+def unseen(
+    model: AsrModel, path: Path, seed: int = 0, channel: str = "error", skip_bad: bool = False
 ) -> CalibrationData:
-    """Returns a random part of the data, at most `max_seconds` of audio, and what is left.
+    """Returns the data of a file with nothing drawn from them yet.
 
     Raises:
         MpqError: Bad data, all of its faults at once.
     """
     checked = prepare_data(path, model, channel=channel, skip_bad=skip_bad)
-    rest = CalibrationData(
+    return CalibrationData(
         path=path,
         max_seconds=None,
         seed=seed,
@@ -114,7 +113,22 @@ def draw(
         waveforms=(),
         sha256="",
     )
-    return further(model, rest, max_seconds)
+
+
+def draw(
+    model: AsrModel,
+    path: Path,
+    max_seconds: float | None,
+    seed: int = 0,
+    channel: str = "error",
+    skip_bad: bool = False,
+) -> CalibrationData:
+    """Returns a random part of the data, at most `max_seconds` of audio (None: all), and what is left.
+
+    Raises:
+        MpqError: Bad data, all of its faults at once.
+    """
+    return further(model, unseen(model, path, seed, channel, skip_bad), max_seconds)
 
 
 def further(model: AsrModel, data: CalibrationData, max_seconds: float | None) -> CalibrationData:
@@ -200,7 +214,7 @@ def in_batches(model: AsrModel, data: CalibrationData, max_seconds: float) -> li
 def input_grams(
     model: AsrModel,
     data: Sequence[tuple[Tensor, Tensor]],
-    on_utterance: Callable[[float], None] = lambda share: None,
+    on_utterance: Callable[[float], None] = lambda amount: None,
 ) -> dict[str, Tensor]:
     """Returns {weight name: (B, K, K) float32 sum of the outer products of its inputs}, on the CPU.
 
@@ -210,31 +224,14 @@ def input_grams(
     Args:
         model: The float model.
         data: ((1, T, F) features, (1,) frames) of each utterance.
-        on_utterance: Told what share of the work is done with each.
+        on_utterance: Told 1 with each finished utterance.
     """
-    passes: list[list[WeightRef]] = [[]]
-    size = 0
-    for ref in model.weights():
-        own = _gram_bytes(ref)
-        if passes[-1] and size + own > MOST_BYTES:
-            passes.append([])
-            size = 0
-        passes[-1].append(ref)
-        size += own
-    grams: dict[str, Tensor] = {}
-    for refs in passes:
-        watch = _Watch(model, refs)
-        with torch.no_grad(), watch:
-            for features, lengths in data:
-                model.ctc_log_probs(model.encode(features, lengths)[0])
-                on_utterance(1 / len(passes))
-        grams |= {name: gram.cpu() for name, gram in watch.grams.items()}
-    return grams
-
-
-def _gram_bytes(ref: WeightRef) -> int:
-    groups = ref.shape[0] if ref.kind.endswith("depthwise") else 1
-    return 4 * groups * (ref.numel // ref.shape[0]) ** 2
+    watch = _Watch(model, model.weights())
+    with torch.no_grad(), watch:
+        for features, lengths in data:
+            model.ctc_log_probs(model.encode(features, lengths)[0])
+            on_utterance(1)
+    return {name: gram.cpu() for name, gram in watch.grams.items()}
 
 
 class _Watch(TorchFunctionMode):
@@ -339,9 +336,10 @@ def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> d
     path = _cache_path(model_sha256, data_sha256)
     try:
         grams = load_file(path)
-        os.utime(path)  # the last use, for `_prune`
     except (OSError, SafetensorError):
         return None
+    with suppress(OSError):
+        os.utime(path)  # the last use, for `_prune`
     columns = {ref.name: ref.numel // ref.shape[0] for ref in model.weights()}
     fits = all(gram.ndim == 3 and gram.shape[1] == gram.shape[2] == columns.get(name) for name, gram in grams.items())
     return grams if fits else None
@@ -351,7 +349,7 @@ def cache_folder() -> Path:
     """Returns the folder for statistics: $MPQ_CACHE, $XDG_CACHE_HOME/mpq or ~/.cache/mpq."""
     if folder := os.environ.get("MPQ_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mpq"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mpq"
 
 
 def _cache_path(model_sha256: str, data_sha256: str) -> Path:

@@ -181,15 +181,19 @@ def sensitivity(
 @click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
 @click.option("--target-ratio", type=float, help="How many times smaller than with every layer at 32 bits.")
 @click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
-@click.option("--max-divergence", type=float, help="The smallest file that keeps this; measured, with --measure.")
+@click.option(
+    "--max-divergence",
+    type=float,
+    help="The smallest file with at most this; with --measure: measured.",
+)
 @click.option("--keep", multiple=True, type=PatternBits(), help="At least BITS for the layers that match.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
 @click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
 @click.option("--measure", type=EXISTING, metavar="CKPT", help="Measure the answer, all layers quantized together.")
 @click.option("--refine", type=EXISTING, metavar="CKPT", help="Measure it, and look for moves that make it better.")
-@click.option("--minutes", default=10.0, show_default=True, help="How long to look for moves.")
-@click.option("--points", default=5, show_default=True, help="Sizes of the frontier that are measured too.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long to look for moves. Default: 10.")
+@click.option("--points", type=click.IntRange(0, 1000), help="Sizes of the frontier that are measured too. Default: 5.")
 @click.option("--data", type=EXISTING, help="Where the calibration data are now, if not where SENSITIVITY says.")
 @click.option("--out", required=True, type=EXISTING, help="The mpq.allocation/1 file to write.")
 @common_options
@@ -205,8 +209,8 @@ def allocate(
     whole_frontier: bool,
     measure: Path | None,
     refine: Path | None,
-    minutes: float,
-    points: int,
+    minutes: float | None,
+    points: int | None,
     data: Path | None,
     out: Path,
     device: str,
@@ -233,8 +237,8 @@ def allocate(
     from mpq.records import SensitivityTable
     from mpq.report import allocation_view
 
-    if data and not (measure or refine):
-        raise MpqError("--data: nothing is measured; give --measure CKPT or --refine CKPT with it")
+    if (data or points is not None or minutes is not None) and not (measure or refine):
+        raise MpqError("--data, --points, --minutes: nothing is measured; give --measure or --refine CKPT with them")
     if measure and refine:
         raise MpqError("--measure and --refine: give one of them; --refine measures too")
     check_output(out, sensitivity)
@@ -260,8 +264,8 @@ def allocate(
             out,
             budgets,
             **constraints,
-            points=points,
-            refine_minutes=minutes if refine else 0,
+            points=5 if points is None else points,
+            refine_minutes=(minutes or 10.0) if refine else 0,
             data=data,
             device=device,
             quiet=quiet,
@@ -312,14 +316,16 @@ def pack(
     from mpq.files import check_output
     from mpq.records import Allocation
     from mpq.report import pack_line
+    from mpq.sensitivity import METHODS
 
     if allocation is not None and bits is not None:
         raise MpqError("--allocation and --bits: give one of them")
     if allocation:
         check_output(out, allocation)
-        if seconds:
-            raise MpqError("--seconds: the allocation says which part of the data was used; leave the option out")
     chosen = Allocation.load(allocation) if allocation else None
+    if (seconds or channel != "error" or skip_bad) and (data is None or (chosen and "sha256" in chosen.data)):
+        why = "the allocation says which audio was used" if chosen else "no --data are given"
+        raise MpqError(f"--seconds, --channel, --skip-bad: {why}; leave them out")
     result = step.pack(
         checkpoint,
         out,
@@ -328,7 +334,7 @@ def pack(
         given(quantizer),
         device,
         data=data,
-        max_seconds=seconds_or_all(seconds, 300.0),
+        max_seconds=seconds_or_all(seconds, METHODS["fisher"]),
         seed=seed,
         channel=channel,
         skip_bad=skip_bad,

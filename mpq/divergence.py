@@ -107,9 +107,8 @@ def owner(name: str, stages: Sequence[Stage]) -> int:
 class JointDivergence:
     """The bounded divergence of a model with many changed weights from the same model as it was, on fixed data.
 
-    The hidden states before every stage are kept, of the model as it is now: 4 bytes x frames x width x (stages + 1),
-    1.2 MB for each second of audio with NVIDIA's 13 M Conformer; the reference distributions take as much as 8 bytes x
-    frames x classes.
+    The hidden states before every stage are kept, of the model as it is now, and the reference distributions: together
+    1.8 MB for each second of audio with NVIDIA's 13 M Conformer. `change` needs as much again for the new states.
 
     Args:
         model: As trained. Its weights are changed in place; `restore` brings them back.
@@ -127,7 +126,7 @@ class JointDivergence:
         self._originals: dict[str, Tensor] = {}
         with torch.inference_mode():
             self._batches = [OutputBatch(model, *batch) for batch in data]
-            self._states = self._walk(0)
+            self._states = self._walk(0, keep=True)
             self._references = [
                 batch.log_softmax(states[-1]) for batch, states in zip(self._batches, self._states, strict=True)
             ]
@@ -145,7 +144,7 @@ class JointDivergence:
         """Returns what `kl` would be with these weights, (utterances,) nats; the model stays as it is."""
         before = {name: self._parameters[name].data for name in weights}
         try:
-            return self._measured(weights)[0]
+            return self._measured(weights, keep=False)[0]
         finally:
             for name, tensor in before.items():
                 self._parameters[name].data = tensor
@@ -154,7 +153,7 @@ class JointDivergence:
         """Gives the model these weights."""
         for name in weights:
             self._originals.setdefault(name, self._parameters[name].data)
-        self.kl, first, states = self._measured(weights)
+        self.kl, first, states = self._measured(weights, keep=True)
         for own, new in zip(self._states, states, strict=True):
             own[first:] = new
 
@@ -167,14 +166,14 @@ class JointDivergence:
     def _utterances(self) -> int:
         return sum(len(batch.lengths) for batch in self._batches)
 
-    def _measured(self, weights: Mapping[str, Tensor]) -> tuple[Tensor, int, list[list[Tensor]]]:
-        """Returns the sums of each utterance, the first stage that changed, and the states from there on."""
+    def _measured(self, weights: Mapping[str, Tensor], keep: bool) -> tuple[Tensor, int, list[list[Tensor]]]:
+        """Returns each utterance's sum, the first stage that changed, and the states from there on (or the last)."""
         for name, tensor in weights.items():
             self._parameters[name].data = tensor
         owners = [owner(name, self._all_stages) for name in weights]
         first = min([*owners, len(self._stages)])
         with torch.inference_mode():
-            states = self._walk(first)
+            states = self._walk(first, keep)
             kl = [
                 _sums(reference, batch.log_softmax(new[-1]), batch.lengths)
                 for reference, batch, new in zip(self._references, self._batches, states, strict=True)
@@ -183,13 +182,15 @@ class JointDivergence:
             raise MpqError("expected a finite divergence of the quantized model, got NaN or infinity")
         return torch.cat(kl), first, states
 
-    def _walk(self, first: int) -> list[list[Tensor]]:
-        """Returns for each batch the states before stage `first` and after each stage from there on."""
+    def _walk(self, first: int, keep: bool) -> list[list[Tensor]]:
+        """Returns for each batch the states before stage `first` and after each stage from there on, or the last."""
         found = []
         for index, batch in enumerate(self._batches):
             states = [self._states[index][first] if first else batch.hidden]
             for stage in self._stages[first:]:
                 states.append(stage.run(states[-1], batch.context))
+                if not keep:
+                    del states[0]
             found.append(states)
         return found
 

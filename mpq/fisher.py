@@ -3,10 +3,10 @@
 Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
 the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is
 the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each frame
-and label. So an utterance takes one backward pass (no transcripts), whose gradient of each weight is multiplied with
-the rounding errors at every width. It serves all layers and widths; the exact divergence (`mpq.sensitivity.measure_kl`)
-needs a forward pass for each. Signs rather than labels drawn from p: a rare label with a large gradient makes drawn
-scores differ by a factor of two from draw to draw, the signs by a tenth.
+and label. So an utterance takes a backward pass for each set of signs (no transcripts), whose gradient of each weight
+is multiplied with the rounding errors at every width. It serves all layers and widths; the exact divergence
+(`mpq.sensitivity.measure_kl`) needs a forward pass for each. Signs rather than labels drawn from p: a rare label with a
+large gradient makes drawn scores differ by a factor of two from draw to draw, the signs by a tenth.
 
 Utterances differ by orders of magnitude in how far the expansion overshoots: of 96, one can hold four fifths of the sum
 over all. Such an utterance is lost at a low width whatever is done. So what counts is each layer's *share* of an
@@ -116,26 +116,29 @@ def typical_scores(sums: Tensor, frames: Tensor) -> tuple[Tensor, Tensor, Tensor
     """Returns (L, W) nats per frame of a typical utterance, and the ends of their 95 % confidence intervals.
 
     A layer's score is its share of an utterance's total over the layers, averaged over the utterances, times the
-    geometric mean of the totals per frame. The interval is Student's, of the mean share; the common factor is taken as
-    it is, since it decides nothing between layers. One utterance gives no interval: (0, infinity).
+    geometric mean of the totals per frame. The interval is Student's on the logarithm of the score, whose variance is
+    that of share / (mean share) + log(total) over the utterances (the delta method). One utterance gives none: (0,
+    infinity).
 
     Args:
         sums: (U, L, W) float64, each utterance's sum over its frames.
         frames: (U,) number of frames.
     """
+    tiny = torch.finfo(torch.float64).tiny
     # cumsum adds in order, whatever the number of widths is; sum does not
-    totals = sums.cumsum(dim=1)[:, -1:].clamp(min=torch.finfo(torch.float64).tiny)  # (U, 1, W)
-    per_frame = totals / frames.to(torch.float64)[:, None, None]
+    totals = sums.cumsum(dim=1)[:, -1:].clamp(min=tiny)  # (U, 1, W)
     count = len(sums)
-    typical = (per_frame.log().cumsum(dim=0)[-1] / count).exp()  # (1, W)
+    logs = (totals / frames.to(torch.float64)[:, None, None]).log()
+    mean_log = logs.cumsum(dim=0)[-1] / count  # (1, W)
     shares = sums / totals
     mean = shares.cumsum(dim=0)[-1] / count
-    score = mean * typical
+    score = mean * mean_log.exp()
     if count < 2:
         return score, torch.zeros_like(score), torch.full_like(score, math.inf)
-    variance = (shares - mean).square().cumsum(dim=0)[-1] / (count - 1)
-    half = float(stats.t.ppf(0.975, count - 1)) * (variance / count).sqrt() * typical
-    return score, (score - half).clamp(min=0), score + half
+    deviations = shares / mean.clamp(min=tiny) - 1 + logs - mean_log
+    error = (deviations.square().cumsum(dim=0)[-1] / (count - 1) / count).sqrt()
+    factor = (float(stats.t.ppf(0.975, count - 1)) * error).exp()
+    return score, score / factor, score * factor
 
 
 def _utterance_seed(seed: int, features: Tensor) -> int:

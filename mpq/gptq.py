@@ -24,7 +24,7 @@ from mpq.grids import choose_grid, code_range, is_sign
 from mpq.records import QuantSpec
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the diagonal (docs/quantizers.md has what others do)."""
+"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md has what others do)."""
 
 _BLOCK = 64
 

@@ -1,7 +1,7 @@
 """From a float checkpoint and bit-widths to the packed file, checked against its budget.
 
 What the file's output loses is measured, with all layers quantized together, on audio that the sensitivities have not
-seen: sums of one-layer divergences say little about it (docs/quantizers.md).
+seen: sums of one-layer divergences say little about it (docs/rounding.md).
 """
 
 from collections.abc import Mapping
@@ -12,18 +12,25 @@ from typing import Any
 from torch import Tensor
 
 from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, read_artifact, write_artifact
-from mpq.calibration import CalibrationData, cached_statistics, draw, further, in_batches, redraw, statistics
+from mpq.calibration import (
+    BATCH_SECONDS,
+    HELD_OUT_SECONDS,
+    CalibrationData,
+    cached_statistics,
+    draw,
+    further,
+    in_batches,
+    redraw,
+    statistics,
+    unseen,
+)
 from mpq.divergence import output_divergence
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.models import load_model
 from mpq.models.base import AsrModel
-from mpq.records import Allocation
+from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, memory_for, progress
-
-HELD_OUT_SECONDS = 300.0
-"""Audio that the divergence is measured on."""
-BATCH_SECONDS = 40.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +47,8 @@ class PackResult:
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
         predicted_kl: What the allocation said; None without one.
-        measured_kl: Divergence of the file's output from the checkpoint's, nats per frame; None if not measured.
+        measured_kl: Divergence of the file's output from the checkpoint's (bounded: `mpq.divergence`), nats per frame;
+            None if not measured.
         measured_on: On which audio, or why it was not measured.
     """
 
@@ -134,21 +142,23 @@ def pack(
             "sensitivity and mpq allocate for this one"
         )
     drawn, note = None, "no calibration data are known; --data names some"
+    is_gptq = storage.spec.rounding == "gptq" and any(width not in FLOAT_BITS for width in widths.values())
     try:
         if allocation is not None and "sha256" in allocation.data:
             drawn = redraw(model, allocation.data, data)
-        elif data is not None:
+        elif data is not None and is_gptq:
             drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
+        elif data is not None:
+            drawn = unseen(model, data, seed, channel, skip_bad)
     except MpqError as error:
         if data is not None:
             raise
-        note = str(error).splitlines()[0]
+        note = str(error).splitlines()[0] + "; --data says where they are now"
     grams: dict[str, Tensor] | None = {}
-    if drawn is not None:
+    if is_gptq and drawn is not None:
         with memory_for(f"{drawn.path}: the statistics"):
             grams = statistics(model, sha256, drawn, storage, quiet)
-    elif storage.spec.rounding == "gptq":
-        assert allocation is not None or data is None
+    elif is_gptq:
         grams = cached_statistics(model, sha256, allocation.data.get("sha256", "")) if allocation else None
         if grams is None:
             raise MpqError(f"{out}: rounding gptq needs calibration data: {note}")
@@ -156,7 +166,10 @@ def pack(
         write_artifact(out, model, widths, storage, size, grams, advance)
     measured_kl = None
     if drawn is not None:
-        measured_kl, note = _measured(model, out, drawn, allocation)
+        try:
+            measured_kl, note = _measured(model, out, drawn, allocation)
+        except MpqError as error:  # the file is whole all the same
+            note = str(error)
     parameters = model.parameter_counts()["total"]
     weights = sum(ref.numel for ref in refs)
     code_bits = sum(widths[ref.name] * ref.numel for ref in refs)
@@ -193,12 +206,12 @@ def _measured(
 ) -> tuple[float | None, str]:
     """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
     if allocation is not None and allocation.refinement:
-        drawn = further(model, drawn, allocation.refinement.get("max_seconds"))
+        drawn = further(model, drawn, allocation.refinement["max_seconds"])
     fresh = further(model, drawn, HELD_OUT_SECONDS)
     if not fresh.utterances:
-        return None, f"{drawn.path} has no audio left that the sensitivities have not seen"
+        return None, f"{drawn.path} has no audio left that was not used for calibration"
     packed = read_artifact(out).to(next(model.parameters()).device)
     with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
         batches = in_batches(model, fresh, BATCH_SECONDS)
-        kl = output_divergence(model, packed, batches, allocation.output if allocation else "ctc")
-    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that decided nothing"
+        kl = output_divergence(model, packed, batches)
+    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that the sensitivities have not seen"

@@ -298,7 +298,7 @@ class Allocation:
             measured=tuple(reader.sequence("measured", _measured_point, default=())),
             measured_kl=reader.get("measured_kl", a_finite_or_none, default=None),
             measured_seconds=reader.get("measured_seconds", a_finite, default=0.0),
-            refinement=reader.get("refinement", an_object, default={}),
+            refinement=reader.get("refinement", _refinement, default={}),
             fingerprint=reader.get("fingerprint", a_text_or_none, default=None),
         )
 
@@ -316,6 +316,13 @@ def _bits_or_float(value: Any) -> int:
         return _bits(value)
     except ValueError as error:
         raise ValueError(f"{error}, or {' or '.join(map(str, FLOAT_BITS))}") from None
+
+
+def _refinement(value: Any) -> dict[str, Any]:
+    seconds = an_object(value).get("max_seconds")
+    if value and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf):
+        raise ValueError('an object with "max_seconds", a number above 0')
+    return value
 
 
 def _interval(value: Any) -> tuple[float, float]:

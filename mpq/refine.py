@@ -2,11 +2,13 @@
 
 Sums of one-layer divergences leave out what layers do to each other. So the model is quantized as an allocation says
 and its divergence measured, on audio that the sensitivities have not seen: for the answer, and for some sizes of the
-frontier. Refinement then looks for moves: one decision gets one width more, another one less, and the size stays within
-the target. In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs
-are tried in the order of what their two measurements add up to, and a pair is kept only if the measured divergence of
-the whole model falls by more than twice its standard error over the utterances: on little audio most falls are chance.
-The verdict comes from a third part of the audio, which has decided nothing.
+frontier. What is measured is the CTC output, whatever output the sensitivities are of.
+
+Refinement looks for moves: one decision gets one width more, another one less, and the size stays within the target.
+In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs are tried in
+the order of what their two measurements add up to, and a pair is kept only if the measured divergence of the whole
+model falls by more than chance (Student's test over the utterances): on little audio most falls are chance. The verdict
+comes from a third part of the audio, which has decided nothing.
 
 Measured moves are kept in a journal beside the result (their time too), so a run that was killed resumes.
 """
@@ -23,13 +25,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from scipy import stats
 from torch import Tensor
 
 from mpq.allocation import allocate, one_budget, rounded_up, totals, with_answer
 from mpq.artifact import Storage, check_names, quantize_layer
-from mpq.calibration import CalibrationData, further, in_batches, redraw, statistics
+from mpq.calibration import BATCH_SECONDS, HELD_OUT_SECONDS, CalibrationData, further, in_batches, redraw, statistics
 from mpq.decisions import Decision, list_decisions
-from mpq.divergence import JointDivergence
+from mpq.divergence import BOUND, JointDivergence
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.journal import Journal
@@ -38,15 +41,13 @@ from mpq.models.base import AsrModel
 from mpq.records import Allocation, SensitivityTable
 from mpq.runtime import choose_device, memory_for, progress
 
-SECONDS = 300.0
-"""Audio to decide on moves with, and as much again to measure on."""
-BATCH_SECONDS = 40.0
 MOST_PROMISING = 24
 """Raises, and cuts, that are measured one by one in a round."""
 TRIES = 12
 """Pairs in a row that may fail before a round ends."""
-ERRORS = 2.0
-"""Standard errors by which the divergence has to fall."""
+CONFIDENCE = 0.975
+"""Of Student's one-sided test that a move's effect has to pass. The pairs tried are those whose parts measured best on
+the same audio, so more pass by chance than the level says; the verdict's audio tells."""
 
 
 def allocate_measured(
@@ -84,34 +85,39 @@ def allocate_measured(
         MpqError: Bad input of any kind, other data than the table's, or no audio besides what the table has seen.
     """
     if points < 0 or not (math.isfinite(refine_minutes) and refine_minutes >= 0):
-        raise MpqError(f"expected 0 or more points and minutes, got {points} and {refine_minutes:g}")
+        raise MpqError(f"--points, --minutes: expected 0 or more, got {points} and {refine_minutes:g}")
     name, value = one_budget(budgets)
     limit = value if name == "max_divergence" else None
+    if limit is not None and limit >= BOUND:
+        raise MpqError(f"max_divergence: what is measured is below {BOUND:g} nat whatever is done, got {limit:g}")
     if limit is not None and refine_minutes:
         raise MpqError("moves keep a size: expected a size as the budget to refine under, got max_divergence")
     check_output(out, checkpoint, data)
 
-    def solve(**size: float) -> Allocation:
-        return allocate(table, **size, keep=keep, exclude=exclude, tie=tie, whole_frontier=whole_frontier)
+    def solve(whole: bool = False, **size: float) -> Allocation:
+        return allocate(table, **size, keep=keep, exclude=exclude, tie=tie, whole_frontier=whole)
 
     decisions = list_decisions(table, keep or {}, exclude, tie)
     smallest, largest = (
         table.fixed_bytes + sum(of(decision.size_bytes) for decision in decisions) for of in (min, max)
     )
-    allocation = solve(**{name: value}) if limit is None else solve(target_bytes=largest)
+    allocation = solve(whole_frontier, **{name: value}) if limit is None else solve(target_bytes=largest)
     model = load_model(checkpoint, choose_device(device))
+    if model.quantized_bits:
+        raise MpqError(f"{checkpoint}: already packed; measure with the float checkpoint that it was made from")
     sha256 = sha256_file(checkpoint)
     if table.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
     check_names(model.weights(), allocation.bits)
     storage = Storage.from_json(table.quantizer)
     seen = redraw(model, table.data, data)
-    used = further(model, seen, SECONDS) if refine_minutes else seen
-    fresh = further(model, used, SECONDS)
-    if not fresh.utterances:
+    deciding_seconds = min(HELD_OUT_SECONDS, sum(seen.rest_durations) / 2)
+    used = further(model, seen, deciding_seconds) if refine_minutes and seen.rest else seen
+    fresh = further(model, used, HELD_OUT_SECONDS)
+    if not fresh.utterances or (refine_minutes and len(used.utterances) < 2):
         raise MpqError(
-            f"{seen.path}: no audio is left to measure on: {sum(seen.durations):.0f} s were used for the sensitivities"
-            f"{f' and {sum(used.durations):.0f} s to refine' if refine_minutes else ''}; measure the sensitivities on "
+            f"{seen.path}: no audio is left to measure on (to refine takes 3 utterances): {sum(seen.durations):.0f} s "
+            f"were used for the sensitivities, {sum(seen.rest_durations):.0f} s are left; measure the sensitivities on "
             "less (--seconds), or on a part of more data"
         )
     journal = None
@@ -124,18 +130,20 @@ def allocate_measured(
             fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
             journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
             journal.begin()
-            with _measuring(model, used, table.output) as joint:
+            with _measuring(model, used) as joint:
                 meter = _Meter(joint, weights, journal)
                 codes = Fraction(str(value)) if name == "average_bits" else None
                 refined, refinement = _refined(meter, table, decisions, allocation, codes, 60 * refine_minutes, quiet)
-            refinement |= {"max_seconds": SECONDS, "seconds": round(math.fsum(used.durations), 3)}
-        with _measuring(model, fresh, table.output) as joint:
+            refinement |= {"max_seconds": deciding_seconds, "seconds": round(math.fsum(used.durations), 3)}
+        with _measuring(model, fresh) as joint:
             meter = _Meter(joint, weights)
             sizes = [smallest + (largest - smallest) * step // max(points - 1, 1) for step in range(points)]
             measured = [meter.point(solve(target_bytes=size)) for size in sizes]
             if limit is not None:
                 allocation, tried = _within(solve, meter, smallest, largest, limit)
                 measured += tried
+                if whole_frontier:
+                    allocation = solve(True, target_bytes=allocation.target_bytes)
             measured.append(meter.point(allocation))
             if refinement:
                 refinement["measured_before"] = measured[-1][2]
@@ -170,9 +178,9 @@ def _rounded(
 
 
 @contextmanager
-def _measuring(model: AsrModel, data: CalibrationData, output: str) -> Iterator[JointDivergence]:
+def _measuring(model: AsrModel, data: CalibrationData) -> Iterator[JointDivergence]:
     """Yields what measures a model; it has its own weights again afterwards."""
-    joint = JointDivergence(model, in_batches(model, data, BATCH_SECONDS), output)
+    joint = JointDivergence(model, in_batches(model, data, BATCH_SECONDS))
     try:
         yield joint
     finally:
@@ -297,6 +305,7 @@ def _refined(
 
     meter.move_to(bits(choices))
     first = current = meter.kl(bits(choices))
+    quantile = float(stats.t.ppf(CONFIDENCE, len(first) - 1))
     moves = 0
     with progress("refining", seconds, quiet, "s") as advance:
         shown = 0.0
@@ -335,8 +344,7 @@ def _refined(
                 effect = change(*pair)
                 if effect is None:
                     break
-                error = float(effect.std()) * math.sqrt(len(effect)) if len(effect) > 1 else math.inf
-                if float(effect.sum()) >= -ERRORS * error:
+                if float(effect.sum()) >= -quantile * float(effect.std()) * math.sqrt(len(effect)):
                     failures += 1
                     continue
                 choices = moved(*pair)

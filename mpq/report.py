@@ -59,7 +59,8 @@ def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
         f"KL divergence of the {sensitivity.output} output, nats per frame, {method or sensitivity.method}: the "
         f"{min(most, len(sensitivity.layers))} most sensitive of {len(sensitivity.layers)} layers",
         table,
-        f"measured on {data.get('utterances')} utterances, {data.get('frames')} frames of {data.get('path')}",
+        f"measured on {data.get('utterances')} utterances, {data.get('frames')} frames of {data.get('path')}"
+        + ("; nothing is left of it to measure a whole model on (--seconds)" if data.get("left_seconds") == 0 else ""),
     )
 
 
@@ -71,10 +72,13 @@ def allocation_view(allocation: Allocation) -> Group:
     measured = "not measured (--measure CKPT does)"
     if allocation.measured_kl is not None:
         seconds = allocation.measured_seconds
-        measured = f"measured {allocation.measured_kl:.4g} on {seconds:.0f} s that the sensitivities have not seen"
+        measured = (
+            f"measured {allocation.measured_kl:.4g} (all layers together, a frame at most 1) on {seconds:.0f} s that "
+            "the sensitivities have not seen"
+        )
     notes = [
         f"{allocation.average_bits:.3f} bits a weight on average, codes alone",
-        f"divergence, nats per frame: predicted {allocation.predicted_kl:.4g}, {measured}",
+        f"divergence, nats per frame: predicted {allocation.predicted_kl:.4g} (sum over the layers), {measured}",
     ]
     if done := allocation.refinement:
         notes.append(
@@ -107,10 +111,10 @@ def pack_line(result: "PackResult") -> str:
         line += f"; predicted {result.predicted_bytes}, at most {result.target_bytes}"
     line += f"\nrounding {result.rounding}; divergence, nats per frame: "
     if result.predicted_kl is not None:
-        line += f"predicted {result.predicted_kl:.4g}, "
+        line += f"predicted {result.predicted_kl:.4g} (sum over the layers), "
     if result.measured_kl is None:
         return line + f"not measured: {result.measured_on}"
-    return line + f"measured {result.measured_kl:.4g} on {result.measured_on}"
+    return line + f"measured {result.measured_kl:.4g} (all layers together, a frame at most 1) on {result.measured_on}"
 
 
 def inspection_view(inspection: "Inspection") -> Group:

@@ -27,8 +27,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from mpq import __version__
 from mpq.artifact import Storage, fixed_bytes, layer_bytes, quantize_layer
-from mpq.calibration import CalibrationData, draw, in_batches, one_by_one, statistics
+from mpq.calibration import BATCH_SECONDS, CalibrationData, draw, in_batches, one_by_one, statistics
 from mpq.divergence import OUTPUTS, OutputBatch, mean_kl, owner
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
@@ -47,8 +48,6 @@ Score = tuple[float, tuple[float, float] | None]
 
 METHODS = {"fisher": 300.0, "kl": 60.0}
 """The methods, and how many seconds of audio the command line gives each by default."""
-
-_BATCH_SECONDS = 40.0
 
 
 def measure_sensitivity(
@@ -80,7 +79,7 @@ def measure_sensitivity(
         method: "fisher" or "kl".
         output: As in `measure_kl` and `mpq.fisher.fisher_scores`.
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
-        seed: Of that choice, and of the labels that "fisher" draws.
+        seed: Of that choice, and of the signs that "fisher" draws.
         channel, skip_bad: As in `mpq.data.prepare_data`.
         device: As in `mpq.runtime.choose_device`.
         quiet: Show no progress.
@@ -101,7 +100,15 @@ def measure_sensitivity(
         raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
     model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
-    work = [model_record["sha256"], drawn.sha256, output, method, seed if method == "fisher" else 0, storage.to_json()]
+    work = [
+        __version__,
+        model_record["sha256"],
+        drawn.sha256,
+        output,
+        method,
+        seed if method == "fisher" else 0,
+        storage.to_json(),
+    ]
     fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
     journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
     refs = model.weights()
@@ -111,7 +118,7 @@ def measure_sensitivity(
         if workers.rank == 0:
             journal.begin()
         workers.barrier()
-        with memory_for(f"{data}: utterances or batches of {_BATCH_SECONDS:g} s"):
+        with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
             if workers.rank == 0:  # one process collects them, the others find them in the cache
                 grams = statistics(model, model_record["sha256"], drawn, storage, quiet)
             workers.barrier()
@@ -199,7 +206,7 @@ def _measure_kl(
             advance(1)
 
         if todo:
-            measure_kl(model, in_batches(model, data, _BATCH_SECONDS), todo, storage, output, keep, grams)
+            measure_kl(model, in_batches(model, data, BATCH_SECONDS), todo, storage, output, keep, grams)
     workers.barrier()
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 

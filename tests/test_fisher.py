@@ -1,5 +1,6 @@
 """Second-order scores against finite differences of the outputs in float64, exact divergences, and simulated data."""
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -233,10 +234,13 @@ def test_typical_scores_by_hand() -> None:
     assert score.shape == low.shape == high.shape == (2, 1) and score.dtype == torch.float64
     assert float(score[0]) == pytest.approx(shares * typical)
     assert float(score.sum()) == pytest.approx(typical)
-    deviation = (((0.2 - shares) ** 2 + (0.4 - shares) ** 2 + (0.1 - shares) ** 2) / 2) ** 0.5
-    half = 4.302653 * deviation / 3**0.5 * typical  # t of 2 degrees of freedom, from a table
-    assert float(high[0]) == pytest.approx(shares * typical + half)
-    assert float(low[0]) == 0 < float(low[1]) == pytest.approx(float(score[1]) - half)
+    logs = [math.log(total / typical) for total in (10, 10, 1000)]
+    for row, own in enumerate(((0.2, 0.4, 0.1), (0.8, 0.6, 0.9))):
+        mean = sum(own) / 3
+        deviation = (sum((share / mean - 1 + log) ** 2 for share, log in zip(own, logs, strict=True)) / 2) ** 0.5
+        factor = math.exp(4.302653 * deviation / 3**0.5)  # t of 2 degrees of freedom, from a table
+        assert float(high[row]) == pytest.approx(mean * typical * factor, rel=1e-5)
+        assert float(low[row]) == pytest.approx(mean * typical / factor, rel=1e-5)
 
 
 def test_an_utterance_that_is_lost_decides_nothing() -> None:
@@ -261,10 +265,12 @@ def test_one_utterance_gives_no_interval_and_zeros_stay_zeros() -> None:
     assert both[:, 1].tolist() == low[:, 1].tolist() == high[:, 1].tolist() == [0, 0]
 
 
-def test_interval_covers_the_mean_share_in_95_of_100() -> None:
-    """Totals are all 1, so that the typical total is known; 4000 tables of 12 utterances side by side as widths."""
+@pytest.mark.parametrize("spread", [0.0, 2.0])
+def test_interval_covers_the_score_in_95_of_100(spread: float) -> None:
+    """Totals whose logarithms vary by `spread` and go with the shares; 4000 tables of 40 utterances side by side."""
     random = np.random.default_rng(1)
-    shares = np.clip(0.3 + 0.05 * random.normal(size=(12, 1, 4000)), 0, 1)
-    sums = torch.from_numpy(np.concatenate([shares, 1 - shares], axis=1))
-    _, low, high = typical_scores(sums, torch.ones(12, dtype=torch.int64))
+    common = random.normal(size=(40, 1, 4000))
+    shares = np.clip(0.3 + 0.03 * common + 0.04 * random.normal(size=(40, 1, 4000)), 0, 1)
+    sums = np.concatenate([shares, 1 - shares], axis=1) * np.exp(spread * common)
+    _, low, high = typical_scores(torch.from_numpy(sums), torch.ones(40, dtype=torch.int64))
     assert 0.93 < float(((low[0] <= 0.3) & (high[0] >= 0.3)).double().mean()) < 0.97

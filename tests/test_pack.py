@@ -11,7 +11,7 @@ import torch
 from conftest import audio_seconds, drawn_parts, nemo_config, plain_divergence, tiny_model, write_nemo
 from torch import Tensor
 
-from mpq import calibration, pack, refine
+from mpq import pack, refine
 from mpq.allocation import allocate
 from mpq.artifact import Storage, fixed_bytes, layer_bytes
 from mpq.calibration import draw, input_grams, one_by_one
@@ -28,7 +28,7 @@ SEEN, FRESH = 2.0, 3.0
 @pytest.fixture(autouse=True)
 def little(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pack, "HELD_OUT_SECONDS", FRESH)
-    monkeypatch.setattr(refine, "SECONDS", FRESH)
+    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", FRESH)
 
 
 @pytest.fixture
@@ -96,8 +96,10 @@ def test_an_allocation_is_packed_as_it_says(
     assert out.stat().st_size == size == done.size_bytes == chosen.predicted_bytes <= chosen.target_bytes
     _, fresh = drawn_parts(many_tones, SEEN, FRESH, seed=3)
     said = done.to_json()
-    assert said.pop("measured_kl") == pytest.approx(divergence(out, fresh, output), rel=2e-4)
-    assert said.pop("measured_on") == f"{audio_seconds(fresh):.0f} s of {many_tones} that decided nothing"
+    assert said.pop("measured_kl") == pytest.approx(divergence(out, fresh), rel=2e-4)
+    assert (
+        said.pop("measured_on") == f"{audio_seconds(fresh):.0f} s of {many_tones} that the sensitivities have not seen"
+    )
     parameters = model.parameter_counts()["total"]
     codes = sum(numel[name] * bits for name, bits in chosen.bits.items())
     assert said == {
@@ -142,6 +144,7 @@ def test_one_width_with_and_without_data(tmp_path: Path, tiny_archive: Path, man
     assert done.measured_on == "no calibration data are known; --data names some"
     assert (done.predicted_bytes, done.target_bytes, done.predicted_kl) == (None, None, None)
     assert_holds(out, nearest)
+    (fresh,) = drawn_parts(many_tones, FRESH, seed=5)  # nothing is needed to round by, so nothing is drawn for it
     done = pack.pack(tiny_archive, out, bits=4, options={"rounding": "nearest"}, **options)
     assert done.rounding == "nearest" and done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     assert_holds(out, nearest)
@@ -158,7 +161,7 @@ def test_one_width_with_and_without_data(tmp_path: Path, tiny_archive: Path, man
 def test_all_data_used_leaves_nothing_to_measure_on(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
     done = pack.pack(tiny_archive, tmp_path / "m", bits=4, data=tiny_manifest, max_seconds=None)
     assert done.rounding == "gptq" and done.measured_kl is None
-    assert done.measured_on == f"{tiny_manifest} has no audio left that the sensitivities have not seen"
+    assert done.measured_on == f"{tiny_manifest} has no audio left that was not used for calibration"
 
 
 def test_statistics_are_found_without_the_audio(
@@ -282,8 +285,8 @@ def test_an_allocation_that_does_not_say_its_audio(
     assert done.rounding == "nearest" and done.measured_kl is None and "--data names some" in done.measured_on
     assert done.size_bytes == old.predicted_bytes
     assert_holds(out, expected_weights(old.bits, Storage(QuantSpec(8)), many_tones))
-    done = pack.pack(tiny_archive, out, old, data=many_tones, max_seconds=1.0)
-    _, fresh = drawn_parts(many_tones, 1.0, FRESH)
+    done = pack.pack(tiny_archive, out, old, data=many_tones)
+    (fresh,) = drawn_parts(many_tones, FRESH)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     with pytest.raises(MpqError, match="needs calibration data"):
         pack.pack(tiny_archive, out, old, options={"rounding": "gptq"})
@@ -291,7 +294,6 @@ def test_an_allocation_that_does_not_say_its_audio(
     done = pack.pack(tiny_archive, out, half_said)
     assert done.measured_on.startswith("the sensitivities do not say which audio they were measured on")
     assert "'max_seconds'" in done.measured_on
-    monkeypatch.setattr(calibration, "MOST_BYTES", 1)  # one layer a pass
     gptq = pack.pack(tiny_archive, out, old, options={"rounding": "gptq"}, data=many_tones, max_seconds=1.0)
     assert gptq.rounding == "gptq"
     expected = expected_weights(old.bits, Storage(QuantSpec(8, rounding="gptq")), many_tones, max_seconds=1.0, seed=0)

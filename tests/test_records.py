@@ -111,7 +111,8 @@ def test_what_was_measured_of_an_allocation(tmp_path: Path) -> None:
     plain = Allocation({"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),))
     measured = Allocation(
         {"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),), measured=((140, 0.5, 0.75), (150, 0.25, 0.375)),
-        measured_kl=0.375, measured_seconds=12.5, refinement={"moves": 2, "before": 0.5, "after": 0.25},
+        measured_kl=0.375, measured_seconds=12.5,
+        refinement={"moves": 2, "before": 0.5, "after": 0.25, "max_seconds": 3.5},
     )  # fmt: skip
     measured.save(tmp_path / "a.json")
     assert Allocation.load(tmp_path / "a.json") == measured

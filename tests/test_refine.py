@@ -12,6 +12,7 @@ import pytest
 import soundfile
 import torch
 from conftest import audio_seconds, drawn_parts, plain_divergence, tiny_model
+from scipy import stats
 from torch import Tensor
 
 from mpq import refine
@@ -32,7 +33,7 @@ SEEN, USED, FRESH = 1.5, 4.0, 4.0
 @pytest.fixture(autouse=True)
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Little audio, and few moves."""
-    monkeypatch.setattr(refine, "SECONDS", USED)
+    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", USED)
     monkeypatch.setattr(refine, "MOST_PROMISING", 8)
     monkeypatch.setattr(refine, "TRIES", 4)
 
@@ -115,23 +116,22 @@ def test_measured_points_are_whole_forward_passes(
     sizes = [low, low + (high - low) // 3, low + 2 * (high - low) // 3, high]
     allocations = [answer, *(allocate(table, target_bytes=size, **options) for size in sizes)]
     expected = sorted(
-        (one.predicted_bytes, one.predicted_kl, plain(one.bits, fresh, rounding, many_tones, output=output))
-        for one in allocations
+        (one.predicted_bytes, one.predicted_kl, plain(one.bits, fresh, rounding, many_tones)) for one in allocations
     )
     assert [point[0] for point in found.measured] == [point[0] for point in expected] and len(expected) == 5
     np.testing.assert_allclose(found.measured, expected, rtol=2e-4)
     assert (answer.predicted_bytes, answer.predicted_kl, found.measured_kl) in found.measured
-    assert found.measured_kl != pytest.approx(plain(answer.bits, seen, rounding, many_tones, output=output), rel=5e-4)
+    assert found.measured_kl != pytest.approx(plain(answer.bits, seen, rounding, many_tones), rel=5e-4)
 
 
-@pytest.mark.parametrize("errors", [2.0, 3.0])
+@pytest.mark.parametrize("confidence", [0.975, 0.99])
 def test_every_move_makes_the_output_better(
     tmp_path: Path,
     tiny_archive: Path,
     many_tones: Path,
     misled: SensitivityTable,
     monkeypatch: pytest.MonkeyPatch,
-    errors: float,
+    confidence: float,
 ) -> None:
     states: list[Tensor] = []
     change = JointDivergence.change
@@ -141,16 +141,16 @@ def test_every_move_makes_the_output_better(
         states.append(self.kl)
 
     monkeypatch.setattr(JointDivergence, "change", watched)
-    if errors != 2:
-        monkeypatch.setattr(refine, "ERRORS", errors)
+    if confidence != 0.975:
+        monkeypatch.setattr(refine, "CONFIDENCE", confidence)
     target = middle(misled)
     start = allocate(misled, target_bytes=target)
     found = refined(misled, tiny_archive, tmp_path / "a.json")
     done = found.refinement
     assert len(states) == done["moves"] + 1 >= 3
     for before, after in itertools.pairwise(states):
-        falls = before - after
-        assert float(falls.sum()) > errors * float(falls.std(correction=1)) * len(falls) ** 0.5 > 0
+        test = stats.ttest_rel(before.numpy(), after.numpy(), alternative="greater")
+        assert test.pvalue < 1 - confidence
     _, used, fresh = drawn_parts(many_tones, SEEN, USED, FRESH)
     assert done["before"] == pytest.approx(plain(start.bits, used), rel=2e-4)
     assert done["after"] == pytest.approx(plain(found.bits, used), rel=2e-4)
@@ -231,7 +231,7 @@ def test_without_time_or_gain_the_start_stays(
     assert none.bits == start.bits and none.refinement["moves"] == 0 and none.refinement["measurements"] == 1
     assert none.measured_kl == none.refinement["measured_before"]
     with monkeypatch.context() as patch:
-        patch.setattr(refine, "ERRORS", 1e9)  # no fall is sure enough
+        patch.setattr(refine, "CONFIDENCE", 1.0)  # no fall is sure enough
         none = refined(misled, tiny_archive, out)
     assert none.bits == start.bits and none.refinement["moves"] == 0 and none.refinement["measurements"] > 10
     assert none.refinement["before"] == none.refinement["after"]
@@ -243,10 +243,9 @@ def test_one_utterance_is_no_reason_to_move(
     tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of one utterance there is no standard error, so no fall is known to be more than chance."""
-    monkeypatch.setattr(refine, "SECONDS", 0.1)
-    found = refined(misled, tiny_archive, tmp_path / "a.json")
-    assert found.refinement["moves"] == 0
-    assert found.refinement["after"] == found.refinement["before"]
+    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", 0.1)
+    with pytest.raises(MpqError, match="to refine takes 3 utterances"):
+        refined(misled, tiny_archive, tmp_path / "a.json")
 
 
 class Clock:
@@ -341,7 +340,7 @@ def test_no_audio_is_left(tmp_path: Path, tiny_archive: Path, many_tones: Path, 
     lengths = sorted(soundfile.info(file).duration for file in many_tones.parent.glob("*.wav"))
     table = table_of(tmp_path, tiny_archive, many_tones, sum(lengths[5:]))
     refined(table, tiny_archive, out, 0)
-    with pytest.raises(MpqError, match=r"no audio is left .* s to refine; measure .*--seconds"):
+    with pytest.raises(MpqError, match=r"no audio is left .*to refine takes 3 utterances.*--seconds"):
         refined(table, tiny_archive, out, 1)
 
 
@@ -392,7 +391,7 @@ def test_the_divergence_that_is_asked_for_is_measured(
         assert max(below) >= max(size for size in steps if size <= found.predicted_bytes - largest // 1000)
         sizes.append(found.predicted_bytes)
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
-    tiniest = refined(table, tiny_archive, out, 0, budgets={"max_divergence": 100})
+    tiniest = refined(table, tiny_archive, out, 0, budgets={"max_divergence": 0.999})
     assert tiniest.predicted_bytes <= size_of(table, narrowest) + largest // 1000
     for bits in ((3,), (2, 3), (2, 3, 4, 6)):
         narrower = replace(table, bits=bits)
