@@ -192,10 +192,10 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
     fails(*divergence, "0", words="max_divergence: expected a positive number")
     fails(*divergence, "1", "--target-mb", "1", words="expected one of")
     fails(*divergence, "0.5", "--refine", tiny_archive, words="moves keep a size")
-    fails(*divergence, "1", "--measure", tiny_archive, words="no audio is left to measure on")
+    fails(*divergence, "0.5", "--measure", tiny_archive, words="no audio is left to measure on")
     measured = ["allocate", sens, "--average-bits", "4", "--out", out, "--measure", tiny_archive]
     fails(*measured, "--refine", tiny_archive, words="give one of them")
-    fails(*measured, "--points", "-1", words="0 or more points")
+    fails(*measured, "--points", "-1", words="is not in the range")
     fails(*measured[:-1], tmp_path / "no.nemo", words="no.nemo: no such file")
     fails(*measured, "--data", tmp_path / "no.jsonl", words="no.jsonl: no such file")
     for minutes in ("-1", "nan"):
