@@ -198,9 +198,9 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
     fails(*measured, "--points", "-1", words="is not in the range")
     fails(*measured[:-1], tmp_path / "no.nemo", words="no.nemo: no such file")
     fails(*measured, "--data", tmp_path / "no.jsonl", words="no.jsonl: no such file")
-    for minutes in ("-1", "nan"):
-        words = f"0 or more points and minutes, got 5 and {minutes}"
-        fails(*measured[:-2], "--refine", tiny_archive, "--minutes", minutes, words=words)
+    fails(*measured[:-2], "--refine", tiny_archive, "--minutes", "-1", words="is not in the range")
+    for minutes in ("nan", "inf"):
+        fails(*measured[:-2], "--refine", tiny_archive, "--minutes", minutes, words="--minutes: expected 0 or more")
     fails("compare", folder / "fp32", folder / "small", "--alpha", "2", words="alpha")
     fails("compare", folder / "fp32", words="expected two folders")
     fails("compare", folder / "fp32", tmp_path, words="metrics.json")
