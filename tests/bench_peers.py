@@ -6,7 +6,8 @@
 Both score the same layers at the same widths on the same calibration audio. For each of the peer's size constraints,
 its {weight: bits} is packed by mpq; then mpq allocates under exactly the bytes which that file takes. So the files of a
 pair have the same quantizer and the same size and differ in the assignment alone. Each is read back and measured:
-divergence with all layers quantized together, on audio that no method saw, and word errors.
+divergence with all layers quantized together, on audio that no method saw, plain and with no frame counting more than
+1 nat, and word errors.
 
 What the peer computes (nvidia-modelopt 0.47.0, modelopt/torch/quantization/algorithms.py):
 
@@ -213,10 +214,11 @@ class Bench:
         self.heldout = [read_batch(batch, model.sample_rate) for batch in batches(*chosen, 40.0)]
         self.reference = self._log_probs(model)
         print(f"joint KL on {sum(chosen[1]):.0f} s of {dev.name}; {torch.get_num_threads()} threads\n")
-        print(
-            "| assignment | effective bits | file bytes | bits a weight | 16 | scoring s | joint KL | WER % | errors |"
+        columns = (
+            "assignment, effective bits, file bytes, bits a weight, 16, scoring s, joint KL, bounded, WER %, errors"
         )
-        print("|---|---|---|---|---|---|---|---|---|")
+        print(f"| {columns.replace(', ', ' | ')} |")
+        print("|---" * 10 + "|")
         self._row(("float32", "", checkpoint.stat().st_size, "32.00", "", ""), checkpoint)
 
     def pack_and_measure(self, name: str, budget: str, scoring_seconds: float, allocation: Allocation) -> None:
@@ -229,10 +231,11 @@ class Bench:
 
     def _row(self, cells: tuple[Any, ...], path: Path) -> None:
         changed = self._log_probs(load_model(path))
-        kl = float(F.kl_div(changed, self.reference, reduction="batchmean", log_target=True))
+        kl = F.kl_div(changed, self.reference, reduction="none", log_target=True).sum(dim=-1)  # (M,)
+        divergences = (f"{kl.mean():.4f}", f"{kl.clamp(max=1).mean():.4f}")
         metrics = evaluate(path, self.dev, self.run / "eval", quiet=True).metrics
         errors = f"{metrics.substitutions} S {metrics.deletions} D {metrics.insertions} I"
-        print("|", " | ".join(map(str, (*cells, f"{kl:.4f}", f"{100 * metrics.wer:.2f}", errors))), "|", flush=True)
+        print("|", " | ".join(map(str, (*cells, *divergences, f"{100 * metrics.wer:.2f}", errors))), "|", flush=True)
 
     @torch.inference_mode()
     def _log_probs(self, model: AsrModel) -> Tensor:

@@ -17,6 +17,7 @@ import click
 import torch
 from torch import Tensor
 
+import mpq
 from mpq.allocation import allocate
 from mpq.artifact import Storage, quantize_layer
 from mpq.calibration import draw, one_by_one
@@ -42,13 +43,16 @@ Weights = dict[str, dict[int, Tensor]]
 class Bench:
     """The model, the evaluation data as batches, and the finished cells."""
 
-    def __init__(self, checkpoint: Path, data: Path, run: Path) -> None:
+    def __init__(self, checkpoint: Path, data: Path, run: Path, seconds: float) -> None:
         self.model, self.sha256 = load_model(checkpoint), sha256_file(checkpoint)
         self.refs = self.model.weights()
         self.parameters = dict(self.model.named_parameters())
         self.original = {ref.name: self.parameters[ref.name].data for ref in self.refs}
         self.parts = {part: _batches(self.model, data / f"{part}.jsonl") for part in ("dev", "test")}
-        fingerprint = hashlib.sha256(self.sha256.encode() + Path(__file__).read_bytes()).hexdigest()
+        manifests = [sha256_file(data / f"{part}.jsonl") for part in ("train", "dev", "test")]
+        code = [sha256_file(path) for path in sorted(Path(mpq.__file__).parent.rglob("*.py"))]
+        work = [self.sha256, sha256_file(Path(__file__)), seconds, *manifests, *code]
+        fingerprint = hashlib.sha256(repr(work).encode()).hexdigest()
         self.journal = Journal(run / "rounding.journal", fingerprint)
         self.journal.begin()
         self.cells = {tuple(entry["cell"]): entry["wer"] for entry in self.journal.read()}
@@ -128,7 +132,7 @@ def per_utterance_scores(bench: Bench, data, weights: Sequence[Weights], seed: i
 @click.option("--kl", multiple=True, type=click.Path(path_type=Path), help="Sensitivities of --method kl.")
 def main(checkpoint: Path, data: Path, run: Path, draws: int, seconds: float, kl: tuple[Path, ...]) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    bench = Bench(checkpoint, data, run)
+    bench = Bench(checkpoint, data, run, seconds)
     nearest = bench.rounded(NEAREST, {})
     uniform = {bits: dict.fromkeys(bench.original, bits) for bits in (2, 3, 4, 5)}
     for size, bits in uniform.items():
@@ -147,7 +151,7 @@ def main(checkpoint: Path, data: Path, run: Path, draws: int, seconds: float, kl
             table = SensitivityTable.load(path)
             rounding = table.quantizer["rounding"]
             scores = {layer.name: [layer.kl[bits] for bits in WIDTHS] for layer in table.layers}
-            row = f"exact one-at-a-time KL (Eq. 7), {table.data['utterances']} utterances, {rounding}"
+            row = f"exact one-at-a-time KL (Eq. 7), {table.data['utterances']} utterances of {path.name}, {rounding}"
             for size in SIZES[1:]:
                 weights = gptq if rounding == "gptq" else nearest
                 bench.wer("dev", row, size, 0, weights, bench.solved(scores, size))
