@@ -161,6 +161,9 @@ def peer_scores(
         log_probs = logits[0].log_softmax(dim=-1)  # (T', V)
         return F.ctc_loss(log_probs, batch.tokens, (len(log_probs),), (len(batch.tokens),), model.blank_id, "sum")
 
+    took = cache.with_suffix(".json")
+    if not took.exists():
+        cache.unlink(missing_ok=True)  # of a run that was killed: the peer cannot go on from it
     start = time.perf_counter()
     with contextlib.redirect_stdout(sys.stderr):  # stdout is for the table
         _, state = mtq.auto_quantize(
@@ -176,7 +179,6 @@ def peer_scores(
             checkpoint=str(cache),
         )
     seconds = time.perf_counter() - start
-    took = cache.with_suffix(".json")
     if not took.exists():
         took.write_text(json.dumps({"seconds": seconds}))
     return state, json.loads(took.read_text())["seconds"]
