@@ -91,18 +91,13 @@ def allocate(
     predicted_bytes, predicted_kl = totals(table, decisions, choices)
     assert predicted_bytes <= target, "the solver kept to its budget"
     points, thinned = with_answer(points, predicted_bytes, predicted_kl, target)
-    bits = {
-        table.layers[index].name: decision.bits[choice]
-        for decision, choice in zip(decisions, choices, strict=True)
-        for index in decision.layers
-    }
+    bits = chosen_bits(table, decisions, choices)
     return Allocation(
-        bits={layer.name: bits[layer.name] for layer in table.layers},
+        bits=bits,
         target_bytes=target,
         predicted_bytes=predicted_bytes,
         predicted_kl=predicted_kl,
-        average_bits=sum(bits[layer.name] * layer.numel for layer in table.layers)
-        / sum(layer.numel for layer in table.layers),
+        average_bits=weighted_average(table, bits),
         frontier=tuple(points),
         frontier_note=note + (f"; thinned to a KL within {THINNING:.1%} at every size" if thinned else ""),
         quantizer=table.quantizer,
@@ -188,6 +183,18 @@ def totals(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequ
     pairs = list(zip(decisions, choices, strict=True))
     size = table.fixed_bytes + sum(decision.size_bytes[choice] for decision, choice in pairs)
     return size, math.fsum(decision.kl[choice] for decision, choice in pairs)
+
+
+def chosen_bits(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequence[int]) -> dict[str, int]:
+    """Returns {layer name: bits} of a choice, in the table's order."""
+    pairs = zip(decisions, choices, strict=True)
+    bits = {index: decision.bits[choice] for decision, choice in pairs for index in decision.layers}
+    return {layer.name: bits[index] for index, layer in enumerate(table.layers)}
+
+
+def weighted_average(table: SensitivityTable, bits: Mapping[str, int]) -> float:
+    """Returns the code bits per weight."""
+    return sum(bits[layer.name] * layer.numel for layer in table.layers) / sum(layer.numel for layer in table.layers)
 
 
 def _points(frontier: Frontier, fixed_bytes: int) -> list[tuple[int, float]]:

@@ -28,7 +28,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mpq.allocation import allocate, one_budget, rounded_up, totals, with_answer
+from mpq.allocation import allocate, chosen_bits, one_budget, rounded_up, totals, weighted_average, with_answer
 from mpq.artifact import Storage, check_names, quantize_layer
 from mpq.calibration import BATCH_SECONDS, HELD_OUT_SECONDS, CalibrationData, further, in_batches, redraw, statistics
 from mpq.decisions import Decision, list_decisions
@@ -280,15 +280,12 @@ def _refined(
 
     The size stays within the start's target, and the code bits within `average_bits` if that is what was asked for.
     """
-    names = [layer.name for layer in table.layers]
-    choices = [d.bits.index(start.bits[names[d.layers[0]]]) for d in decisions]
+    choices = [d.bits.index(start.bits[table.layers[d.layers[0]].name]) for d in decisions]
     budget = start.target_bytes - table.fixed_bytes
     weights = sum(layer.numel for layer in table.layers)
 
     def bits(of: Sequence[int]) -> dict[str, int]:
-        pairs = zip(decisions, of, strict=True)
-        chosen = {names[layer]: d.bits[choice] for d, choice in pairs for layer in d.layers}
-        return {name: chosen[name] for name in names}
+        return chosen_bits(table, decisions, of)
 
     def moved(*steps: tuple[int, int]) -> list[int]:
         result = list(choices)
@@ -360,7 +357,7 @@ def _refined(
         bits=widths,
         predicted_bytes=size,
         predicted_kl=kl,
-        average_bits=sum(widths[layer.name] * layer.numel for layer in table.layers) / weights,
+        average_bits=weighted_average(table, widths),
         frontier=tuple(frontier),
         frontier_note=start.frontier_note + ("; moves made the answer leave it" if moves else ""),
     )
