@@ -260,7 +260,7 @@ def _linear_patches(input: Tensor, weight: Tensor, bias: Tensor | None = None) -
     return input.reshape(1, -1, input.shape[-1])
 
 
-def _conv1d_patches(
+def _convolution_patches(
     input: Tensor,
     weight: Tensor,
     bias: Any = None,
@@ -269,20 +269,10 @@ def _conv1d_patches(
     dilation: Any = 1,
     groups: int = 1,
 ) -> Tensor:
-    (stride,), (padding,), (dilation,) = (v if isinstance(v, tuple) else (v,) for v in (stride, padding, dilation))
-    flat = input[:, :, None], weight[:, :, None]  # one row high
-    return _conv2d_patches(*flat, None, (1, stride), (0, padding), (1, dilation), groups)
-
-
-def _conv2d_patches(
-    input: Tensor,
-    weight: Tensor,
-    bias: Any = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Tensor:
+    if weight.ndim == 3:  # over time alone: the same over an image one row high
+        (stride,), (padding,), (dilation,) = (v if isinstance(v, tuple) else (v,) for v in (stride, padding, dilation))
+        input, weight = input[:, :, None], weight[:, :, None]
+        stride, padding, dilation = (1, stride), (0, padding), (1, dilation)
     unfolded = F.unfold(input, weight.shape[2:], dilation, padding, stride)  # (N, C K', L)
     return unfolded.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)  # (groups, N L, C K' / groups)
 
@@ -293,8 +283,8 @@ def _embedding_patches(input: Tensor, weight: Tensor, *_: Any, **__: Any) -> Ten
 
 _PATCHES = {
     F.linear: _linear_patches,
-    F.conv1d: _conv1d_patches,
-    F.conv2d: _conv2d_patches,
+    F.conv1d: _convolution_patches,
+    F.conv2d: _convolution_patches,
     F.embedding: _embedding_patches,
 }
 
