@@ -83,8 +83,8 @@ def output_divergence(
     chains = [_chain(one, output) for one in (model, changed)]
     with torch.inference_mode():
         batches = [OutputBatch(model, *batch) for batch in data]
-        pairs = [[batch.log_distribution(chain) for chain in chains] for batch in batches]
-    kl = float(sum(_bounded(*pair).sum() for pair in pairs)) / sum(len(reference) for reference, _ in pairs)
+        sums = [float(_bounded(*map(batch.log_distribution, chains)).sum()) for batch in batches]
+    kl = sum(sums) / sum(int(batch.lengths.sum()) for batch in batches)
     if not math.isfinite(kl):
         raise MpqError(f"expected a finite divergence of the changed model, got {kl}; its activations overflow")
     return kl
@@ -178,9 +178,10 @@ class JointDivergence:
                 _sums(reference, batch.log_softmax(new[-1]), batch.lengths)
                 for reference, batch, new in zip(self._references, self._batches, states, strict=True)
             ]
-        if not bool(torch.cat(kl).isfinite().all()):
+        sums = torch.cat(kl)
+        if not bool(sums.isfinite().all()):
             raise MpqError("expected a finite divergence of the quantized model, got NaN or infinity")
-        return torch.cat(kl), first, states
+        return sums, first, states
 
     def _walk(self, first: int, keep: bool) -> list[list[Tensor]]:
         """Returns for each batch the states before stage `first` and after each stage from there on, or the last."""

@@ -72,12 +72,13 @@ def gptq(matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor) -> list[tuple
                 values.expand(blocks, rows) if one_scale else values.reshape(blocks, rows) for values in grid
             )
         scale, zero_point = scales[group], zero_points[group]  # (W, B, R)
+        inverse_scale = scale.reciprocal()
         for start in range(first, last, _BLOCK):
             stop = min(start + _BLOCK, last)
             errors = weights.new_empty(stop - start, len(specs), blocks, rows)
             for column in range(start, stop):
                 values = weights[column]
-                rounded = torch.round(values * scale.reciprocal()).add_(zero_point)
+                rounded = torch.round(values * inverse_scale).add_(zero_point)
                 rounded = torch.minimum(torch.maximum(rounded, q_min), q_max)
                 codes[column] = torch.where(signs, torch.where(values >= 0, 1.0, -1.0), rounded)
                 error = (values - (codes[column] - zero_point) * scale) / steps[column, column]
