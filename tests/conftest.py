@@ -133,6 +133,12 @@ def deeper_archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_nemo(path, nemo_config(encoder={"n_layers": 8}), tiny_model(layers=8).state_dict())
 
 
+def noisy_tone(random: np.random.Generator, seconds: float, hertz: float, sweep: float) -> np.ndarray:
+    """Returns samples at 16 kHz of a rising tone in noise."""
+    time = np.arange(int(16000 * seconds)) / 16000
+    return 0.3 * np.sin(2 * np.pi * hertz * time * (1 + sweep * time)) + 0.05 * random.normal(size=time.size)
+
+
 @pytest.fixture(scope="session")
 def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A manifest of six noisy tones of 0.3 to 1.3 s, with transcripts that have nothing to do with them."""
@@ -141,11 +147,7 @@ def tiny_manifest(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines = []
     for index in range(6):
         seconds = 0.3 + 0.2 * index
-        time = np.arange(int(16000 * seconds)) / 16000
-        wave = 0.3 * np.sin(2 * np.pi * (200 + 150 * index) * time * (1 + 0.3 * time)) + 0.05 * random.normal(
-            size=time.size
-        )
-        soundfile.write(folder / f"utt{index}.wav", wave, 16000)
+        soundfile.write(folder / f"utt{index}.wav", noisy_tone(random, seconds, 200 + 150 * index, 0.3), 16000)
         lines.append({"audio_filepath": f"utt{index}.wav", "text": "a few words", "duration": round(seconds, 3)})
     path = folder / "data.jsonl"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -159,9 +161,8 @@ def many_tones(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.default_rng(5)
     lines = []
     for index in range(20):
-        time = np.arange(int(16000 * (0.3 + 0.02 * index))) / 16000
-        wave = 0.3 * np.sin(2 * np.pi * (150 + 90 * index) * time * (1 + 0.5 * time))
-        soundfile.write(folder / f"t{index:02}.wav", wave + 0.05 * random.normal(size=time.size), 16000)
+        wave = noisy_tone(random, 0.3 + 0.02 * index, 150 + 90 * index, 0.5)
+        soundfile.write(folder / f"t{index:02}.wav", wave, 16000)
         lines.append(json.dumps({"audio_filepath": f"t{index:02}.wav"}) + "\n")
     path = folder / "tones.jsonl"
     path.write_text("".join(lines))
