@@ -40,6 +40,8 @@ from mpq.runtime import progress
 
 BATCH_SECONDS = 40.0
 """Padded audio in a batch of calibration data."""
+CALIBRATION_SECONDS = 300.0
+"""Audio that statistics are collected from, unless another length is asked for."""
 HELD_OUT_SECONDS = 300.0
 """Audio that the divergence of a whole model is measured on, and as much that decides on moves."""
 CACHE_BYTES = 4 * 2**30

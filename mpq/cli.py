@@ -313,10 +313,10 @@ def pack(
       mpq pack model.nemo --bits 4 --data train.jsonl --out uniform4.safetensors
     """
     from mpq import pack as step
+    from mpq.calibration import CALIBRATION_SECONDS
     from mpq.files import check_output
     from mpq.records import Allocation
     from mpq.report import pack_line
-    from mpq.sensitivity import METHODS
 
     if allocation is not None and bits is not None:
         raise MpqError("--allocation and --bits: give one of them")
@@ -334,7 +334,7 @@ def pack(
         given(quantizer),
         device,
         data=data,
-        max_seconds=seconds_or_all(seconds, METHODS["fisher"]),
+        max_seconds=seconds_or_all(seconds, CALIBRATION_SECONDS),
         seed=seed,
         channel=channel,
         skip_bad=skip_bad,

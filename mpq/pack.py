@@ -14,6 +14,7 @@ from torch import Tensor
 from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, read_artifact, write_artifact
 from mpq.calibration import (
     BATCH_SECONDS,
+    CALIBRATION_SECONDS,
     HELD_OUT_SECONDS,
     CalibrationData,
     cached_statistics,
@@ -96,7 +97,7 @@ def pack(
     device: str = "auto",
     *,
     data: Path | None = None,
-    max_seconds: float | None = 300.0,
+    max_seconds: float | None = CALIBRATION_SECONDS,
     seed: int = 0,
     channel: str = "error",
     skip_bad: bool = False,

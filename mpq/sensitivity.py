@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -29,7 +30,15 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact import Storage, fixed_bytes, layer_bytes, quantize_layer
-from mpq.calibration import BATCH_SECONDS, CalibrationData, draw, in_batches, one_by_one, statistics
+from mpq.calibration import (
+    BATCH_SECONDS,
+    CALIBRATION_SECONDS,
+    CalibrationData,
+    draw,
+    in_batches,
+    one_by_one,
+    statistics,
+)
 from mpq.divergence import OUTPUTS, OutputBatch, mean_kl, owner
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
@@ -46,7 +55,7 @@ Point = tuple[str, int]
 Score = tuple[float, tuple[float, float] | None]
 """Nats per frame, and the ends of the 95 % confidence interval where there is one."""
 
-METHODS = {"fisher": 300.0, "kl": 60.0}
+METHODS = {"fisher": CALIBRATION_SECONDS, "kl": 60.0}
 """The methods, and how many seconds of audio the command line gives each by default."""
 
 
@@ -125,7 +134,11 @@ def measure_sensitivity(
             if workers.rank > 0:
                 grams = statistics(model, model_record["sha256"], drawn, storage)
             measure = _measure_fisher if method == "fisher" else _measure_kl
-            done |= measure(model, drawn, widths, done, storage, output, grams, journal, workers, quiet)
+            silent = quiet or workers.rank > 0
+            features = one_by_one(model, drawn)
+            done |= measure(
+                _Task(model, drawn, features, widths, done, storage, output, grams, journal, workers, silent)
+            )
         table = SensitivityTable(
             layers=tuple(
                 LayerSensitivity(
@@ -143,7 +156,7 @@ def measure_sensitivity(
             bits=widths,
             fixed_bytes=fixed_bytes(model, storage),
             model=model_record,
-            data=drawn.to_json() | {"frames": _frames(model, drawn)},
+            data=drawn.to_json() | {"frames": sum(int(model.encoded_lengths(lengths)) for _, lengths in features)},
             output=output,
             method=method,
             quantizer=storage.to_json(),
@@ -178,73 +191,70 @@ def _intervals(name: str, widths: Sequence[int], done: Mapping[Point, Score]) ->
     return found if len(found) == len(widths) else None
 
 
-def _frames(model: AsrModel, data: CalibrationData) -> int:
-    return sum(int(model.encoded_lengths(lengths).sum()) for _, lengths in one_by_one(model, data))
+@dataclass(frozen=True)
+class _Task:
+    """What there is to measure, and with what.
+
+    Attributes:
+        features: ((1, T, F), (1,) frames) of each utterance of `data`.
+        done: The points that need not be measured.
+        silent: Show no progress.
+    """
+
+    model: AsrModel
+    data: CalibrationData
+    features: Sequence[tuple[Tensor, Tensor]]
+    widths: Sequence[int]
+    done: Mapping[Point, Score]
+    storage: Storage
+    output: str
+    grams: Mapping[str, Tensor]
+    journal: Journal
+    workers: Processes
+    silent: bool
 
 
-def _measure_kl(
-    model: AsrModel,
-    data: CalibrationData,
-    widths: Sequence[int],
-    done: Mapping[Point, Score],
-    storage: Storage,
-    output: str,
-    grams: Mapping[str, Tensor],
-    journal: Journal,
-    workers: Processes,
-    quiet: bool,
-) -> dict[Point, Score]:
-    """Returns all points that `done` lacks."""
-    known = set(done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
+def _measure_kl(task: _Task) -> dict[Point, Score]:
+    """Returns all points that are not done."""
+    model, journal, workers = task.model, task.journal, task.workers
+    known = set(task.done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
     workers.barrier()  # so that all have read the same
-    todo = [(ref.name, width) for ref in model.weights() for width in widths if (ref.name, width) not in known]
+    todo = [(ref.name, width) for ref in model.weights() for width in task.widths if (ref.name, width) not in known]
     todo = todo[workers.rank :: workers.count]
-    with progress("sensitivity", len(todo), quiet or workers.rank > 0, "points") as advance:
+    with progress("sensitivity", len(todo), task.silent, "points") as advance:
 
         def keep(name: str, width: int, kl: float) -> None:
             journal.append({"name": name, "bits": width, "kl": kl})
             advance(1)
 
         if todo:
-            measure_kl(model, in_batches(model, data, BATCH_SECONDS), todo, storage, output, keep, grams)
+            batches = in_batches(model, task.data, BATCH_SECONDS)
+            measure_kl(model, batches, todo, task.storage, task.output, keep, task.grams)
     workers.barrier()
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 
 
-def _measure_fisher(
-    model: AsrModel,
-    data: CalibrationData,
-    widths: Sequence[int],
-    done: Mapping[Point, Score],
-    storage: Storage,
-    output: str,
-    grams: Mapping[str, Tensor],
-    journal: Journal,
-    workers: Processes,
-    quiet: bool,
-) -> dict[Point, Score]:
-    """Returns the points of all widths that `done` lacks."""
+def _measure_fisher(task: _Task) -> dict[Point, Score]:
+    """Returns the points of all widths of which one is not done."""
+    model, journal, workers = task.model, task.journal, task.workers
     names = [ref.name for ref in model.weights()]
-    todo = [width for width in widths if any((name, width) not in done for name in names)]
+    todo = [width for width in task.widths if any((name, width) not in task.done for name in names)]
 
     def finished() -> dict[int, dict]:
         return {entry["utterance"]: entry for entry in journal.read() if entry["bits"] == todo}
 
     known = finished()
     workers.barrier()  # so that all have read the same
-    left = [index for index in range(len(data.utterances)) if index not in known][workers.rank :: workers.count]
+    left = [index for index in range(len(task.features)) if index not in known][workers.rank :: workers.count]
     if not todo:
         return {}
-    silent = quiet or workers.rank > 0
     if left:
-        features = one_by_one(model, data)
-        with progress("rounding", len(names), silent, "layers") as advance:
-            errors = rounding_errors(model, storage, todo, grams, advance)
-        with progress("sensitivity", len(left), silent, "utterances") as advance:
+        with progress("rounding", len(names), task.silent, "layers") as advance:
+            errors = rounding_errors(model, task.storage, todo, task.grams, advance)
+        with progress("sensitivity", len(left), task.silent, "utterances") as advance:
             for index in left:
-                scores, frames = fisher_scores(model, errors, *features[index], data.seed, output)
-                entry = {"utterance": index, "bits": todo, "frames": frames, "scores": scores.tolist()}
-                journal.append(entry)
+                scores, frames = fisher_scores(model, errors, *task.features[index], task.data.seed, task.output)
+                journal.append({"utterance": index, "bits": todo, "frames": frames, "scores": scores.tolist()})
                 advance(1)
     workers.barrier()
     entries = [entry for _, entry in sorted(finished().items())]
