@@ -49,15 +49,19 @@ class AudioInfo:
     frames: int
 
 
-def probe_audio(path: Path) -> AudioInfo:
-    """Returns what is in an audio file, having decoded all of it.
+def probe_audio(path: Path, decode: bool = True) -> AudioInfo:
+    """Returns what is in an audio file.
+
+    Args:
+        path: The file.
+        decode: Decode all of it; else its header is believed, as far as the size of the file does not contradict it.
 
     Raises:
         MpqError: The file is missing, not audio, cut short, damaged or without a sample, or has samples that are not
             finite or above `MAX_PEAK`.
     """
     with _open(Path(path)) as file:
-        frames = sum(len(block) for block in _decode(path, file, 0, file.frames))
+        frames = sum(len(block) for block in _decode(path, file, 0, file.frames)) if decode else file.frames
         return AudioInfo(file.samplerate, file.channels, frames)
 
 

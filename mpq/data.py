@@ -43,8 +43,9 @@ def check_data(
     sample_rate: int,
     min_samples: int = 1,
     channel: str = "error",
-    missing_characters: Callable[[str], str] | None = None,
+    missing: Callable[[str], list[str]] | None = None,
     need_text: bool = False,
+    decode: bool = True,
 ) -> CheckedData:
     """Returns which utterances can be used, how long they are, and the faults of the others.
 
@@ -56,8 +57,9 @@ def check_data(
         sample_rate: The model's, Hz.
         min_samples: The fewest samples at that rate that the model accepts.
         channel: As in `mpq.audio.read_audio`.
-        missing_characters: The model's `Tokenizer.missing_characters`; None is not to look at the characters.
+        missing: The model's `Tokenizer.missing`; None is not to look at the words.
         need_text: Whether an utterance without a transcript is faulty.
+        decode: As in `mpq.audio.probe_audio`; false for data that would take hours to decode.
 
     Raises:
         MpqError: `channel` is not one of its values.
@@ -68,7 +70,7 @@ def check_data(
     for utterance in utterances:
         found = []
         try:
-            samples = _measured_samples(utterance, files, sample_rate, channel)
+            samples = _measured_samples(utterance, files, sample_rate, channel, decode)
             if samples < min_samples:
                 raise MpqError(
                     f"{utterance.audio_path}: too short: expected at least {min_samples / sample_rate:.3f} s "
@@ -76,7 +78,7 @@ def check_data(
                 )
         except MpqError as error:
             found.append(str(error))
-        found += _text_faults(utterance, missing_characters, need_text)
+        found += _text_faults(utterance, missing, need_text)
         faults += [f"{utterance.source}: {fault}" for fault in found]
         if found:
             skipped += 1
@@ -157,7 +159,7 @@ def calibration_subset(
 
 
 def _measured_samples(
-    utterance: Utterance, files: dict[Path, AudioInfo | MpqError], sample_rate: int, channel: str
+    utterance: Utterance, files: dict[Path, AudioInfo | MpqError], sample_rate: int, channel: str, decode: bool
 ) -> int:
     """Returns the samples that `read_audio` will return, or raises why it will not; `files` holds what was probed."""
     path = utterance.audio_path
@@ -165,7 +167,7 @@ def _measured_samples(
         raise MpqError(f"{path}: no such file (a relative path starts at the folder of the file that names it)")
     if path not in files:
         try:
-            files[path] = probe_audio(path)
+            files[path] = probe_audio(path, decode)
         except MpqError as error:
             files[path] = error
     info = files[path]
@@ -177,16 +179,16 @@ def _measured_samples(
     return selected_samples(path, info, sample_rate, channel, utterance.offset, utterance.duration)
 
 
-def _text_faults(utterance: Utterance, missing_characters: Callable[[str], str] | None, need_text: bool) -> list[str]:
+def _text_faults(utterance: Utterance, missing: Callable[[str], list[str]] | None, need_text: bool) -> list[str]:
     if utterance.text is None:
         return [f'"{utterance.utt_id}" has no text; give one'] if need_text else []
     fault = trn_fault(utterance.text) if need_text else None
     found = [f'the text of "{utterance.utt_id}": {fault}'] if fault else []
-    missing = missing_characters(utterance.text) if missing_characters else ""
-    if not missing:
+    lacking = missing(utterance.text) if missing else []
+    if not lacking:
         return found
-    names = ", ".join(f"{character!r} (U+{ord(character):04X})" for character in missing)
-    return [*found, f'the text of "{utterance.utt_id}" has characters that the vocabulary lacks: {names}; replace them']
+    names = ", ".join(f"{one!r} (U+{ord(one):04X})" if len(one) == 1 else repr(one) for one in lacking)
+    return [*found, f'the text of "{utterance.utt_id}" has what the vocabulary lacks: {names}; replace it']
 
 
 def prepare_data(
@@ -209,7 +211,7 @@ def prepare_data(
         sample_rate=model.sample_rate,
         min_samples=model.min_samples,
         channel=channel,
-        missing_characters=model.tokenizer.missing_characters if need_text else None,
+        missing=model.tokenizer.missing if need_text else None,
         need_text=need_text,
     )
     return require_good(checked, skip_bad)

@@ -8,17 +8,18 @@ import hashlib
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq.data import CheckedData, batches, prepare_data, read_batch
+from mpq.decoding import GREEDY, DecodeOptions
 from mpq.errors import MpqError
 from mpq.files import sha256_file, write_json, write_text
 from mpq.journal import Journal
 from mpq.manifests import Utterance
 from mpq.metrics import Metrics, escape_markup, format_trn, measure, write_trn
-from mpq.models import load_model
+from mpq.models import load_model, model_file
 from mpq.runtime import choose_device, memory_for, progress
 
 
@@ -34,6 +35,7 @@ class Evaluation:
         model: {"path", "sha256", "architecture"}.
         data: {"path"}.
         device: Where it ran.
+        decode: How the transcripts were searched for.
     """
 
     metrics: Metrics
@@ -43,6 +45,7 @@ class Evaluation:
     model: dict[str, Any]
     data: dict[str, Any]
     device: str
+    decode: DecodeOptions = GREEDY
 
     @property
     def real_time_factor(self) -> float:
@@ -58,6 +61,7 @@ class Evaluation:
             "model": self.model,
             "data": self.data,
             "device": self.device,
+            "decode": asdict(self.decode),
         }
 
 
@@ -66,18 +70,20 @@ def evaluate(
     data: Path,
     out: Path,
     *,
+    decode: DecodeOptions = GREEDY,
     max_batch_seconds: float = 60.0,
     channel: str = "error",
     skip_bad: bool = False,
     device: str = "auto",
     quiet: bool = False,
 ) -> Evaluation:
-    """Transcribes a test set with greedy CTC decoding and writes the folder `out`.
+    """Transcribes a test set and writes the folder `out`.
 
     Args:
         checkpoint: A float checkpoint or a packed file.
         data: Manifest or Kaldi directory with transcripts.
         out: The folder to create or to replace the results in.
+        decode: How to search for the transcripts.
         max_batch_seconds: Padded audio in one batch.
         channel, skip_bad: As in `mpq.data.prepare_data`.
         device: As in `mpq.runtime.choose_device`.
@@ -87,6 +93,7 @@ def evaluate(
         MpqError: Bad input of any kind.
     """
     where = choose_device(device)
+    checkpoint = model_file(checkpoint)
     model = load_model(checkpoint, where)
     checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
     record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
@@ -98,7 +105,7 @@ def evaluate(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from error
-    journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds))
+    journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds, decode))
     entries = journal.read()
     journal.begin()
     hypotheses = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
@@ -112,7 +119,7 @@ def evaluate(
             with memory_for(
                 f"{batch[0].source}: a batch of {len(batch)} x {waveforms.shape[1] / model.sample_rate:.0f} s"
             ):
-                texts = model.transcribe(waveforms.to(where), lengths.to(where))
+                texts = model.transcribe(waveforms.to(where), lengths.to(where), decode)
             entry = {
                 "hyp": dict(zip((item.utt_id for item in batch), texts, strict=True)),
                 "seconds": time.perf_counter() - start,
@@ -124,7 +131,7 @@ def evaluate(
     texts = [hypotheses[name] for name in utt_ids]
     metrics = measure(utt_ids, references, texts, [duration[name] for name in utt_ids])
     escaped = sum(escape_markup(text).count("\ufffd") > text.count("\ufffd") for text in texts)
-    result = Evaluation(metrics, seconds, checked.skipped, escaped, record, {"path": str(data)}, str(where))
+    result = Evaluation(metrics, seconds, checked.skipped, escaped, record, {"path": str(data)}, str(where), decode)
     (out / "metrics.json").unlink(missing_ok=True)
     write_text(out / "ref.trn", ref)
     write_trn(out / "hyp.trn", utt_ids, list(map(escape_markup, texts)))
@@ -133,8 +140,11 @@ def evaluate(
     return result
 
 
-def _fingerprint(model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float) -> str:
-    parts = [model_sha256, channel, max_batch_seconds, _identity(checked.utterances), checked.durations]
+def _fingerprint(
+    model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float, decode: DecodeOptions
+) -> str:
+    identity = _identity(checked.utterances)
+    parts = [model_sha256, channel, max_batch_seconds, identity, checked.durations, asdict(decode)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

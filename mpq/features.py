@@ -82,6 +82,10 @@ class LogMel(nn.Module):
         """The shortest waveform with a defined result: two frames, as a standard deviation needs."""
         return 2 * self.options.hop_length
 
+    def lengths(self, waveform_lengths: Tensor) -> Tensor:
+        """Returns the (N,) valid frames of (N,) samples: samples // hop_length."""
+        return torch.div(waveform_lengths, self.options.hop_length, rounding_mode="floor")
+
     def forward(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns features and the number of valid frames of each utterance.
 
@@ -110,7 +114,7 @@ class LogMel(nn.Module):
         )  # (N, n_fft//2 + 1, T)
         energies = self.fb @ (spectrum.real.square() + spectrum.imag.square())  # (N, F, T)
         features = torch.log(energies + options.log_guard).transpose(1, 2)  # (N, T, F)
-        lengths = torch.div(waveform_lengths, options.hop_length, rounding_mode="floor")
+        lengths = self.lengths(waveform_lengths)
         valid = (torch.arange(features.shape[1], device=x.device) < lengths[:, None])[:, :, None]  # (N, T, 1)
         features = self._normalized(features, valid, lengths).masked_fill(~valid, 0.0)
         if options.pad_to and (excess := features.shape[1] % options.pad_to):

@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mpq.models import load_model
+from mpq.models import load_model, model_file
+from mpq.models.building import described_model
 from mpq.runtime import choose_device
 
 
@@ -15,7 +16,8 @@ class LayerInspection:
     Attributes:
         name, kind, shape, numel: As in `mpq.models.base.WeightRef`.
         bits: Of its codes in a packed file (16 or 32: stored as floats); None in a float checkpoint.
-        bytes: What it takes in a packed file, scales and zero points included; 4 a weight in a float checkpoint.
+        bytes: What it takes in a packed file, scales and zero points included; 4 a weight where it is
+            float.
     """
 
     name: str
@@ -34,14 +36,14 @@ class Inspection:
         family: The framework that wrote the checkpoint; "mpq" for a packed file.
         architecture: Such as "conformer-ctc".
         parameters: {"total", "encoder_blocks"}, BatchNorm running mean and variance included.
-        file_bytes: Size of the file.
+        file_bytes: Size of the file; None for a recipe, whose model is not there yet.
         layers: In the model's order.
     """
 
     family: str
     architecture: str
     parameters: dict[str, int]
-    file_bytes: int
+    file_bytes: int | None
     layers: tuple[LayerInspection, ...]
 
     def to_json(self) -> dict[str, Any]:
@@ -49,17 +51,22 @@ class Inspection:
 
 
 def inspect(path: Path, device: str = "auto") -> Inspection:
-    """Returns what is in a checkpoint or packed file, loaded on a device as in `mpq.runtime.choose_device`.
+    """Returns what is in a checkpoint or packed file, or what a recipe (`.toml`) describes.
+
+    Args:
+        path: The file, or a checkpoint folder.
+        device: As in `mpq.runtime.choose_device`.
 
     Raises:
-        MpqError: As for `mpq.models.load_model`.
+        MpqError: As for `mpq.models.load_model` and `mpq.config.load_recipe`.
     """
-    model = load_model(path, choose_device(device))
+    is_recipe = path.suffix == ".toml"
+    model = described_model(path) if is_recipe else load_model(path, choose_device(device))
     return Inspection(
         family="mpq" if model.quantized_bits else model.family,
         architecture=model.architecture,
         parameters=model.parameter_counts(),
-        file_bytes=path.stat().st_size,
+        file_bytes=None if is_recipe else model_file(path).stat().st_size,
         layers=tuple(
             LayerInspection(
                 **asdict(ref),

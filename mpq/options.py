@@ -1,5 +1,7 @@
-"""What the options of several commands mean: declared once, so that they are the same wherever a command takes them."""
+"""What several commands share: options that mean the same wherever a command takes them, and printing results."""
 
+import json
+import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -36,6 +38,25 @@ common_options = _together(
     click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random."),
     click.option("--quiet", is_flag=True, help="Show no progress."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+)
+recipe_options = _together(
+    click.argument("recipe", type=EXISTING),
+    click.option("--out", required=True, type=EXISTING, help="Folder to write."),
+    click.option(
+        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
+    ),
+)
+decode_options = _together(
+    click.option(
+        "--decode",
+        default="greedy",
+        show_default=True,
+        type=click.Choice(["greedy", "prefix", "joint"]),
+        help="Greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
+    ),
+    click.option("--beam-size", default=10, show_default=True, help="Hypotheses that a beam search keeps."),
+    click.option("--ctc-weight", default=0.3, show_default=True, help="Of the joint search."),
+    click.option("--length-bonus", default=0.0, show_default=True, help="Of the joint search, nats for each token."),
 )
 quantizer_options = _together(
     click.option("--scheme", type=click.Choice(["symmetric", "asymmetric"]), help="Default: asymmetric."),
@@ -92,3 +113,20 @@ class PatternBits(click.ParamType):
         if not (pattern and equals and re.fullmatch("[0-9]+", bits)):
             self.fail(f"expected PATTERN=BITS such as 'decoder.*=8', got {value!r}", param, ctx)
         return pattern, int(bits)
+
+
+def print_result(result: Any, as_json: bool, *views: Any) -> None:
+    """Prints a result on stdout: as JSON, or its views for a person."""
+    if as_json:
+        click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        return
+    from mpq.report import console
+
+    for view in views:
+        console().print(view, soft_wrap=isinstance(view, str))
+
+
+def print_once(result: Any, as_json: bool, *views: Any) -> None:
+    """Prints in one of torchrun's processes."""
+    if int(os.environ.get("RANK", "0")) == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        print_result(result, as_json, *views)

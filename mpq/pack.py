@@ -28,7 +28,7 @@ from mpq.calibration import (
 from mpq.divergence import output_divergence
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
-from mpq.models import load_model
+from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, memory_for, progress
@@ -122,6 +122,7 @@ def pack(
     Raises:
         MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
     """
+    checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     storage = _storage(allocation, bits, dict(options or {}), data)
     model = load_model(checkpoint, choose_device(device))

@@ -36,7 +36,7 @@ from mpq.divergence import BOUND, JointDivergence
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.journal import Journal
-from mpq.models import load_model
+from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.records import Allocation, SensitivityTable
 from mpq.runtime import choose_device, memory_for, progress
@@ -92,6 +92,7 @@ def allocate_measured(
         raise MpqError(f"max_divergence: what is measured is below {BOUND:g} nat whatever is done, got {limit:g}")
     if limit is not None and refine_minutes:
         raise MpqError("moves keep a size: expected a size as the budget to refine under, got max_divergence")
+    checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
 
     def solve(whole: bool = False, **size: float) -> Allocation:

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # these import torch, which a comparison does not need
     from mpq.evaluate import Evaluation
     from mpq.inspection import Inspection
     from mpq.pack import PackResult
+    from mpq.pipeline import RunResult
+    from mpq.training import TrainingResult
 
 MB = 2**20
 
@@ -41,6 +43,27 @@ def evaluation_view(evaluation: "Evaluation") -> Group:
         + (f", {evaluation.escaped} with characters that SCTK reads as markup" if evaluation.escaped else ""),
         f"{m.audio_seconds:.0f} s of audio in {evaluation.compute_seconds:.1f} s on {evaluation.device}: real-time "
         f"factor {evaluation.real_time_factor:.4f}",
+    )
+
+
+def training_view(training: "TrainingResult", most: int = 10) -> Group:
+    """Returns the last and the best epochs, and what the model is."""
+    table = _table("epoch", "updates", "train loss", "dev loss", "dev WER %", "seconds")
+    shown = {one.epoch for one in training.epochs[-most:]} | set(training.averaged)
+    for one in training.epochs:
+        if one.epoch in shown:
+            dev = ("", "") if one.dev_wer is None else (f"{one.dev_loss:.4f}", f"{100 * one.dev_wer:.2f}")
+            name = f"{one.epoch}{' *' if one.epoch in training.averaged else ''}"
+            table.add_row(name, str(one.step), f"{one.train_loss:.4f}", *dev, f"{one.seconds:.0f}")
+    left_out = f"; left out: {training.skipped} faulty, {training.too_long} too long"
+    wer = "" if training.dev_wer is None else f"dev WER {training.dev_wer:.2%}; "
+    return _view(
+        f"{wer}{len(training.epochs)} epochs, {training.seconds / 60:.1f} minutes on {training.device}",
+        table,
+        "losses in nats a token; the model is the mean of the epochs with a *"
+        + ("" if training.dev_loss is None else f", its dev loss {training.dev_loss:.4f}"),
+        f"{training.parameters['total'] / 1e6:.2f} M parameters; {training.utterances} utterances, "
+        f"{training.hours:.2f} hours{left_out if training.skipped or training.too_long else ''}",
     )
 
 
@@ -130,9 +153,33 @@ def inspection_view(inspection: "Inspection") -> Group:
     return _view(
         f"{inspection.family} {inspection.architecture}: {inspection.parameters['total'] / 1e6:.3f} M parameters "
         f"(encoder blocks {inspection.parameters['encoder_blocks'] / 1e6:.3f} M), "
-        f"file {inspection.file_bytes / MB:.3f} MB",
+        + ("no file yet" if inspection.file_bytes is None else f"file {inspection.file_bytes / MB:.3f} MB"),
         table,
     )
+
+
+def run_view(run: "RunResult") -> Group:
+    """Returns what became of each stage, then the sizes and word errors before and after."""
+    stages = _table("stage", "", "why", "seconds")
+    for one in run.stages:
+        stages.add_row(one.name, one.action, one.reason, "" if one.seconds is None else f"{one.seconds:.0f}")
+    results = {one.name: one.result for one in run.stages}
+    views: list[Table | str] = [stages]
+    if tests := results.get("evaluate", {}).get("tests", {}):
+        table = _table("model", "bytes", "times smaller", *(f"{name} WER %" for name in tests))
+        packed, compared = results.get("pack", {}), results.get("compare", {}).get("tests", {})
+        size = str(packed["float_bytes"]) if packed else ""
+        table.add_row("float32", size, "1" if size else "", *(f"{100 * one['wer']:.2f}" for one in tests.values()))
+        if packed and compared:
+            cells = (
+                f"{100 * one['wer']:.2f} {'(lossless)' if one['lossless'] else '(significantly worse)'}"
+                for one in compared.values()
+            )
+            table.add_row("packed", str(packed["size_bytes"]), f"{packed['ratio']:.2f}", *cells)
+        views.append(table)
+        if compared:
+            views.append("lossless: not significantly worse than float32 (MAPSSWE)")
+    return _view(f"{run.out}{': what a run would do' if run.is_dry else ''}", *views)
 
 
 def comparison_view(comparison: Comparison) -> Group:

@@ -1,12 +1,14 @@
-"""Where and how the work runs: device, several processes, progress on stderr."""
+"""Where and how the work runs: device, several processes, requests to stop, progress on stderr."""
 
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -41,26 +43,42 @@ class Processes:
     Attributes:
         rank: This one's number, from 0.
         count: How many there are.
+        device: Where they exchange tensors.
     """
 
     rank: int = 0
     count: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     def barrier(self) -> None:
         """Waits until every process is here."""
         if self.count > 1:
             torch.distributed.barrier()
 
+    def add_up(self, tensor: torch.Tensor) -> None:
+        """Replaces a tensor by its sum over all processes."""
+        if self.count > 1:
+            moved = tensor.to(self.device)
+            torch.distributed.all_reduce(moved)
+            tensor.copy_(moved)
+
 
 @contextmanager
-def processes() -> Iterator[Processes]:
-    """Yields the processes that `torchrun` started (gloo), or the one that there is without it."""
+def processes(device: torch.device | None = None) -> Iterator[Processes]:
+    """Yields the processes that `torchrun` started, or the one that there is without it.
+
+    Args:
+        device: Where tensors are exchanged: over NCCL between CUDA devices, else over gloo.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK and WORLD_SIZE for their own ends
         yield Processes()
         return
-    torch.distributed.init_process_group("gloo")
+    where = device or torch.device("cpu")
+    if where.type == "cuda":
+        torch.cuda.set_device(where)
+    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
     try:
-        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), where)
     finally:
         torch.distributed.destroy_process_group()
 
@@ -136,3 +154,23 @@ def _lines(description: str, total: float, unit: str) -> Callable[[float], None]
             print(f"{description}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left", file=sys.stderr, flush=True)
 
     return advance
+
+
+@contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields a function that says whether SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
+    asked = False
+
+    def ask(number: int, _: Any) -> None:
+        nonlocal asked
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        asked = True
+        print("mpq: the state is saved after this update", file=sys.stderr, flush=True)
+
+    previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -44,7 +44,7 @@ from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.journal import Journal
-from mpq.models import load_model
+from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.quantizers import QuantSpec
 from mpq.records import LayerSensitivity, SensitivityTable
@@ -102,6 +102,7 @@ def measure_sensitivity(
     for name, value, known in (("--output", output, OUTPUTS), ("--method", method, tuple(METHODS))):
         if value not in known:
             raise MpqError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+    checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     where = choose_device(device)
     model = load_model(checkpoint, where)

@@ -19,7 +19,7 @@ from mpq.manifests import Utterance, read_data
 from mpq.text import CharTokenizer
 
 RATE = 16000
-LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz'").missing_characters
+LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz'").missing
 
 
 def audio(path: Path, seconds: float = 1.0, channels: int = 1, rate: int = RATE) -> Path:
@@ -203,7 +203,7 @@ def test_check_measures_what_will_be_read(tmp_path: Path) -> None:
         utterance("other rate", audio(tmp_path / "b.wav", 1.0001, rate=44100)),
         utterance("stereo", audio(tmp_path / "c.wav", 0.5, channels=2)),
     ]
-    checked = check_data(utterances, sample_rate=RATE, channel="mix", missing_characters=LETTERS, need_text=True)
+    checked = check_data(utterances, sample_rate=RATE, channel="mix", missing=LETTERS, need_text=True)
     assert checked == CheckedData(tuple(utterances), (3.0, 1.25, 2.0, 0.5, 16002 / RATE, 0.5), (), 0)
     for one, seconds in zip(checked.utterances, checked.durations, strict=True):
         assert len(read_audio(one.audio_path, RATE, "mix", one.offset, one.duration)) == round(seconds * RATE)
@@ -229,11 +229,11 @@ def test_all_faults_of_the_data_are_reported_at_once(tmp_path: Path) -> None:
         utterance("11", good, text="tab\there"),
         utterance("12", good, text=""),
     ]
-    options = {"sample_rate": RATE, "min_samples": 400, "missing_characters": LETTERS, "need_text": True}
+    options = {"sample_rate": RATE, "min_samples": 400, "missing": LETTERS, "need_text": True}
     checked = check_data(utterances, **options)
     expected = [
         ("2", "missing.wav: no such file"),
-        ("2", "characters that the vocabulary lacks: '\u00ef' (U+00EF), '7' (U+0037); "),
+        ("2", "what the vocabulary lacks: '\u00ef' (U+00EF), '7' (U+0037); "),
         ("3", "cut.flac: cut short or damaged"),
         ("4", "zero.wav: no samples"),
         ("5", "short.wav: too short: expected at least 0.025 s (400 samples at 16000 Hz), got 0.025 s (398)"),
@@ -256,7 +256,7 @@ def test_all_faults_of_the_data_are_reported_at_once(tmp_path: Path) -> None:
         "\n10 of 12 utterances cannot be used; mend them, or leave them out with --skip-bad"
     )
     assert require_good(checked, skip_bad=True) is checked
-    assert check_data([utterances[9]], sample_rate=RATE, missing_characters=LETTERS).faults == ()
+    assert check_data([utterances[9]], sample_rate=RATE, missing=LETTERS).faults == ()
 
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path) -> None:
@@ -335,7 +335,7 @@ def test_real_speech_passes_quickly(shared: Path) -> None:
     utterances = read_data(shared / "data/read_speech/dev.jsonl")
     start = time.perf_counter()
     checked = require_good(
-        check_data(utterances, sample_rate=RATE, min_samples=400, missing_characters=LETTERS, need_text=True)
+        check_data(utterances, sample_rate=RATE, min_samples=400, missing=LETTERS, need_text=True)
     )
     assert time.perf_counter() - start < 30  # 0.15 s on the machine that this was written on
     assert len(checked.utterances) == 155

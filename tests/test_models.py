@@ -210,7 +210,7 @@ def test_null_is_absent_and_defaults_may_be_written_out(tmp_path: Path) -> None:
 def test_labels_of_several_characters_can_be_decoded() -> None:
     tokenizer = CharTokenizer([*LABELS, "<unk>"])
     assert tokenizer.decode([1, len(LABELS), 2]) == "a<unk>b"
-    assert tokenizer.missing_characters("ab<c") == "<"
+    assert tokenizer.missing("ab<c") == ["<"]
 
 
 def test_a_single_frame_has_features() -> None:

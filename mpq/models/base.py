@@ -1,10 +1,12 @@
 """What every step asks of a speech recogniser, whatever framework trained it.
 
-A model is a chain of *stages*: features -> ... -> encoder output -> CTC logits. Each stage is a function of the hidden
-tensor and owns the weights whose names start with its prefixes. So a change of one weight leaves everything before
-its stage as it was, which is what makes the exact sensitivity cheap, and `encode` is nothing but the chain.
+A model is a chain of *stages*: features -> ... -> encoder output -> CTC logits, and from the encoder output a second
+chain to the logits of the attention decoder, where there is one. Each stage is a function of the hidden state and owns
+the weights whose names start with its prefixes. So a change of one weight leaves everything before its stage as it was,
+which is what makes the exact sensitivity cheap, and `encode` is nothing but the chain.
 
-Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank.
+Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank,
+U tokens of a transcript.
 """
 
 from abc import ABC, abstractmethod
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.decoding import ctc_greedy
+from mpq.decoding import GREEDY, DecodeOptions, NextLogProbs, ctc_greedy, ctc_prefix_beam, joint_beam
 from mpq.errors import MpqError
 from mpq.text import Tokenizer
 
@@ -44,11 +46,12 @@ class Stage:
 
     Attributes:
         prefixes: The weights whose names start with one of these are used here and nowhere else.
-        run: (hidden, context) -> hidden; context is what `AsrModel.context` returned.
+        run: (hidden, context) -> hidden; context is what `AsrModel.context` or `output_context` returned. The first
+            hidden state are the features, the last one logits; those between are the model's own affair.
     """
 
     prefixes: tuple[str, ...]
-    run: Callable[[Tensor, Any], Tensor]
+    run: Callable[[Any, Any], Any]
 
 
 class AsrModel(nn.Module, ABC):
@@ -64,10 +67,6 @@ class AsrModel(nn.Module, ABC):
     """The shortest waveform that the model accepts, samples at `sample_rate`."""
     blank_id: int
     tokenizer: Tokenizer
-    stages: tuple[Stage, ...]
-    """The encoder's stages; the CTC head is not among them."""
-    head: Stage
-    """(N, T', D) -> (N, T', V) CTC logits."""
     quantized_bits: dict[str, int]
     """{weight name: bits} of a model that was read from an artifact; empty otherwise."""
     quantized_bytes: dict[str, int]
@@ -77,9 +76,28 @@ class AsrModel(nn.Module, ABC):
         super().__init__()
         self.quantized_bits, self.quantized_bytes = {}, {}
 
+    @property
+    @abstractmethod
+    def stages(self) -> tuple[Stage, ...]:
+        """The encoder's stages; the CTC head is not among them."""
+
+    @property
+    @abstractmethod
+    def head(self) -> Stage:
+        """(N, T', D) -> (N, T', V) CTC logits."""
+
+    @property
+    @abstractmethod
+    def decoder_stages(self) -> tuple[Stage, ...]:
+        """(N, T', D) -> ... -> (N, U + 1, V) logits of the attention decoder; empty for a model without one."""
+
     @abstractmethod
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns (N, T, F) features and (N,) valid frames of (N, S) float32 waveforms in [-1, 1)."""
+
+    @abstractmethod
+    def feature_lengths(self, waveform_lengths: Tensor) -> Tensor:
+        """Returns the (N,) valid feature frames of waveforms of (N,) samples."""
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
@@ -88,6 +106,17 @@ class AsrModel(nn.Module, ABC):
         Args:
             feature_lengths: (N,) valid feature frames.
             frames: T of the padded features.
+        """
+
+    @abstractmethod
+    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[Any, Tensor | None]:
+        """Returns the context of all stages, the decoder's included, and the (N,) rows of the decoder that count.
+
+        The decoder is given the tokens that the model itself recognises, by greedy CTC: no transcripts are needed. Its
+        rows are the U tokens and <eos>. Without a decoder this is `context` and None.
+
+        Args:
+            features, feature_lengths: (N, T, F) and (N,) valid frames.
         """
 
     @abstractmethod
@@ -110,13 +139,44 @@ class AsrModel(nn.Module, ABC):
         """Returns (N, T', V) natural-log probabilities of the tokens and the blank."""
         return self.head.run(encoded, None).log_softmax(dim=-1)
 
+    @abstractmethod
+    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
+        """Returns what `mpq.decoding.joint_beam` asks of the attention decoder; None for a model without one.
+
+        Args:
+            encoded, encoded_lengths: (N, T', D), (N,) as `encode` returned them.
+        """
+
     @torch.inference_mode()
-    def transcribe(self, waveforms: Tensor, waveform_lengths: Tensor) -> list[str]:
-        """Returns the greedy CTC transcripts of (N, S) waveforms, right-padded, with (N,) lengths in samples."""
+    def transcribe(self, waveforms: Tensor, waveform_lengths: Tensor, options: DecodeOptions = GREEDY) -> list[str]:
+        """Returns the transcripts of (N, S) waveforms, right-padded, with (N,) lengths in samples (greedy CTC).
+
+        Raises:
+            MpqError: A search that needs an attention decoder, and the model has none.
+        """
         encoded, lengths = self.encode(*self.features(waveforms, waveform_lengths))
-        return [
-            self.tokenizer.decode(tokens) for tokens in ctc_greedy(self.ctc_log_probs(encoded), lengths, self.blank_id)
-        ]
+        log_probs = self.ctc_log_probs(encoded)
+        if options.method == "greedy":
+            found = ctc_greedy(log_probs, lengths, self.blank_id)
+        elif options.method == "prefix":
+            beams = ctc_prefix_beam(log_probs, lengths, self.blank_id, options.beam_size, options.candidates)
+            found = [hypotheses[0].tokens for hypotheses in beams]
+        else:
+            scorer = self.next_token(encoded, lengths)
+            if scorer is None:
+                raise MpqError("decode: joint search needs an attention decoder, which this model does not have")
+            beams = joint_beam(
+                scorer,
+                log_probs,
+                lengths,
+                self.blank_id,
+                options.beam_size,
+                options.ctc_weight,
+                options.length_bonus,
+                candidates=options.candidates,
+            )
+            found = [hypotheses[0].tokens for hypotheses in beams]
+        return [self.tokenizer.decode(tokens) for tokens in found]
 
     def weights(self) -> list[WeightRef]:
         """Returns the quantizable tensors in the model's order: every kernel, matrix and table, wherever it lives.

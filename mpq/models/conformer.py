@@ -7,7 +7,7 @@ Legend: N utterances, T feature frames, F features, T' encoder frames, D width, 
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.models.base import Stage
+from mpq.models.batch_norm import batch_norm
+from mpq.models.decoder import DecoderContext
 
 
 @dataclass(frozen=True)
@@ -27,11 +29,15 @@ class ConformerOptions:
         layers: Number of blocks.
         width: D.
         heads: H; divides D.
-        ffn_width: Hidden units of both feed-forward modules.
+        ffn_width: Hidden units of the first (macaron) feed-forward module, of every block or a list of one a block.
+        ffn2_width: The same of the second module; None: as the first.
+        ffn_rank: Rank of both matrices of the first module, of every block or a list; 0: not factored.
+        ffn2_rank: The same of the second module; None: as the first.
         kernel_size: Of the depthwise convolution; odd.
         subsampling: "striding" (full 3x3 convolutions) or "dw_striding" (the later ones depthwise + pointwise).
         subsampling_factor: 2, 4, 8, ...: one stride-2 convolution for each factor of two.
         subsampling_channels: C.
+        subsampling_padding: Frames and bands of zeros around what a strided convolution reads: 1, or 0 (ESPnet).
         use_bias: Biases in feed-forward, attention and convolution modules.
         scale_input: Multiply the subsampled features by sqrt(D).
         conv_norm: "batch_norm" or "layer_norm" after the depthwise convolution.
@@ -39,13 +45,14 @@ class ConformerOptions:
         conv_mask: "before_depthwise": padded frames are zeroed after the gate, so that they never reach valid ones;
             "none": they are not (ESPnet).
         attention_mask: "key_and_query": padded queries attend to nothing; "key": they attend to the valid frames.
+        dropout: In training: after the subsampling, each feed-forward activation and each module, and of attention.
     """
 
     features: int
     layers: int
     width: int
     heads: int
-    ffn_width: int
+    ffn_width: int | Sequence[int]
     kernel_size: int
     subsampling: str
     subsampling_factor: int
@@ -56,6 +63,11 @@ class ConformerOptions:
     norm_eps: float = 1e-5
     conv_mask: str = "before_depthwise"
     attention_mask: str = "key_and_query"
+    ffn2_width: int | Sequence[int] | None = None
+    ffn_rank: int | Sequence[int] = 0
+    ffn2_rank: int | Sequence[int] | None = None
+    subsampling_padding: int = 1
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         factor = self.subsampling_factor
@@ -63,9 +75,16 @@ class ConformerOptions:
             ("width", self.width, f"a multiple of heads, {self.heads}", self.width % self.heads == 0),
             ("kernel_size", self.kernel_size, "an odd number", self.kernel_size % 2 == 1),
             ("subsampling_factor", factor, "a power of two, 2 or more", factor > 1 and factor & (factor - 1) == 0),
+            ("subsampling_padding", self.subsampling_padding, "0 or 1", self.subsampling_padding in (0, 1)),
+            ("dropout", self.dropout, "0 or more and less than 1", 0 <= self.dropout < 1),
         ):
             if not is_good:
                 raise MpqError(f"encoder: {key}: expected {expected}, got {value}")
+        for key, least in (("ffn_width", 1), ("ffn2_width", 1), ("ffn_rank", 0), ("ffn2_rank", 0)):
+            given = getattr(self, key)
+            if given is not None and not _fits(given, self.layers, least):
+                expected = f"{least} or more, one number or one for each of the {self.layers} blocks"
+                raise MpqError(f"encoder: {key}: expected {expected}, got {given}")
         for key, values in (
             ("subsampling", ("striding", "dw_striding")),
             ("conv_norm", ("batch_norm", "layer_norm")),
@@ -74,6 +93,22 @@ class ConformerOptions:
         ):
             if getattr(self, key) not in values:
                 raise MpqError(f"encoder: {key}: expected {' or '.join(values)}, got {getattr(self, key)!r}")
+
+    def ffn_shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Returns for each block the (width, rank) of its first and of its second feed-forward module."""
+        first, rank = _for_each(self.ffn_width, self.layers), _for_each(self.ffn_rank, self.layers)
+        second = first if self.ffn2_width is None else _for_each(self.ffn2_width, self.layers)
+        second_rank = rank if self.ffn2_rank is None else _for_each(self.ffn2_rank, self.layers)
+        return list(zip(zip(first, rank, strict=True), zip(second, second_rank, strict=True), strict=True))
+
+
+def _for_each(value: int | Sequence[int], layers: int) -> list[int]:
+    return [value] * layers if isinstance(value, int) else list(value)
+
+
+def _fits(value: int | Sequence[int], layers: int, least: int) -> bool:
+    values = _for_each(value, layers)
+    return len(values) == layers and min(values) >= least
 
 
 @dataclass(frozen=True)
@@ -84,17 +119,19 @@ class ConformerContext:
         feature_lengths: (N,) valid feature frames.
         valid: (N, T') bool; None when no frame is padding.
         positions: (2T' - 1, D) sinusoids of the relative positions T'-1 ... -(T'-1).
+        decoder: What an attention decoder needs (no block looks at it); None where there is none or it has no tokens.
     """
 
     feature_lengths: Tensor
     valid: Tensor | None
     positions: Tensor
+    decoder: DecoderContext | None = None
 
 
-def subsampled_length(length: Tensor | int, factor: int) -> Tensor | int:
-    """Returns the frames left by stride-2, kernel-3, padding-1 convolutions: L -> (L - 1) // 2 + 1 for each."""
+def subsampled_length(length: Tensor | int, factor: int, padding: int = 1) -> Tensor | int:
+    """Returns the frames left by stride-2, kernel-3 convolutions: L -> (L - 1) // 2 + padding for each."""
     for _ in range(int(math.log2(factor))):
-        length = (length - 1) // 2 + 1
+        length = (length - 1) // 2 + padding
     return length
 
 
@@ -113,16 +150,20 @@ class ConvSubsampling(nn.Module):
 
     def __init__(self, options: ConformerOptions) -> None:
         super().__init__()
-        channels = options.subsampling_channels
-        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, 1), nn.ReLU()]
+        channels, padding = options.subsampling_channels, options.subsampling_padding
+        self.padding = padding
+        layers: list[nn.Module] = [nn.Conv2d(1, channels, 3, 2, padding), nn.ReLU()]
         for _ in range(int(math.log2(options.subsampling_factor)) - 1):
             if options.subsampling == "dw_striding":
-                layers += [nn.Conv2d(channels, channels, 3, 2, 1, groups=channels), nn.Conv2d(channels, channels, 1)]
+                layers += [
+                    nn.Conv2d(channels, channels, 3, 2, padding, groups=channels),
+                    nn.Conv2d(channels, channels, 1),
+                ]
             else:
-                layers += [nn.Conv2d(channels, channels, 3, 2, 1)]
+                layers += [nn.Conv2d(channels, channels, 3, 2, padding)]
             layers += [nn.ReLU()]
         self.conv = nn.ModuleList(layers)
-        bands = subsampled_length(options.features, options.subsampling_factor)
+        bands = subsampled_length(options.features, options.subsampling_factor, padding)
         self.out = nn.Linear(channels * bands, options.width)
 
     def forward(self, features: Tensor, lengths: Tensor) -> Tensor:
@@ -132,7 +173,7 @@ class ConvSubsampling(nn.Module):
             if isinstance(layer, nn.Conv2d):
                 x = layer(_zeroed(x, lengths))
                 if layer.stride[0] == 2:
-                    lengths = subsampled_length(lengths, 2)
+                    lengths = subsampled_length(lengths, 2, self.padding)
             else:
                 x = layer(x)
         x = _zeroed(x, lengths)
@@ -145,24 +186,41 @@ def _zeroed(x: Tensor, lengths: Tensor) -> Tensor:
     return x.masked_fill((frames >= lengths[:, None])[:, None, :, None], 0.0)
 
 
-class FeedForward(nn.Module):
-    """linear, Swish, linear."""
+class FactoredLinear(nn.Module):
+    """A linear map of low rank, W = A B (Li et al. 2023, section 2.1): `inner` is B, the projection, without bias."""
 
-    def __init__(self, width: int, hidden: int, use_bias: bool) -> None:
+    def __init__(self, inputs: int, outputs: int, rank: int, use_bias: bool) -> None:
         super().__init__()
-        self.linear1 = nn.Linear(width, hidden, bias=use_bias)
-        self.linear2 = nn.Linear(hidden, width, bias=use_bias)
+        self.inner = nn.Linear(inputs, rank, bias=False)
+        self.outer = nn.Linear(rank, outputs, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.silu(self.linear1(x)))
+        return self.outer(self.inner(x))
+
+
+class FeedForward(nn.Module):
+    """linear, Swish, linear; both factored where the rank is not 0."""
+
+    def __init__(self, width: int, hidden: int, rank: int, use_bias: bool, dropout: float) -> None:
+        super().__init__()
+        self.linear1 = _linear(width, hidden, rank, use_bias)
+        self.linear2 = _linear(hidden, width, rank, use_bias)
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear2(F.dropout(F.silu(self.linear1(x)), self.dropout, self.training))
+
+
+def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> nn.Module:
+    return FactoredLinear(inputs, outputs, rank, use_bias) if rank else nn.Linear(inputs, outputs, bias=use_bias)
 
 
 class RelPosAttention(nn.Module):
     """Multi-head self-attention with relative positions: scores ((q + u) k' + (q + v) p') / sqrt(D / H)."""
 
-    def __init__(self, width: int, heads: int, use_bias: bool, mask: str) -> None:
+    def __init__(self, width: int, heads: int, use_bias: bool, mask: str, dropout: float) -> None:
         super().__init__()
-        self.heads, self.mask = heads, mask
+        self.heads, self.mask, self.dropout = heads, mask, dropout
         self.linear_q = nn.Linear(width, width, bias=use_bias)
         self.linear_k = nn.Linear(width, width, bias=use_bias)
         self.linear_v = nn.Linear(width, width, bias=use_bias)
@@ -180,7 +238,9 @@ class RelPosAttention(nn.Module):
         scores = _relative_shift(((q + self.pos_bias_v[:, None]) * scale) @ p.transpose(2, 3))  # (N, H, T', T')
         if context.valid is not None:
             scores = scores.masked_fill(~context.valid[:, None, None, :], -torch.inf)
-        mixed = F.scaled_dot_product_attention(q + self.pos_bias_u[:, None], k, v, attn_mask=scores, scale=scale)
+        dropout = self.dropout if self.training else 0.0
+        q = q + self.pos_bias_u[:, None]
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, dropout_p=dropout, scale=scale)
         if context.valid is not None and self.mask == "key_and_query":
             mixed = mixed.masked_fill(~context.valid[:, None, :, None], 0.0)
         return self.linear_out(mixed.transpose(1, 2).flatten(2))
@@ -216,7 +276,7 @@ class ConvolutionModule(nn.Module):
         if self.norm == "layer_norm":
             x = self.batch_norm(x.transpose(1, 2))
         else:
-            x = self.batch_norm(x).transpose(1, 2)  # (N, T', D)
+            x = batch_norm(self.batch_norm, x, context.valid).transpose(1, 2)  # (N, T', D)
         return _pointwise(self.pointwise_conv2, F.silu(x))
 
 
@@ -226,29 +286,40 @@ def _pointwise(convolution: nn.Conv1d, x: Tensor) -> Tensor:
 
 
 class ConformerBlock(nn.Module):
-    """One block, in four steps that each add to the hidden tensor (the last one also normalises it)."""
+    """One block, in four steps that each add to the hidden tensor (the last one also normalises it).
 
-    def __init__(self, options: ConformerOptions) -> None:
+    Args:
+        options: The encoder's.
+        ffn_shapes: (width, rank) of the first and of the second feed-forward module.
+    """
+
+    def __init__(self, options: ConformerOptions, ffn_shapes: tuple[tuple[int, int], tuple[int, int]]) -> None:
         super().__init__()
-        width, eps, bias = options.width, options.norm_eps, options.use_bias
+        width, eps, bias, self.dropout = options.width, options.norm_eps, options.use_bias, options.dropout
         self.norm_feed_forward1 = nn.LayerNorm(width, eps=eps)
-        self.feed_forward1 = FeedForward(width, options.ffn_width, bias)
+        self.feed_forward1 = FeedForward(width, *ffn_shapes[0], bias, options.dropout)
         self.norm_self_att = nn.LayerNorm(width, eps=eps)
-        self.self_attn = RelPosAttention(width, options.heads, bias, options.attention_mask)
+        self.self_attn = RelPosAttention(width, options.heads, bias, options.attention_mask, options.dropout)
         self.norm_conv = nn.LayerNorm(width, eps=eps)
         self.conv = ConvolutionModule(options)
         self.norm_feed_forward2 = nn.LayerNorm(width, eps=eps)
-        self.feed_forward2 = FeedForward(width, options.ffn_width, bias)
+        self.feed_forward2 = FeedForward(width, *ffn_shapes[1], bias, options.dropout)
         self.norm_out = nn.LayerNorm(width, eps=eps)
 
     def steps(self) -> tuple[tuple[str, Callable[[Tensor, ConformerContext], Tensor]], ...]:
         """Returns (submodule whose weights it uses, function) of the four steps; in order they are the block."""
         return (
-            ("feed_forward1", lambda x, _: x + 0.5 * self.feed_forward1(self.norm_feed_forward1(x))),
-            ("self_attn", lambda x, context: x + self.self_attn(self.norm_self_att(x), context)),
-            ("conv", lambda x, context: x + self.conv(self.norm_conv(x), context)),
-            ("feed_forward2", lambda x, _: self.norm_out(x + 0.5 * self.feed_forward2(self.norm_feed_forward2(x)))),
+            ("feed_forward1", lambda x, _: x + 0.5 * self._drop(self.feed_forward1(self.norm_feed_forward1(x)))),
+            ("self_attn", lambda x, context: x + self._drop(self.self_attn(self.norm_self_att(x), context))),
+            ("conv", lambda x, context: x + self._drop(self.conv(self.norm_conv(x), context))),
+            ("feed_forward2", lambda x, _: self.norm_out(x + 0.5 * self._drop(self._second(x)))),
         )
+
+    def _second(self, x: Tensor) -> Tensor:
+        return self.feed_forward2(self.norm_feed_forward2(x))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
 
 
 class ConformerEncoder(nn.Module):
@@ -258,7 +329,7 @@ class ConformerEncoder(nn.Module):
         super().__init__()
         self.options = options
         self.pre_encode = ConvSubsampling(options)
-        self.layers = nn.ModuleList(ConformerBlock(options) for _ in range(options.layers))
+        self.layers = nn.ModuleList(ConformerBlock(options, shapes) for shapes in options.ffn_shapes())
 
     def stages(self, prefix: str) -> tuple[Stage, ...]:
         """Returns the chain from (N, T, F) features to the (N, T', D) output; `prefix` is this module's name."""
@@ -269,12 +340,16 @@ class ConformerEncoder(nn.Module):
 
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         """Returns the context of (N, frames, F) features with (N,) valid frames."""
-        encoded_frames = subsampled_length(frames, self.options.subsampling_factor)
-        lengths = subsampled_length(feature_lengths, self.options.subsampling_factor)
+        encoded_frames, lengths = self.encoded_lengths(frames), self.encoded_lengths(feature_lengths)
         valid = torch.arange(encoded_frames, device=lengths.device) < lengths[:, None]  # (N, T')
         positions = relative_positions(encoded_frames, self.options.width, lengths.device)
         return ConformerContext(feature_lengths, None if bool(valid.all()) else valid, positions)
 
+    def encoded_lengths(self, feature_lengths: Tensor | int) -> Tensor | int:
+        """Returns the encoder frames for (N,) valid feature frames, or for one number of them."""
+        return subsampled_length(feature_lengths, self.options.subsampling_factor, self.options.subsampling_padding)
+
     def _subsample(self, features: Tensor, context: ConformerContext) -> Tensor:
         x = self.pre_encode(features, context.feature_lengths)
-        return x * math.sqrt(self.options.width) if self.options.scale_input else x
+        x = x * math.sqrt(self.options.width) if self.options.scale_input else x
+        return F.dropout(x, self.options.dropout, self.training)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mpq.errors import MpqError
 from mpq.features import LogMel, LogMelOptions
 from mpq.models.base import AsrModel, Stage, load_state
-from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions, subsampled_length
+from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
 from mpq.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
 SUPPORTED = "supported: CTC models (EncDecCTCModel, EncDecCTCModelBPE) with a ConformerEncoder"
@@ -54,18 +54,37 @@ class NemoConformerCtc(AsrModel):
         self.blank_id = len(tokenizer.pieces)
         self.sample_rate = mel.sample_rate
         self.min_samples = self.preprocessor.featurizer.min_samples
-        self.stages = self.encoder.stages("encoder")
-        self.head = Stage(("decoder.",), self._logits)
         self.eval()
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self.encoder.stages("encoder")
+
+    @property
+    def head(self) -> Stage:
+        return Stage(("decoder.",), self._logits)
+
+    @property
+    def decoder_stages(self) -> tuple[Stage, ...]:
+        return ()
 
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return self.preprocessor.featurizer(waveforms, waveform_lengths)
 
+    def feature_lengths(self, waveform_lengths: Tensor) -> Tensor:
+        return self.preprocessor.featurizer.lengths(waveform_lengths)
+
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         return self.encoder.context(feature_lengths, frames)
 
+    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[ConformerContext, None]:
+        return self.context(feature_lengths, features.shape[1]), None
+
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
-        return subsampled_length(feature_lengths, self.encoder.options.subsampling_factor)
+        return self.encoder.encoded_lengths(feature_lengths)
+
+    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
+        return None
 
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         tokenizer, blob = self.tokenizer.to_config()

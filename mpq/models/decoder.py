@@ -1,0 +1,178 @@
+"""The Transformer decoder of a hybrid CTC/attention model (Vaswani et al. 2017; Li et al. 2023, section 2).
+
+A layer is x += attention(LN x) over the tokens so far; x += attention(LN x, encoded); x += FFN(LN x), with ReLU. Tokens
+are embedded, scaled by sqrt(D) and given absolute sinusoids. <sos> and <eos> are one class, the last.
+
+Legend: N utterances, U tokens with the leading <sos>, T' encoder frames, D width, H heads, C classes.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mpq.errors import MpqError
+
+
+@dataclass(frozen=True)
+class DecoderOptions:
+    """The shape of the decoder.
+
+    Attributes:
+        layers: Number of layers.
+        heads: H; divides the encoder's width.
+        ffn_width: Hidden units of the feed-forward modules.
+        dropout: In training: of embeddings, attention, feed-forward activations and each module.
+    """
+
+    layers: int
+    heads: int
+    ffn_width: int
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for key, least in (("layers", 1), ("heads", 1), ("ffn_width", 1)):
+            if getattr(self, key) < least:
+                raise MpqError(f"decoder: {key}: expected {least} or more, got {getattr(self, key)}")
+        if not 0 <= self.dropout < 1:
+            raise MpqError(f"decoder: dropout: expected 0 or more and less than 1, got {self.dropout}")
+
+
+@dataclass(frozen=True)
+class DecoderContext:
+    """What the decoder needs besides its hidden state; no weight enters.
+
+    Attributes:
+        prefixes: (N, U) tokens, starting with <sos>.
+        causal: (U, U) bool: whether a position (row) may attend to another (column).
+        valid: (N, 1, 1, T') bool: the frames that may be attended to.
+    """
+
+    prefixes: Tensor
+    causal: Tensor
+    valid: Tensor
+
+
+Hidden = tuple[Tensor, Tensor]
+"""((N, T', D) encoder output, (N, U, D)): what goes from layer to layer."""
+
+
+class Attention(nn.Module):
+    """Multi-head attention of queries to a memory."""
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads, self.dropout = heads, dropout
+        self.linear_q = nn.Linear(width, width)
+        self.linear_k = nn.Linear(width, width)
+        self.linear_v = nn.Linear(width, width)
+        self.linear_out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
+        """Returns (N, U, D). `mask` is bool, broadcast to (N, H, U, M); True may be attended to."""
+        q, k, v = self._split(self.linear_q(x)), self._split(self.linear_k(memory)), self._split(self.linear_v(memory))
+        dropout = self.dropout if self.training else 0.0
+        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        return self.linear_out(mixed.transpose(1, 2).flatten(2))
+
+    def _split(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+class DecoderLayer(nn.Module):
+    """One layer."""
+
+    def __init__(self, width: int, options: DecoderOptions) -> None:
+        super().__init__()
+        self.dropout = options.dropout
+        self.norm_self_att = nn.LayerNorm(width)
+        self.self_attn = Attention(width, options.heads, options.dropout)
+        self.norm_src_att = nn.LayerNorm(width)
+        self.src_attn = Attention(width, options.heads, options.dropout)
+        self.norm_feed_forward = nn.LayerNorm(width)
+        self.linear1 = nn.Linear(width, options.ffn_width)
+        self.linear2 = nn.Linear(options.ffn_width, width)
+
+    def forward(self, hidden: Hidden, context: DecoderContext) -> Hidden:
+        encoded, x = hidden
+        normed = self.norm_self_att(x)
+        x = x + self._drop(self.self_attn(normed, normed, context.causal))
+        x = x + self._drop(self.src_attn(self.norm_src_att(x), encoded, context.valid))
+        activations = self._drop(F.relu(self.linear1(self.norm_feed_forward(x))))
+        return encoded, x + self._drop(self.linear2(activations))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class TransformerDecoder(nn.Module):
+    """Embedding, layers, output; `steps` are its forward pass.
+
+    Args:
+        width: D, the encoder's.
+        classes: C: the tokens and, last, <sos>/<eos>.
+        options: The shape.
+    """
+
+    def __init__(self, width: int, classes: int, options: DecoderOptions) -> None:
+        super().__init__()
+        if width % options.heads:
+            raise MpqError(f"decoder: heads: expected a divisor of the width {width}, got {options.heads}")
+        self.options = options
+        self.embed = nn.Embedding(classes, width)
+        nn.init.normal_(self.embed.weight, std=width**-0.5)
+        self.layers = nn.ModuleList(DecoderLayer(width, options) for _ in range(options.layers))
+        self.after_norm = nn.LayerNorm(width)
+        self.output = nn.Linear(width, classes)
+
+    def forward(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        """Returns the (N, U, C) logits of the token after each position.
+
+        Args:
+            prefixes: (N, U) tokens, starting with <sos>. What follows an utterance's last token may be any token: no
+                position looks ahead.
+            encoded: (N, T', D).
+            encoded_lengths: (N,) valid frames.
+        """
+        context = decoder_context(prefixes, encoded_lengths, encoded.shape[1])
+        hidden = encoded
+        for _, step in self.steps():
+            hidden = step(hidden, context)
+        return hidden
+
+    def steps(self) -> tuple[tuple[tuple[str, ...], Callable[[Any, DecoderContext], Any]], ...]:
+        """Returns (submodules, function): the chain from the (N, T', D) encoder output to the (N, U, C) logits.
+
+        Between the embedding and the output, (N, U, D) goes along with the encoder output (`Hidden`).
+        """
+        layers = tuple(((f"layers.{index}",), layer) for index, layer in enumerate(self.layers))
+        return ((("embed",), self._embedded), *layers, (("after_norm", "output"), self._logits))
+
+    def _embedded(self, encoded: Tensor, context: DecoderContext) -> Hidden:
+        x = self.embed(context.prefixes) * math.sqrt(self.embed.embedding_dim)
+        x = x + absolute_positions(x.shape[1], x.shape[2], x.device)
+        return encoded, F.dropout(x, self.options.dropout, self.training)
+
+    def _logits(self, hidden: Hidden, _: DecoderContext) -> Tensor:
+        return self.output(self.after_norm(hidden[1]))
+
+
+def decoder_context(prefixes: Tensor, encoded_lengths: Tensor, frames: int) -> DecoderContext:
+    """Returns the context of (N, U) tokens that start with <sos>, and of (N,) valid of `frames` encoder frames."""
+    valid = torch.arange(frames, device=encoded_lengths.device) < encoded_lengths[:, None]  # (N, T')
+    steps = torch.arange(prefixes.shape[1], device=prefixes.device)
+    return DecoderContext(prefixes, steps <= steps[:, None], valid[:, None, None, :])
+
+
+def absolute_positions(length: int, width: int, device: torch.device) -> Tensor:
+    """Returns the (length, width) sinusoids of positions 0 ... length - 1; sine in even columns."""
+    positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
+    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
+    table = torch.zeros(length, width, device=device)
+    table[:, 0::2] = torch.sin(positions * rates)
+    table[:, 1::2] = torch.cos(positions * rates[: width // 2])
+    return table

@@ -1,0 +1,317 @@
+"""The whole pipeline from one recipe, in one run folder (`mpq run`).
+
+Each stage has a fingerprint of all that its result depends on: its options, the files of the stages before it (by their
+content), the data (manifests by content, audio files by size and time of change) and the version of mpq. A stage whose
+fingerprint and results are as recorded in `run.json` is skipped; one that was cut off goes on where its own journal or
+state says; each stage says which of these it is. Nothing here computes: stages are the functions behind the commands.
+
+The folder: `train/` (checkpoint), `float/SET/` and `packed/SET/` (evaluations), `sensitivity.json`, `allocation.json`,
+`packed.safetensors`, `comparison-SET.json`, `run.json`.
+"""
+
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq import __version__
+from mpq.allocation import allocate
+from mpq.artifact import Storage
+from mpq.compare import compare, read_evaluations
+from mpq.config import Recipe
+from mpq.decoding import DecodeOptions
+from mpq.errors import MpqError
+from mpq.evaluate import Evaluation, evaluate
+from mpq.files import read_json, sha256_file, write_json
+from mpq.manifests import read_data
+from mpq.models import model_file
+from mpq.pack import pack
+from mpq.records import Allocation, SensitivityTable
+from mpq.sensitivity import METHODS, measure_sensitivity
+from mpq.training import train
+
+RUN_FORMAT = "mpq.run/1"
+
+
+@dataclass(frozen=True)
+class StageReport:
+    """What became of a stage.
+
+    Attributes:
+        name: Of the stage.
+        action: "skipped", "run" or "resumed"; in a dry run what would become of it.
+        reason: Why.
+        seconds: Wall-clock time that the stage has taken, in earlier runs if it was skipped; None if it has not run.
+        result: Its figures.
+    """
+
+    name: str
+    action: str
+    reason: str
+    seconds: float | None
+    result: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """`mpq.run/1`: the stages in order.
+
+    Attributes:
+        out: The run folder.
+        stages: What became of each.
+        is_dry: Whether nothing was done.
+    """
+
+    out: Path
+    stages: tuple[StageReport, ...]
+    is_dry: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": RUN_FORMAT,
+            "dry_run": self.is_dry,
+            "stages": [
+                {"name": one.name, "action": one.action, "reason": one.reason, "seconds": one.seconds} | one.result
+                for one in self.stages
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One stage.
+
+    Attributes:
+        inputs: All that its result depends on, as JSON; files of earlier stages may not be there yet.
+        outputs: The files that are there when it is complete.
+        act: Does it and returns its figures.
+    """
+
+    name: str
+    inputs: Callable[[], Any]
+    outputs: tuple[Path, ...]
+    act: Callable[[], dict[str, Any]]
+
+
+def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto", quiet: bool = False) -> RunResult:
+    """Does the stages of a recipe that are not done yet.
+
+    Args:
+        recipe: As `load_recipe` returned it.
+        out: The run folder.
+        dry_run: Do nothing, say what would be done.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Say and show nothing on the way.
+
+    Raises:
+        MpqError: As of the stages.
+    """
+    out = Path(out)
+    if not dry_run:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
+    record = read_json(out / "run.json", RUN_FORMAT)["stages"] if (out / "run.json").exists() else {}
+    say = _silent if quiet else _say
+    reports: list[StageReport] = []
+    for stage in _stages(recipe, out, device, quiet):
+        if dry_run and any(one.action != "skipped" for one in reports):
+            reports.append(StageReport(stage.name, "run", "what it reads is made anew", None, {}))
+            continue
+        fingerprint = _fingerprint(stage.inputs())
+        known = record.get(stage.name, {})
+        action, reason = _decide(known, fingerprint, stage.outputs)
+        if action == "skipped" or dry_run:
+            say(f"{stage.name}: {reason}" + ("; skipped" if action == "skipped" else ""))
+            reports.append(StageReport(stage.name, action, reason, known.get("seconds"), known.get("result", {})))
+            continue
+        say(f"{stage.name}: {reason}")
+        before = known.get("seconds", 0.0) if action == "resumed" else 0.0
+        start = time.monotonic()
+        record[stage.name] = {"started": fingerprint, "seconds": before}
+        try:
+            write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+            result = stage.act()
+        finally:
+            record[stage.name]["seconds"] = round(before + time.monotonic() - start, 1)
+            write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+        record[stage.name] = {
+            "fingerprint": fingerprint,
+            "seconds": record[stage.name]["seconds"],
+            "outputs": {str(path.relative_to(out)): sha256_file(path) for path in stage.outputs},
+            "result": result,
+        }
+        write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+        reports.append(StageReport(stage.name, action, reason, record[stage.name]["seconds"], result))
+    return RunResult(out, tuple(reports), dry_run)
+
+
+def _say(text: str) -> None:
+    print(f"mpq run: {text}", file=sys.stderr, flush=True)
+
+
+def _silent(_: str) -> None:
+    pass
+
+
+def _decide(known: dict[str, Any], fingerprint: str, outputs: Sequence[Path]) -> tuple[str, str]:
+    """Returns what is to become of a stage, and why."""
+    if not known:
+        return "run", "not done yet"
+    if "started" in known:
+        if known["started"] == fingerprint:
+            return "resumed", "was cut off, goes on"
+        return "run", "was cut off, and its inputs have changed since"
+    if known["fingerprint"] != fingerprint:
+        return "run", "its inputs have changed (options, data, or an earlier stage)"
+    for path, digest in zip(outputs, known["outputs"].values(), strict=True):
+        if not path.exists() or sha256_file(path) != digest:
+            return "run", f"its result {path} is {'changed' if path.exists() else 'gone'}"
+    return "skipped", "done, and its inputs are unchanged"
+
+
+def _fingerprint(inputs: Any) -> str:
+    return hashlib.sha256(json.dumps([__version__, inputs], sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]:
+    """Returns the stages that the recipe names."""
+    checkpoint = out / "train" if "train" in recipe.stages else Path(recipe.checkpoint or "")
+    table, allocation = out / "sensitivity.json", out / "allocation.json"
+    packed, tests = out / "packed.safetensors", recipe.data.test
+    calibration = recipe.path(recipe.data.calibration or (recipe.data.train or [""])[0])
+    decode = DecodeOptions(**recipe.decode.model_dump())
+    common = {"device": device, "quiet": quiet}
+    reading = {"channel": recipe.data.channel, "skip_bad": recipe.data.skip_bad}
+    data = recipe.data
+
+    def checkpoint_sha256() -> str:
+        return sha256_file(model_file(checkpoint))
+
+    def train_inputs() -> Any:
+        names = [*data.train, *([data.dev] if data.dev else [])]
+        sections = [getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "train", "augment")]
+        return [recipe.seed, reading, data.max_seconds, sections, [_identity(recipe.path(name)) for name in names]]
+
+    def act_train() -> dict[str, Any]:
+        done = train(recipe, checkpoint, **common)
+        return {"dev_wer": done.dev_wer, "epochs": len(done.epochs), "parameters": done.parameters}
+
+    def tests_identity() -> Any:
+        return [reading, recipe.decode.model_dump(), {name: _identity(recipe.path(tests[name])) for name in tests}]
+
+    def evaluate_all(model: Path, folder: Path) -> dict[str, Any]:
+        done = {}
+        for name, path in tests.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            done[name] = _figures(evaluate(model, recipe.path(path), folder / name, decode=decode, **reading, **common))
+        return {"tests": done}
+
+    def act_sensitivity() -> dict[str, Any]:
+        options = recipe.sensitivity
+        names = ("scheme", "granularity", "clip", "rounding")
+        chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
+        measured = measure_sensitivity(
+            checkpoint,
+            calibration,
+            options.bits,
+            table,
+            Storage.from_json({"rounding": "gptq"} | chosen),
+            method=options.method,
+            output=options.output,
+            max_seconds=options.seconds or METHODS[options.method],
+            seed=recipe.seed,
+            **reading,
+            **common,
+        )
+        return {"layers": len(measured.layers)}
+
+    def act_allocate() -> dict[str, Any]:
+        options = recipe.allocate.model_dump()
+        answer = allocate(SensitivityTable.load(table), **options)
+        answer.save(allocation)
+        return {"average_bits": answer.average_bits, "predicted_bytes": answer.predicted_bytes}
+
+    def act_pack() -> dict[str, Any]:
+        done = pack(checkpoint, packed, Allocation.load(allocation), device=device, quiet=quiet)
+        return {"size_bytes": done.size_bytes, "float_bytes": done.float_bytes, "ratio": done.ratio}
+
+    def act_compare() -> dict[str, Any]:
+        done = evaluate_all(packed, out / "packed")["tests"]
+        for name in tests:
+            folders = out / "float" / name, out / "packed" / name
+            comparison = compare(
+                *read_evaluations(*folders), names=("float32", "packed"), alpha=recipe.compare.alpha, seed=recipe.seed
+            )
+            comparison.save(out / f"comparison-{name}.json")
+            test = comparison.mapsswe
+            done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
+        return {"tests": done}
+
+    stages = [
+        _Stage("train", train_inputs, (checkpoint / "model.safetensors", checkpoint / "training.json"), act_train),
+        _Stage(
+            "evaluate",
+            lambda: [checkpoint_sha256(), tests_identity()],
+            _evaluation_files(out / "float", tests),
+            lambda: evaluate_all(checkpoint, out / "float"),
+        ),
+        _Stage(
+            "sensitivity",
+            lambda: [
+                checkpoint_sha256(),
+                recipe.sensitivity.model_dump(),
+                recipe.seed,
+                reading,
+                _identity(calibration),
+            ],
+            (table,),
+            act_sensitivity,
+        ),
+        _Stage("allocate", lambda: [sha256_file(table), recipe.allocate.model_dump()], (allocation,), act_allocate),
+        _Stage("pack", lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack),
+        _Stage(
+            "compare",
+            lambda: [
+                sha256_file(packed),
+                tests_identity(),
+                recipe.compare.model_dump(),
+                [sha256_file(path) for path in _evaluation_files(out / "float", tests)],
+            ],
+            (*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests)),
+            act_compare,
+        ),
+    ]
+    return [stage for stage in stages if stage.name in recipe.stages]
+
+
+def _evaluation_files(folder: Path, tests: dict[str, str]) -> tuple[Path, ...]:
+    return tuple(folder / name / file for name in tests for file in ("ref.trn", "hyp.trn", "metrics.json"))
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    metrics = evaluation.metrics
+    return {
+        "wer": metrics.wer,
+        "words": metrics.words,
+        "sub": metrics.substitutions,
+        "del": metrics.deletions,
+        "ins": metrics.insertions,
+    }
+
+
+def _identity(path: Path) -> str:
+    """Returns a digest of a manifest or Kaldi directory: what it says, and size and time of change of the audio."""
+    digest = hashlib.sha256()
+    for item in read_data(path):
+        parts: list[Any] = [item.utt_id, str(item.audio_path), item.text, item.offset, item.duration]
+        if item.audio_path.exists():
+            stat = item.audio_path.stat()
+            parts += [stat.st_size, stat.st_mtime_ns]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
