@@ -1,9 +1,10 @@
 """Calibration audio, and what the layers see of it: the Gram matrix of each layer's inputs, for `mpq.gptq`.
 
 For a layer y = W x that is the sum of x x' over all frames (a convolution: over all positions, x the patch that one
-output reads). Utterances go through the model one by one, so that no padding is seen. Weights are found where they are
-used, not by module: whatever linear map or convolution reads a weight's memory counts as its use (but
-torch.nn.MultiheadAttention, whose inner calls cannot be watched; no model that mpq reads has it).
+output reads). Utterances go through the model one by one, so that no padding is seen; an attention decoder is given the
+tokens that the model itself recognises. Weights are found where they are used, not by module: whatever linear map or
+convolution reads a weight's memory counts as its use (but torch.nn.MultiheadAttention, whose inner calls cannot be
+watched; no model that mpq reads has it).
 
 The matrices take 4 bytes x (columns squared) a layer (a depthwise kernel: for each channel): 152 MB for NVIDIA's 13 M
 Conformer, all of them in memory at once. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
@@ -32,6 +33,7 @@ from torch.overrides import TorchFunctionMode
 from mpq.artifact import Storage
 from mpq.audio import pad_batch
 from mpq.data import batches, calibration_subset, prepare_data, read_batch
+from mpq.divergence import StageTree
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.manifests import Utterance
@@ -228,10 +230,13 @@ def input_grams(
         data: ((1, T, F) features, (1,) frames) of each utterance.
         on_utterance: Told 1 with each finished utterance.
     """
-    watch = _Watch(model, model.weights())
-    with torch.no_grad(), watch:
+    watch, tree = _Watch(model, model.weights()), StageTree(model)
+    path = tree.path(*tree.recognition)
+    with torch.no_grad():
         for features, lengths in data:
-            model.ctc_log_probs(model.encode(features, lengths)[0])
+            context, _ = model.output_context(features, lengths)
+            with watch:
+                tree.run({0: features}, path, context, keep=())
             on_utterance(1)
     return {name: gram.cpu() for name, gram in watch.grams.items()}
 
@@ -312,7 +317,7 @@ def statistics(
         return found
     with progress("statistics", len(data.utterances), quiet, "utterances") as advance:
         grams = input_grams(model, one_by_one(model, data), advance)
-    path = _cache_path(model_sha256, data.sha256)
+    path = _cache_path(model, model_sha256, data.sha256)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
@@ -325,7 +330,7 @@ def statistics(
 
 def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> dict[str, Tensor] | None:
     """Returns what `statistics` left in the cache folder for a model and audio, None if it is not there."""
-    path = _cache_path(model_sha256, data_sha256)
+    path = _cache_path(model, model_sha256, data_sha256)
     try:
         grams = load_file(path)
     except (OSError, SafetensorError):
@@ -344,8 +349,9 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mpq"
 
 
-def _cache_path(model_sha256: str, data_sha256: str) -> Path:
-    key = hashlib.sha256(f"grams/2 {model_sha256} {data_sha256}".encode()).hexdigest()
+def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str) -> Path:
+    kind = "grams/2 decoder" if model.decoder_stages else "grams/2"
+    key = hashlib.sha256(f"{kind} {model_sha256} {data_sha256}".encode()).hexdigest()
     return cache_folder() / f"grams-{key[:32]}.safetensors"
 
 

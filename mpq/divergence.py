@@ -1,18 +1,24 @@
 """How far the output of a changed model is from that of the model as trained: KL divergence per frame, in nats.
 
-The calibration data lie before the model as batches of hidden states that walk through its stages, so that a change in
-stage s needs only the stages from s on (`OutputBatch`); `JointDivergence` keeps the states before every stage, and so
-measures one change after another of a model with all of its layers quantized.
+The calibration data lie before the model as batches of hidden states that walk through its stages (`StageTree`), so
+that a change in stage s needs only the stages after s (`OutputBatch`); `JointDivergence` keeps the states before every
+stage, and so measures one change after another of a model with all of its layers quantized.
 
-Two means over frames are used. That of one layer's sensitivity is plain (Li et al. 2023, Eq. 7). That of a whole
-model is bounded: no frame counts more than BOUND. A plain mean is decided by the few frames where the spike of a token
+An output is a distribution for each *row*: for each valid encoder frame that of the CTC head, or softmax of the
+encoder's output; for each token of the transcript, and for <eos>, that of the attention decoder. The decoder is given
+the tokens that the unchanged model recognises by greedy CTC. Recognition uses the CTC output and, where there is a
+decoder, its output too: the divergence of a whole model is the mean over the rows of both.
+
+Two means over rows are used. That of one layer's sensitivity is plain (Li et al. 2023, Eq. 7). That of a whole
+model is bounded: no row counts more than BOUND. A plain mean is decided by the few frames where the spike of a token
 has moved by one, which changes no word (docs/rounding.md has how both go with the word errors).
 
-Legend: N utterances, T feature frames, F features, T' encoder frames, M valid encoder frames, V classes.
+Legend: N utterances, T feature frames, F features, T' encoder frames, U tokens, M rows of all utterances, V classes.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,10 +26,84 @@ from torch import Tensor
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel, Stage
 
-OUTPUTS = ("ctc", "encoder")
+OUTPUTS = ("ctc", "encoder", "decoder")
 
 BOUND = 1.0
-"""Nats that one frame counts at most in the divergence of a whole model."""
+"""Nats that one row counts at most in the divergence of a whole model."""
+
+
+class StageTree:
+    """All stages of a model: features -> encoder -> CTC head, and encoder -> attention decoder where there is one.
+
+    State 0 are the features, and state i + 1 is what stage i makes of the state that it reads.
+
+    Args:
+        model: Whose stages.
+    """
+
+    def __init__(self, model: AsrModel) -> None:
+        encoder, decoder = model.stages, model.decoder_stages
+        encoded = len(encoder)  # the state
+        self.stages: tuple[Stage, ...] = (*encoder, model.head, *decoder)
+        self.sources = (
+            *range(encoded),
+            encoded,
+            *(encoded + step + 1 if step else encoded for step in range(len(decoder))),
+        )
+        """The state that each stage reads."""
+        self.ends = {"ctc": encoded + 1, "encoder": encoded} | ({"decoder": len(self.stages)} if decoder else {})
+        """{output: the state whose softmax it is}."""
+        self.recognition = ("ctc", "decoder") if decoder else ("ctc",)
+        """The outputs that recognition uses; each weight takes part in one of them."""
+
+    def check(self, output: str) -> None:
+        """Raises MpqError unless the model has this output."""
+        if output not in OUTPUTS:
+            raise MpqError(f"output: expected {', '.join(OUTPUTS[:-1])} or {OUTPUTS[-1]}, got {output!r}")
+        if output not in self.ends:
+            raise MpqError(f"output: decoder: this model has no attention decoder; expected {' or '.join(self.ends)}")
+
+    def path(self, *outputs: str) -> tuple[int, ...]:
+        """Returns the stages between the features and these outputs, in an order in which they can run."""
+        found = set()
+        for output in outputs:
+            state = self.ends[output]
+            while state:
+                found.add(state - 1)
+                state = self.sources[state - 1]
+        return tuple(sorted(found))
+
+    def after(self, changed: Set[int], path: Sequence[int]) -> tuple[int, ...]:
+        """Returns the stages of a path whose result is another one after a change of the stages `changed`."""
+        found: list[int] = []
+        for index in path:
+            if index in changed or self.sources[index] - 1 in found:
+                found.append(index)
+        return tuple(found)
+
+    def measured_over(self, index: int, output: str) -> str:
+        """Returns `output`, or an output of recognition that depends on stage `index` if that one does not."""
+        return next(one for one in (output, *self.recognition) if index in self.path(one))
+
+    def run(
+        self, states: Mapping[int, Any], path: Sequence[int], context: Any, keep: Container[int] | None = None
+    ) -> dict[int, Any]:
+        """Returns {state: what the stages of a path make}.
+
+        Args:
+            states: What they read that none of them makes.
+            path: Stages, in order.
+            context: As in `Stage`.
+            keep: Of the states that a stage of the path reads, those to return; None for all.
+        """
+        found: dict[int, Any] = {}
+        for place, index in enumerate(path):
+            source = self.sources[index]
+            found[index + 1] = self.stages[index].run(found[source] if source in found else states[source], context)
+            is_read = any(self.sources[later] == source for later in path[place + 1 :])
+            if keep is not None and source not in keep and not is_read:
+                found.pop(source, None)
+        return found
 
 
 class OutputBatch:
@@ -35,24 +115,32 @@ class OutputBatch:
     """
 
     def __init__(self, model: AsrModel, features: Tensor, lengths: Tensor) -> None:
-        self.hidden = features
-        self.context = model.context(lengths, features.shape[1])
-        self.lengths = model.encoded_lengths(lengths)  # (N,)
+        self.hidden: Any = features
+        self.context, tokens = model.output_context(features, lengths)
+        frames = model.encoded_lengths(lengths)
+        self.rows = {"ctc": frames, "encoder": frames} | ({} if tokens is None else {"decoder": tokens})
+        """{output: (N,) rows of each utterance}."""
 
     def advance(self, stage: Stage) -> None:
         """Takes the hidden state through a stage."""
         self.hidden = stage.run(self.hidden, self.context)
 
-    def log_distribution(self, stages: Sequence[Stage]) -> Tensor:
-        """Returns what these stages make of the hidden state: (M, V) float64 log-softmax of the valid frames."""
+    def log_distribution(self, stages: Sequence[Stage], output: str = "ctc") -> Tensor:
+        """Returns what these stages make of the hidden state: (M, V) float64 log-softmax of the output's rows."""
         x = self.hidden
         for stage in stages:
             x = stage.run(x, self.context)
-        return self.log_softmax(x)
+        return self.log_softmax(x, output)
 
-    def log_softmax(self, x: Tensor) -> Tensor:
-        """Returns (M, V) float64 log-probabilities of the valid frames of logits (N, T', V)."""
-        valid = torch.arange(x.shape[1], device=x.device) < self.lengths[:, None]  # (N, T')
+    def log_distributions(self, tree: StageTree, outputs: Sequence[str]) -> dict[str, Tensor]:
+        """Returns {output: (M, V) float64 log-softmax of its rows}; the hidden state must still be the features."""
+        ends = {output: tree.ends[output] for output in outputs}
+        states = tree.run({0: self.hidden}, tree.path(*outputs), self.context, keep=ends.values())
+        return {output: self.log_softmax(states[end], output) for output, end in ends.items()}
+
+    def log_softmax(self, x: Tensor, output: str = "ctc") -> Tensor:
+        """Returns (M, V) float64 log-probabilities of the rows of an output, of its (N, T' or U + 1, V) logits."""
+        valid = torch.arange(x.shape[1], device=x.device) < self.rows[output][:, None]
         return x[valid].double().log_softmax(dim=-1)
 
 
@@ -70,31 +158,40 @@ def mean_kl(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
 
 
 def output_divergence(
-    model: AsrModel, changed: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str = "ctc"
+    model: AsrModel, changed: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str | None = None
 ) -> float:
-    """Returns the bounded mean KL divergence per frame of a changed model's output from the model's, nats.
+    """Returns the bounded mean KL divergence per row of a changed model's output from the model's, nats.
 
     Args:
         model: As trained.
         changed: A model of the same shape.
         data: Batches of ((N, T, F) features, (N,) valid frames).
-        output: "ctc" or "encoder": whose softmax.
+        output: One of OUTPUTS; None for all those that recognition uses.
+
+    Raises:
+        MpqError: An output that the model does not have, or a divergence that is not finite.
     """
-    chains = [_chain(one, output) for one in (model, changed)]
+    tree, changed_tree = StageTree(model), StageTree(changed)
+    outputs = _measured_outputs(tree, output)
+    total, rows = 0.0, 0
     with torch.inference_mode():
-        batches = [OutputBatch(model, *batch) for batch in data]
-        sums = [float(_bounded(*map(batch.log_distribution, chains)).sum()) for batch in batches]
-    kl = sum(sums) / sum(int(batch.lengths.sum()) for batch in batches)
+        for features, lengths in data:
+            batch = OutputBatch(model, features, lengths)
+            references, found = (batch.log_distributions(one, outputs) for one in (tree, changed_tree))
+            total += sum(float(_bounded(references[one], found[one]).sum()) for one in outputs)
+            rows += sum(len(reference) for reference in references.values())
+    kl = total / rows
     if not math.isfinite(kl):
         raise MpqError(f"expected a finite divergence of the changed model, got {kl}; its activations overflow")
     return kl
 
 
-def _chain(model: AsrModel, output: str) -> tuple[Stage, ...]:
-    """Returns the stages from the features to the logits whose softmax is compared."""
-    if output not in OUTPUTS:
-        raise MpqError(f"output: expected {' or '.join(OUTPUTS)}, got {output!r}")
-    return (*model.stages, model.head) if output == "ctc" else tuple(model.stages)
+def _measured_outputs(tree: StageTree, output: str | None) -> tuple[str, ...]:
+    """Returns what the divergence of a whole model is taken over."""
+    if output is None:
+        return tree.recognition
+    tree.check(output)
+    return (output,)
 
 
 def owner(name: str, stages: Sequence[Stage]) -> int:
@@ -113,38 +210,41 @@ class JointDivergence:
     Args:
         model: As trained. Its weights are changed in place; `restore` brings them back.
         data: Batches of ((N, T, F) features, (N,) valid frames).
-        output: "ctc" or "encoder": whose softmax.
+        output: One of OUTPUTS; None for all those that recognition uses.
 
     Raises:
-        MpqError: An unknown output.
+        MpqError: An output that the model does not have.
     """
 
-    def __init__(self, model: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str = "ctc") -> None:
-        self._stages = _chain(model, output)
-        self._all_stages = (*model.stages, model.head)
+    def __init__(self, model: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str | None = None) -> None:
+        self._tree = StageTree(model)
+        self._outputs = _measured_outputs(self._tree, output)
+        self._path = self._tree.path(*self._outputs)
         self._parameters = dict(model.named_parameters())
         self._originals: dict[str, Tensor] = {}
         with torch.inference_mode():
             self._batches = [OutputBatch(model, *batch) for batch in data]
-            self._states = self._walk(0, keep=True)
+            features: list[dict[int, Any]] = [{0: batch.hidden} for batch in self._batches]
+            self._states = [own | new for own, new in zip(features, self._walk(features, self._path), strict=True)]
             self._references = [
-                batch.log_softmax(states[-1]) for batch, states in zip(self._batches, self._states, strict=True)
+                {output: batch.log_softmax(states[self._tree.ends[output]], output) for output in self._outputs}
+                for batch, states in zip(self._batches, self._states, strict=True)
             ]
-        self.frames = sum(len(reference) for reference in self._references)
-        """Valid encoder frames of the data."""
+        self.frames = sum(len(rows) for references in self._references for rows in references.values())
+        """Rows of the data: valid encoder frames, and of a model with an attention decoder its tokens and <eos> too."""
         self.kl: Tensor = torch.zeros(self._utterances, dtype=torch.float64)
-        """(utterances,) sums over the frames of each, of the model as it is now."""
+        """(utterances,) sums over the rows of each, of the model as it is now."""
 
     @property
     def mean(self) -> float:
-        """The divergence of the model as it is now, nats per frame."""
+        """The divergence of the model as it is now, nats per row."""
         return float(self.kl.sum()) / self.frames
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
         """Returns what `kl` would be with these weights, (utterances,) nats; the model stays as it is."""
         before = {name: self._parameters[name].data for name in weights}
         try:
-            return self._measured(weights, keep=False)[0]
+            return self._measured(weights, keep=())[0]
         finally:
             for name, tensor in before.items():
                 self._parameters[name].data = tensor
@@ -153,9 +253,9 @@ class JointDivergence:
         """Gives the model these weights."""
         for name in weights:
             self._originals.setdefault(name, self._parameters[name].data)
-        self.kl, first, states = self._measured(weights, keep=True)
+        self.kl, states = self._measured(weights, keep=None)
         for own, new in zip(self._states, states, strict=True):
-            own[first:] = new
+            own |= new
 
     def restore(self) -> None:
         """Gives the model its own weights back; nothing can be measured after that."""
@@ -164,43 +264,47 @@ class JointDivergence:
 
     @property
     def _utterances(self) -> int:
-        return sum(len(batch.lengths) for batch in self._batches)
+        return sum(len(batch.rows["ctc"]) for batch in self._batches)
 
-    def _measured(self, weights: Mapping[str, Tensor], keep: bool) -> tuple[Tensor, int, list[list[Tensor]]]:
-        """Returns each utterance's sum, the first stage that changed, and the states from there on (or the last)."""
+    def _measured(
+        self, weights: Mapping[str, Tensor], keep: Container[int] | None
+    ) -> tuple[Tensor, list[dict[int, Any]]]:
+        """Returns each utterance's sum, and for each batch the states that changed, as `StageTree.run`."""
         for name, tensor in weights.items():
             self._parameters[name].data = tensor
-        owners = [owner(name, self._all_stages) for name in weights]
-        first = min([*owners, len(self._stages)])
+        owners = {owner(name, self._tree.stages) for name in weights}
         with torch.inference_mode():
-            states = self._walk(first, keep)
-            kl = [
-                _sums(reference, batch.log_softmax(new[-1]), batch.lengths)
-                for reference, batch, new in zip(self._references, self._batches, states, strict=True)
-            ]
-        sums = torch.cat(kl)
+            states = self._walk(self._states, self._tree.after(owners, self._path), keep)
+            sums = torch.cat(
+                [
+                    _sums(batch, references, {output: (own | new)[self._tree.ends[output]] for output in references})
+                    for batch, references, own, new in zip(
+                        self._batches, self._references, self._states, states, strict=True
+                    )
+                ]
+            )
         if not bool(sums.isfinite().all()):
             raise MpqError("expected a finite divergence of the quantized model, got NaN or infinity")
-        return sums, first, states
+        return sums, states
 
-    def _walk(self, first: int, keep: bool) -> list[list[Tensor]]:
-        """Returns for each batch the states before stage `first` and after each stage from there on, or the last."""
-        found = []
-        for index, batch in enumerate(self._batches):
-            states = [self._states[index][first] if first else batch.hidden]
-            for stage in self._stages[first:]:
-                states.append(stage.run(states[-1], batch.context))
-                if not keep:
-                    del states[0]
-            found.append(states)
-        return found
+    def _walk(
+        self, states: Sequence[Mapping[int, Any]], path: Sequence[int], keep: Container[int] | None = None
+    ) -> list[dict[int, Any]]:
+        """Returns for each batch what these stages make of its states."""
+        return [
+            self._tree.run(own, path, batch.context, keep) for own, batch in zip(states, self._batches, strict=True)
+        ]
 
 
 def _bounded(reference: Tensor, changed: Tensor) -> Tensor:
-    """Returns the (M,) bounded KL(reference || changed) of each frame."""
+    """Returns the (M,) bounded KL(reference || changed) of each row."""
     return (reference.exp() * (reference - changed)).sum(dim=-1).clamp(max=BOUND)
 
 
-def _sums(reference: Tensor, changed: Tensor, lengths: Tensor) -> Tensor:
-    """Returns the (N,) sums of the bounded divergence over the frames of each utterance."""
-    return torch.stack([part.sum() for part in _bounded(reference, changed).split(lengths.tolist())]).cpu()
+def _sums(batch: OutputBatch, references: Mapping[str, Tensor], logits: Mapping[str, Tensor]) -> Tensor:
+    """Returns the (N,) sums of the bounded divergence over the rows of each utterance in all outputs."""
+    sums = []
+    for output, reference in references.items():
+        parts = _bounded(reference, batch.log_softmax(logits[output], output)).split(batch.rows[output].tolist())
+        sums.append(torch.stack([part.sum() for part in parts]))
+    return torch.stack(sums).sum(dim=0).cpu()

@@ -3,10 +3,11 @@
 Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
 the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is
 the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each frame
-and label. So an utterance takes a backward pass for each set of signs (no transcripts), whose gradient of each weight
-is multiplied with the rounding errors at every width. It serves all layers and widths; the exact divergence
-(`mpq.sensitivity.measure_kl`) needs a forward pass for each. Signs rather than labels drawn from p: a rare label with a
-large gradient makes drawn scores differ by a factor of two from draw to draw, the signs by a tenth.
+(of an attention decoder: each token) and label. So an utterance takes a backward pass for each set of signs (no
+transcripts), whose gradient of each weight is multiplied with the rounding errors at every width. It serves all layers
+and widths; the exact divergence (`mpq.sensitivity.measure_kl`) needs a forward pass for each. Signs rather than labels
+drawn from p: a rare label with a large gradient makes drawn scores differ by a factor of two from draw to draw, the
+signs by a tenth.
 
 Utterances differ by orders of magnitude in how far the expansion overshoots: of 96, one can hold four fifths of the sum
 over all. Such an utterance is lost at a low width whatever is done. So what counts is each layer's *share* of an
@@ -15,7 +16,7 @@ utterance. docs/rounding.md has what this is worth and what else was tried.
 
 Left out: third order, and what layers do to each other.
 
-Legend: U utterances, L layers, W widths, T' frames, V classes.
+Legend: U utterances, L layers, W widths, T' frames, V classes. Rows are those of `mpq.divergence`.
 """
 
 import hashlib
@@ -27,6 +28,7 @@ from scipy import stats
 from torch import Tensor
 
 from mpq.artifact import Storage, quantize_layer
+from mpq.divergence import StageTree
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 
@@ -42,45 +44,57 @@ def fisher_scores(
     seed: int = 0,
     output: str = "ctc",
 ) -> tuple[Tensor, int]:
-    """Returns the (L, W) float64 scores of one utterance, nats summed over its frames, and its number of frames.
+    """Returns the (L, W) float64 scores of one utterance, nats summed over the rows of the output, and their number.
 
     Args:
         model: The float model.
         errors: {weight name: (numel,) rounding errors at each of the W widths} (`rounding_errors`).
         features, lengths: (1, T, F) and (1,) of the utterance, without padding.
         seed: Of the signs.
-        output: "ctc": of the CTC posteriors; "encoder": of softmax of the encoder's output, and of the CTC posteriors
-            for the weights that the encoder does not depend on.
+        output: "ctc": of the CTC posteriors; "encoder": of softmax of the encoder's output; "decoder": of the attention
+            decoder's distributions of the tokens. Weights that it does not depend on are scored by an output that does:
+            the CTC head by "ctc", the decoder by "decoder"; their score is the mean over that output's rows, times the
+            number of rows of the chosen one.
 
     Raises:
-        MpqError: The output or a gradient is not finite, or a weight takes no part in the output; the message names
-            the layer.
+        MpqError: An output that the model does not have, an output or a gradient that is not finite, or a weight that
+            takes no part in the output; the message names the layer.
     """
+    tree = StageTree(model)
+    tree.check(output)
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
-    encoded, _ = model.encode(features, lengths)
+    outputs = (output, *(other for other in tree.recognition if other != output))
+    context, _ = model.output_context(features, lengths)
+    states = tree.run({0: features}, tree.path(*outputs), context)
+    log_probs = [states[tree.ends[one]][0].log_softmax(dim=-1) for one in outputs]  # (rows, V) each
     scores = torch.zeros(len(errors), len(next(iter(errors.values()))), dtype=torch.float64)
-    log_probs = model.ctc_log_probs(encoded)[0]  # (T', V)
     generator = torch.Generator().manual_seed(_utterance_seed(seed, features))
-    outputs = [encoded[0].log_softmax(dim=-1), log_probs] if output == "encoder" else [log_probs]
-    if not all(bool(one.isfinite().all()) for one in outputs):
+    if not all(bool(one.isfinite().all()) for one in log_probs):
         raise MpqError("the model's output is not finite; its activations overflow on this audio")
     for _ in range(DRAWS):
-        gradients: list[Tensor | None] = [None] * len(weights)
-        for one in outputs:
+        found: dict[int, tuple[Tensor, float]] = {}  # {weight: gradient, rows of the chosen output for one of this}
+        for one in log_probs:
             signs = torch.randint(0, 2, one.shape, generator=generator).to(one) * 2 - 1
             total = (one * (0.5 * one.detach()).exp() * signs).sum()
-            found = torch.autograd.grad(total, weights, retain_graph=True, allow_unused=True)
-            gradients = [old if old is not None else new for old, new in zip(gradients, found, strict=True)]
-        for index, (name, gradient) in enumerate(zip(errors, gradients, strict=True)):
-            if gradient is None:
+            left = [index for index in range(len(weights)) if index not in found]
+            if not left:
+                continue
+            among = [weights[index] for index in left]
+            gradients = torch.autograd.grad(total, among, retain_graph=True, allow_unused=True)
+            for index, gradient in zip(left, gradients, strict=True):
+                if gradient is not None:
+                    found[index] = gradient, len(log_probs[0]) / len(one)
+        for index, name in enumerate(errors):
+            if index not in found:
                 raise MpqError(f"{name}: takes no part in the output, so no score can be given")
+            gradient, rows = found[index]
             # one product at a time, so that each is the same whatever the other widths are
             products = torch.stack([error @ gradient.flatten() for error in errors[name]])  # (W,)
-            scores[index] += 0.5 * products.double().square().cpu() / DRAWS
+            scores[index] += 0.5 * products.double().square().cpu() / DRAWS * rows
             if not bool(products.isfinite().all()):
                 raise MpqError(f"{name}: expected a finite gradient, got NaN or infinity")
-    return scores, len(log_probs)
+    return scores, len(log_probs[0])
 
 
 def rounding_errors(

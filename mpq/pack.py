@@ -48,8 +48,8 @@ class PackResult:
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
         predicted_kl: What the allocation said; None without one.
-        measured_kl: Divergence of the file's output from the checkpoint's (bounded: `mpq.divergence`), nats per frame;
-            None if not measured.
+        measured_kl: Divergence of the file's outputs from the checkpoint's (bounded: `mpq.divergence`), nats per frame,
+            or of an attention decoder per token; None if not measured.
         measured_on: On which audio, or why it was not measured.
     """
 

@@ -27,7 +27,9 @@ from mpq.options import (
 @click.option("--bits", required=True, type=Widths(), help="Bit-widths to measure, 1 to 8.")
 @click.option("--out", required=True, type=EXISTING, help="The mpq.sensitivity/1 file to write.")
 @quantizer_options
-@click.option("--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder"]), help="Whose KL.")
+@click.option(
+    "--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder", "decoder"]), help="Whose KL."
+)
 @click.option(
     "--method",
     default="fisher",

@@ -2,7 +2,8 @@
 
 Sums of one-layer divergences leave out what layers do to each other. So the model is quantized as an allocation says
 and its divergence measured, on audio that the sensitivities have not seen: for the answer, and for some sizes of the
-frontier. What is measured is the CTC output, whatever output the sensitivities are of.
+frontier. What is measured is all that recognition uses, the CTC output and that of the attention decoder where there is
+one, whatever output the sensitivities are of.
 
 Refinement looks for moves: one decision gets one width more, another one less, and the size stays within the target.
 In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs are tried in
@@ -217,7 +218,7 @@ class _Meter:
         return _key(bits) in self.known
 
     def kl(self, bits: Mapping[str, int]) -> Tensor:
-        """Returns the (utterances,) divergences, summed over frames, of the model with these widths."""
+        """Returns the (utterances,) divergences, summed over rows, of the model with these widths."""
         key = _key(bits)
         if key not in self.known:
             start = time.monotonic()

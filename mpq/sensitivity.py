@@ -39,7 +39,7 @@ from mpq.calibration import (
     one_by_one,
     statistics,
 )
-from mpq.divergence import OUTPUTS, OutputBatch, mean_kl, owner
+from mpq.divergence import OUTPUTS, OutputBatch, StageTree, mean_kl, owner
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.fisher import fisher_scores, rounding_errors, typical_scores
@@ -108,6 +108,7 @@ def measure_sensitivity(
     model = load_model(checkpoint, where)
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
+    StageTree(model).check(output)
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
     model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     work = [
@@ -287,45 +288,44 @@ def measure_kl(
         data: Batches of ((N, T, F) features, (N,) valid frames), on the model's device.
         points: What to measure.
         storage: The quantizer.
-        output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper. The
-            CTC head's own weights, which the encoder's output does not depend on, are measured over the CTC
-            posteriors in both cases.
+        output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper;
+            "decoder": over the attention decoder's distributions of the tokens (`mpq.divergence`). Weights that the
+            output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's over
+            "decoder".
         on_point: Called with each finished point.
         grams: For the rounding "gptq": `mpq.calibration.input_grams`.
 
     Raises:
-        MpqError: An unknown output, a layer that cannot be quantized, or a divergence that is not finite; the message
-            names the layer.
+        MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
+            finite; the message names the layer.
     """
-    if output not in OUTPUTS:
-        raise MpqError(f"output: expected {' or '.join(OUTPUTS)}, got {output!r}")
-    stages = (*model.stages, model.head)
-    owners = {name: owner(name, stages) for name, _ in points}
+    tree = StageTree(model)
+    tree.check(output)
+    owners = {name: owner(name, tree.stages) for name, _ in points}
+    over = {name: tree.measured_over(index, output) for name, index in owners.items()}
     parameters = dict(model.named_parameters())
     results: dict[Point, float] = {}
     with torch.inference_mode():
         batches = [OutputBatch(model, features, lengths) for features, lengths in data]
-        ends = {
-            index: len(stages) - 1 if output == "encoder" and index < len(stages) - 1 else len(stages)
-            for index in owners.values()
-        }
-        references = {end: [batch.log_distribution(stages[:end]) for batch in batches] for end in set(ends.values())}
-        for index, stage in enumerate(stages):
+        references = [batch.log_distributions(tree, tuple(dict.fromkeys(over.values()))) for batch in batches]
+        for index, stage in enumerate(tree.stages):
             for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
                 widths = [bits for other, bits in points if other == name]
+                chain = [tree.stages[later] for later in tree.path(over[name]) if later >= index]
                 original = parameters[name].data
                 rounded = quantize_layer(name, original, storage, widths, grams or {})
                 for bits, weight in zip(widths, rounded, strict=True):
                     parameters[name].data = weight
                     try:
-                        changed = (batch.log_distribution(stages[index : ends[index]]) for batch in batches)
-                        kl = mean_kl(zip(references[ends[index]], changed, strict=True))
+                        changed = (batch.log_distribution(chain, over[name]) for batch in batches)
+                        kl = mean_kl(zip((own[over[name]] for own in references), changed, strict=True))
                     finally:
                         parameters[name].data = original
                     if not math.isfinite(kl):
                         raise MpqError(f"{name} at {bits} bits: expected a finite divergence, got {kl}")
                     results[name, bits] = kl
                     on_point(name, bits, kl)
-            for batch in batches:
-                batch.advance(stage)
+            if index + 1 in tree.sources:  # not after the head, which the decoder does not read
+                for batch in batches:
+                    batch.advance(stage)
     return results

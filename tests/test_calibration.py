@@ -136,6 +136,8 @@ def test_utterances_add_up() -> None:
 class OtherModel(AsrModel):
     """What NeMo's models do not have: an embedding, groups, dilation, a convolution with keywords, a weight unused."""
 
+    stages, decoder_stages, head = (), (), None
+
     def __init__(self) -> None:
         super().__init__()
         with torch.random.fork_rng():
@@ -159,8 +161,17 @@ class OtherModel(AsrModel):
     def context(self, feature_lengths: Tensor, frames: int) -> None:
         return None
 
+    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[None, None]:
+        return None, None
+
+    def feature_lengths(self, waveform_lengths: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return feature_lengths
+
+    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
+        raise NotImplementedError
 
     def to_config(self) -> tuple[dict, bytes]:
         raise NotImplementedError

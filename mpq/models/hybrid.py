@@ -6,7 +6,6 @@ decoder layers it is a CTC model. The last class is the blank of the CTC head an
 Legend: N utterances, T feature frames, T' encoder frames, D width, U tokens, V tokens of the vocabulary, C = V + 1.
 """
 
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -17,14 +16,10 @@ from mpq.decoding import NextLogProbs, ctc_greedy
 from mpq.features import LogMel, LogMelOptions
 from mpq.models.base import AsrModel, Stage
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
-from mpq.models.decoder import DecoderContext, DecoderOptions, TransformerDecoder, decoder_context
+from mpq.models.decoder import DecoderOptions, TransformerDecoder, decoder_context
 from mpq.text import Tokenizer, tokenizer_from_config
 
 PITCH_FEATURES = 3
-
-
-def _of_decoder(step: Callable[[Any, DecoderContext], Any]) -> Callable[[Any, ConformerContext], Any]:
-    return lambda hidden, context: step(hidden, context.decoder)
 
 
 class HybridConformer(AsrModel):
@@ -70,7 +65,10 @@ class HybridConformer(AsrModel):
         if self.decoder is None:
             return ()
         return tuple(
-            Stage(tuple(f"decoder.{module}." for module in modules), _of_decoder(step))
+            Stage(
+                tuple(f"decoder.{module}." for module in modules),
+                lambda hidden, context, step=step: step(hidden, context.decoder),
+            )
             for modules, step in self.decoder.steps()
         )
 
