@@ -79,10 +79,11 @@ class NoiseSource:
         return _looped(recording, samples, int(random.integers(len(recording))))
 
     def _babble(self, samples: int, random: np.random.Generator) -> Tensor:
+        """Returns the sum of several utterances at one level, backwards, so that no words are in it."""
         total = torch.zeros(samples)
         for index in random.integers(len(self.utterances), size=BABBLE_TALKERS):
             item = self.utterances[index]
-            speech = read_audio(item.audio_path, self.sample_rate, self.channel, item.offset, item.duration)
+            speech = read_audio(item.audio_path, self.sample_rate, self.channel, item.offset, item.duration).flip(0)
             level = speech.square().mean().sqrt().clamp(min=1e-5)
             total += _looped(speech, samples, int(random.integers(len(speech)))) / level
         return total

@@ -17,7 +17,9 @@ STAGES = ("train", "evaluate", "sensitivity", "allocate", "pack", "compare")
 SYNTHETIC_NOISE = ("white", "babble")
 
 Whole = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
 PerBlock = Whole | list[Whole]
 
 
@@ -29,11 +31,13 @@ class DataConfig(_Section):
     """Which audio and transcripts: manifests (JSON lines) or Kaldi data directories."""
 
     root: str = Field("", description="Folder that the paths below start at, itself relative to the recipe.")
-    train: list[str] = Field([], description="Data to train on; the first is also what the layers are calibrated on.")
-    dev: str | None = Field(None, description="Held-out data: decides when to stop and which epochs are averaged.")
-    calibration: str | None = Field(None, description="Audio for sensitivity and rounding, instead of train's.")
-    test: dict[str, str] = Field({}, description="Test sets by name; the first decides the significance test.")
-    channel: str = Field("error", description="Of files with several: error, mix, 0, 1, ...")
+    train: list[Name] = Field([], description="Data to train on; the first is also what the layers are calibrated on.")
+    dev: Name | None = Field(None, description="Held-out data: decides when to stop and which epochs are averaged.")
+    calibration: Name | None = Field(None, description="Audio for sensitivity and rounding, instead of train's.")
+    test: dict[str, Name] = Field({}, description="Test sets by name; the first decides the significance test.")
+    channel: Annotated[str, Field(pattern="^(error|mix|[0-9]+)$")] = Field(
+        "error", description="Of files with several: error, mix (their mean), or a number from 0."
+    )
     skip_bad: bool = Field(False, description="Leave faulty utterances out, and count them.")
     max_seconds: Annotated[float, Field(gt=0)] | None = Field(
         None, description="Leave longer utterances out of training, and count them."
@@ -97,7 +101,7 @@ class TrainConfig(_Section):
         "inverse_sqrt", description="After the warm-up; cosine and linear end at 0 with the last epoch."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="AdamW; of matrices and kernels alone.")
-    betas: tuple[float, float] = Field((0.9, 0.98), description="AdamW.")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.98), description="AdamW.")
     clip_norm: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: mixed precision on CUDA (bfloat16 where the device has it), float32 on the CPU."
@@ -119,8 +123,8 @@ class AugmentConfig(_Section):
     """What is done to the training audio; drawn anew for each utterance and epoch."""
 
     speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], description="Factors, one is drawn.")
-    noise: list[str] = Field(
-        [], description='"white", "babble" (other utterances of the training data), or folders and files of recordings.'
+    noise: list[Name] = Field(
+        [], description='"white", "babble" (training utterances, reversed), or folders and files of recordings.'
     )
     noise_probability: Fraction = Field(0.5, description="Of adding one of them.")
     snr_db: tuple[float, float] = Field((0.0, 20.0), description="Range of the signal-to-noise ratio.")
@@ -152,8 +156,12 @@ class SensitivityConfig(_Section):
     )
     seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="Of audio; default: 300 (fisher), 60 (kl).")
     scheme: Literal["symmetric", "asymmetric"] | None = Field(None, description="Default: asymmetric.")
-    granularity: str | None = Field(None, description="Default: group:64.")
-    clip: str | None = Field(None, description="Default: mse.")
+    granularity: Annotated[str, Field(pattern="^(tensor|channel|group:[1-9][0-9]*)$")] | None = Field(
+        None, description="Default: group:64."
+    )
+    clip: Annotated[str, Field(pattern="^(none|mse|mae|percentile:[0-9.]+)$")] | None = Field(
+        None, description="Default: mse."
+    )
     rounding: Literal["nearest", "gptq"] | None = Field(None, description="Default: gptq.")
 
 
@@ -180,7 +188,7 @@ class Recipe(_Section):
 
     stages: list[Literal[STAGES]] = Field(list(STAGES), description="What `mpq run` does, in this order.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of all that is drawn at random.")
-    checkpoint: str | None = Field(None, description="A trained model, where there is no stage train.")
+    checkpoint: Name | None = Field(None, description="A trained model, where there is no stage train.")
     data: DataConfig = DataConfig()
     features: FeaturesConfig = FeaturesConfig()
     tokens: TokensConfig = TokensConfig()

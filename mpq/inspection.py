@@ -58,7 +58,7 @@ def inspect(path: Path, device: str = "auto") -> Inspection:
         device: As in `mpq.runtime.choose_device`.
 
     Raises:
-        MpqError: As for `mpq.models.load_model` and `mpq.config.load_recipe`.
+        MpqError: As for `mpq.models.load_model` and `mpq.recipes.load_recipe`.
     """
     is_recipe = path.suffix == ".toml"
     model = described_model(path) if is_recipe else load_model(path, choose_device(device))

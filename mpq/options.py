@@ -3,11 +3,12 @@
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from mpq.errors import MpqError
 
@@ -74,6 +75,13 @@ quantizer_options = _together(
         help="Of what is not quantized (biases, norms). Default: float16.",
     ),
 )
+
+
+def with_seed(overrides: Sequence[str]) -> list[str]:
+    """Returns the --set options of a command that follows a recipe, and --seed as one more if it was given."""
+    context = click.get_current_context()
+    is_given = context.get_parameter_source("seed") is ParameterSource.COMMANDLINE
+    return [*overrides, *([f"seed={context.params['seed']}"] if is_given else [])]
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,9 +11,10 @@ The folder: `train/` (checkpoint), `float/SET/` and `packed/SET/` (evaluations),
 
 import hashlib
 import json
+import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,9 +29,11 @@ from mpq.errors import MpqError
 from mpq.evaluate import Evaluation, evaluate
 from mpq.files import read_json, sha256_file, write_json
 from mpq.manifests import read_data
-from mpq.models import model_file
+from mpq.models import load_model, model_file
+from mpq.models.checkpoint import MODEL_FILE
 from mpq.pack import pack
 from mpq.records import Allocation, SensitivityTable
+from mpq.runtime import choose_device
 from mpq.sensitivity import METHODS, measure_sensitivity
 from mpq.training import train
 
@@ -45,7 +48,8 @@ class StageReport:
         name: Of the stage.
         action: "skipped", "run" or "resumed"; in a dry run what would become of it.
         reason: Why.
-        seconds: Wall-clock time that the stage has taken, in earlier runs if it was skipped; None if it has not run.
+        seconds: Wall-clock time that the stage has taken, in earlier runs too if it was skipped or resumed; None if its
+            result is not there.
         result: Its figures.
     """
 
@@ -86,12 +90,14 @@ class _Stage:
     """One stage.
 
     Attributes:
+        after: The stages whose files it reads.
         inputs: All that its result depends on, as JSON; files of earlier stages may not be there yet.
         outputs: The files that are there when it is complete.
         act: Does it and returns its figures.
     """
 
     name: str
+    after: tuple[str, ...]
     inputs: Callable[[], Any]
     outputs: tuple[Path, ...]
     act: Callable[[], dict[str, Any]]
@@ -111,44 +117,101 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
         MpqError: As of the stages.
     """
     out = Path(out)
-    if not dry_run:
+    _check(recipe, device)
+    record = _read_record(out / "run.json")
+    say = _silent if quiet else _say
+    reports: list[StageReport] = []
+    for stage in _stages(recipe, out, device, quiet):
+        anew = [one.name for one in reports if one.name in stage.after and one.action != "skipped"]
+        if dry_run and anew:
+            reports.append(StageReport(stage.name, "run", f"reads what {' and '.join(anew)} will write", None, {}))
+            say(f"{stage.name}: {reports[-1].reason}")
+            continue
+        fingerprint = _fingerprint(stage.inputs())
+        known = record.get(stage.name, {})
+        action, reason = _decide(known, fingerprint, stage, out)
+        if action == "skipped" or dry_run:
+            say(f"{stage.name}: {reason}" + ("; skipped" if action == "skipped" else ""))
+            seconds, result = (known["seconds"], known["result"]) if action == "skipped" else (None, {})
+            reports.append(StageReport(stage.name, action, reason, seconds, result))
+            continue
+        say(f"{stage.name}: {reason}")
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
-    record = read_json(out / "run.json", RUN_FORMAT)["stages"] if (out / "run.json").exists() else {}
-    say = _silent if quiet else _say
-    reports: list[StageReport] = []
-    for stage in _stages(recipe, out, device, quiet):
-        if dry_run and any(one.action != "skipped" for one in reports):
-            reports.append(StageReport(stage.name, "run", "what it reads is made anew", None, {}))
-            continue
-        fingerprint = _fingerprint(stage.inputs())
-        known = record.get(stage.name, {})
-        action, reason = _decide(known, fingerprint, stage.outputs)
-        if action == "skipped" or dry_run:
-            say(f"{stage.name}: {reason}" + ("; skipped" if action == "skipped" else ""))
-            reports.append(StageReport(stage.name, action, reason, known.get("seconds"), known.get("result", {})))
-            continue
-        say(f"{stage.name}: {reason}")
-        before = known.get("seconds", 0.0) if action == "resumed" else 0.0
+        before = known["started"]["seconds"] if action == "resumed" else 0.0
         start = time.monotonic()
-        record[stage.name] = {"started": fingerprint, "seconds": before}
+        started = {"fingerprint": fingerprint, "seconds": before}
+        record[stage.name] = known | {"started": started}  # what is known of a result is true as long as that is there
         try:
-            write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+            _write_record(out, record)
             result = stage.act()
         finally:
-            record[stage.name]["seconds"] = round(before + time.monotonic() - start, 1)
-            write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+            started["seconds"] = round(before + time.monotonic() - start, 1)
+            _write_record(out, record)
         record[stage.name] = {
             "fingerprint": fingerprint,
-            "seconds": record[stage.name]["seconds"],
+            "seconds": started["seconds"],
             "outputs": {str(path.relative_to(out)): sha256_file(path) for path in stage.outputs},
             "result": result,
         }
-        write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
-        reports.append(StageReport(stage.name, action, reason, record[stage.name]["seconds"], result))
+        _write_record(out, record)
+        reports.append(StageReport(stage.name, action, reason, started["seconds"], result))
     return RunResult(out, tuple(reports), dry_run)
+
+
+def _check(recipe: Recipe, device: str) -> None:
+    """Raises MpqError for what would else come to light only after the training: all of it at once."""
+    choose_device(device)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        raise MpqError(
+            "mpq run is one process; train with torchrun (torchrun ... -m mpq train RECIPE --out RUN/train), then "
+            "`mpq run RECIPE --out RUN` takes the training as it is"
+        )
+    data, stages, faults = recipe.data, set(recipe.stages), []
+    names = [*data.train, data.dev] if "train" in stages else []
+    names += data.test.values() if {"evaluate", "compare"} & stages else []
+    names += [data.calibration or data.train[0]] if "sensitivity" in stages else []
+    for name in dict.fromkeys(name for name in names if name):
+        try:
+            read_data(recipe.path(name))
+        except MpqError as error:
+            faults.append(str(error))
+    try:
+        _storage(recipe)
+    except MpqError as error:
+        faults.append(f"[sensitivity] {error}")
+    if faults:
+        raise MpqError("\n".join(faults))
+
+
+def _storage(recipe: Recipe) -> Storage:
+    """Returns the quantizer of a recipe."""
+    options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
+    return Storage.from_json({"rounding": "gptq"} | options)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    """Returns what `run.json` says of each stage; nothing where there is none."""
+    if not path.exists():
+        return {}
+    try:
+        stages = dict(read_json(path, RUN_FORMAT)["stages"])
+        for known in stages.values():
+            if "started" in known:
+                float(known["started"]["seconds"]), str(known["started"]["fingerprint"])
+            if "fingerprint" in known:
+                float(known["seconds"]), dict(known["outputs"]), dict(known["result"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise MpqError(
+            f"{path}: not as mpq run wrote it ({error!r}); delete it, and finished stages are redone"
+        ) from None
+    return stages
+
+
+def _write_record(out: Path, record: dict[str, Any]) -> None:
+    write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
 
 
 def _say(text: str) -> None:
@@ -159,20 +222,35 @@ def _silent(_: str) -> None:
     pass
 
 
-def _decide(known: dict[str, Any], fingerprint: str, outputs: Sequence[Path]) -> tuple[str, str]:
-    """Returns what is to become of a stage, and why."""
+def _decide(known: dict[str, Any], fingerprint: str, stage: _Stage, out: Path) -> tuple[str, str]:
+    """Returns what is to become of a stage, and why.
+
+    Raises:
+        MpqError: The trained model is another one than the training has written.
+    """
+    if known.get("fingerprint") == fingerprint:
+        lost = [path for path in stage.outputs if not path.exists()]
+        changed = [
+            path
+            for path in stage.outputs
+            if path.exists() and sha256_file(path) != known["outputs"].get(str(path.relative_to(out)))
+        ]
+        if not lost and not changed:
+            return "skipped", "done, and its inputs are unchanged"
+        if changed and stage.name == "train":
+            raise MpqError(
+                f"{changed[0]}: changed since the training; put it back, or delete {out / 'train'} to train anew"
+            )
+    started = known.get("started", {})
+    if started.get("fingerprint") == fingerprint:
+        return "resumed", "was cut off, goes on"
+    if started:
+        return "run", "was cut off, and its inputs have changed since"
     if not known:
         return "run", "not done yet"
-    if "started" in known:
-        if known["started"] == fingerprint:
-            return "resumed", "was cut off, goes on"
-        return "run", "was cut off, and its inputs have changed since"
     if known["fingerprint"] != fingerprint:
         return "run", "its inputs have changed (options, data, or an earlier stage)"
-    for path, digest in zip(outputs, known["outputs"].values(), strict=True):
-        if not path.exists() or sha256_file(path) != digest:
-            return "run", f"its result {path} is {'changed' if path.exists() else 'gone'}"
-    return "skipped", "done, and its inputs are unchanged"
+    return "run", f"its result {(lost + changed)[0]} is {'gone' if lost else 'changed'}"
 
 
 def _fingerprint(inputs: Any) -> str:
@@ -199,6 +277,8 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
         return [recipe.seed, reading, data.max_seconds, sections, [_identity(recipe.path(name)) for name in names]]
 
     def act_train() -> dict[str, Any]:
+        if not (checkpoint / MODEL_FILE).exists():  # else the training would be taken for a finished one
+            (checkpoint / "training.json").unlink(missing_ok=True)
         done = train(recipe, checkpoint, **common)
         return {"dev_wer": done.dev_wer, "epochs": len(done.epochs), "parameters": done.parameters}
 
@@ -208,22 +288,19 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
     def evaluate_all(model: Path, folder: Path) -> dict[str, Any]:
         done = {}
         for name, path in tests.items():
-            (folder / name).parent.mkdir(exist_ok=True)
             done[name] = _figures(evaluate(model, recipe.path(path), folder / name, decode=decode, **reading, **common))
         return {"tests": done}
 
     def act_sensitivity() -> dict[str, Any]:
         options = recipe.sensitivity
-        names = ("scheme", "granularity", "clip", "rounding")
-        chosen = {name: value for name in names if (value := getattr(options, name)) is not None}
         measured = measure_sensitivity(
             checkpoint,
             calibration,
             options.bits,
             table,
-            Storage.from_json({"rounding": "gptq"} | chosen),
+            _storage(recipe),
             method=options.method,
-            output=options.output,
+            output=options.output or ("decoder" if load_model(checkpoint).decoder_stages else "ctc"),
             max_seconds=options.seconds or METHODS[options.method],
             seed=recipe.seed,
             **reading,
@@ -253,39 +330,36 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
             done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
         return {"tests": done}
 
+    def sensitivity_inputs() -> Any:
+        return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
+
+    def compare_inputs() -> Any:
+        done = [sha256_file(path) for path in _evaluation_files(out / "float", tests)]
+        return [sha256_file(packed), tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
+
+    trained = (checkpoint / MODEL_FILE, checkpoint / "training.json")
+    compared = (*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests))
     stages = [
-        _Stage("train", train_inputs, (checkpoint / "model.safetensors", checkpoint / "training.json"), act_train),
+        _Stage("train", (), train_inputs, trained, act_train),
         _Stage(
             "evaluate",
+            ("train",),
             lambda: [checkpoint_sha256(), tests_identity()],
             _evaluation_files(out / "float", tests),
             lambda: evaluate_all(checkpoint, out / "float"),
         ),
+        _Stage("sensitivity", ("train",), sensitivity_inputs, (table,), act_sensitivity),
         _Stage(
-            "sensitivity",
-            lambda: [
-                checkpoint_sha256(),
-                recipe.sensitivity.model_dump(),
-                recipe.seed,
-                reading,
-                _identity(calibration),
-            ],
-            (table,),
-            act_sensitivity,
+            "allocate",
+            ("sensitivity",),
+            lambda: [sha256_file(table), recipe.allocate.model_dump()],
+            (allocation,),
+            act_allocate,
         ),
-        _Stage("allocate", lambda: [sha256_file(table), recipe.allocate.model_dump()], (allocation,), act_allocate),
-        _Stage("pack", lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack),
         _Stage(
-            "compare",
-            lambda: [
-                sha256_file(packed),
-                tests_identity(),
-                recipe.compare.model_dump(),
-                [sha256_file(path) for path in _evaluation_files(out / "float", tests)],
-            ],
-            (*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests)),
-            act_compare,
+            "pack", ("train", "allocate"), lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack
         ),
+        _Stage("compare", ("evaluate", "pack"), compare_inputs, compared, act_compare),
     ]
     return [stage for stage in stages if stage.name in recipe.stages]
 

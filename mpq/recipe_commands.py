@@ -5,7 +5,7 @@ from typing import Any
 
 import click
 
-from mpq.options import common_options, print_once, print_result, recipe_options
+from mpq.options import common_options, print_once, print_result, recipe_options, with_seed
 
 
 @click.command()
@@ -28,7 +28,7 @@ def train(
     from mpq.report import training_view
     from mpq.training import train as step
 
-    result = step(load_recipe(recipe, overrides, stages=["train"]), out, device=device, quiet=quiet)
+    result = step(load_recipe(recipe, with_seed(overrides), stages=["train"]), out, device=device, quiet=quiet)
     print_once(result, as_json, training_view(result))
 
 
@@ -60,5 +60,5 @@ def run(
     from mpq.recipes import load_recipe
     from mpq.report import run_view
 
-    result = step(load_recipe(recipe, overrides), out, dry_run=dry_run, device=device, quiet=quiet)
+    result = step(load_recipe(recipe, with_seed(overrides)), out, dry_run=dry_run, device=device, quiet=quiet)
     print_result(result, as_json, run_view(result))

@@ -5,6 +5,7 @@ contradict each other, files that are not there.
 """
 
 import difflib
+import json
 import os
 import re
 import tomllib
@@ -14,8 +15,9 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from mpq.config import STAGES, SYNTHETIC_NOISE, ModelConfig, Recipe, sections
+from mpq.config import STAGES, SYNTHETIC_NOISE, Recipe, sections
 from mpq.errors import MpqError
+from mpq.files import read_text
 
 
 def load_recipe(
@@ -33,30 +35,27 @@ def load_recipe(
         MpqError: All faults, a line each.
     """
     try:
-        table = tomllib.loads(Path(path).read_bytes().decode())
-    except OSError as error:
-        raise MpqError(f"{path}: cannot be read: {error.strerror}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        table = tomllib.loads(read_text(path).removeprefix("\ufeff"))
+    except (ValueError, RecursionError) as error:
         raise MpqError(f"{path}: not TOML: {error}") from None
     faults = [fault for text in overrides if (fault := _override(table, text))]
     if stages is not None:
         table["stages"] = list(stages)
+    elif table.get("stages") == []:
+        faults.append(f"stages: expected one or more of {', '.join(STAGES)}")
+    dropped: set[str] = set()
     try:
         recipe = Recipe.model_validate(_with_tuples(table, Recipe))
-        dropped: set[str] = set()
     except ValidationError as error:
-        entries = [dict(entry) for entry in error.errors()]
-        faults += [_fault(entry) for entry in entries]
-        dropped = {_drop(table, _location(entry)) for entry in entries}
-        if "stages" in dropped:
-            table["stages"] = []
-        try:
-            recipe = Recipe.model_validate(_with_tuples(table, Recipe))  # what else is wrong, those keys aside
-        except ValidationError:
-            raise MpqError(_listed(path, faults)) from None
+        found = _faults(table, [dict(entry) for entry in error.errors()])
+        faults += found.values()
+        for location in found:
+            _drop(table, location)
+            dropped.add(".".join(map(str, location[:2])))
+        recipe = Recipe.model_validate(_with_tuples(table, Recipe))  # what else is wrong, those keys aside
     recipe = _resolved(recipe, Path(path).resolve().parent)
     others = _contradictions(recipe) + (_missing_files(recipe) if need_files else [])
-    faults += [fault for fault in others if not any(re.search(rf"\b{key}\b", fault) for key in dropped)]
+    faults += [fault for keys, fault in others if not _depends(keys, dropped)]
     if faults:
         raise MpqError(_listed(path, faults))
     return recipe
@@ -66,15 +65,18 @@ def _listed(path: Path, faults: Sequence[str]) -> str:
     return "\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))
 
 
-def _drop(table: dict[str, Any], location: Sequence[Any]) -> str:
-    """Takes the key that a fault is about out of a table; returns its name."""
-    key = str(location[0])
-    for key, inner in zip(map(str, location), [*location[1:], 0], strict=True):
-        if not isinstance(table.get(key), dict) or isinstance(inner, int):
-            break
+def _depends(keys: str, dropped: set[str]) -> bool:
+    """Returns whether a fault is about keys ("model.width stages") one of which is at fault itself."""
+    return any(key in dropped or key.split(".")[0] in dropped for key in keys.split())
+
+
+def _drop(table: dict[str, Any], location: Sequence[Any]) -> None:
+    """Takes the key that a fault is about out of a table: the whole list where it is about an item of one."""
+    for key, inner in zip(location, [*location[1:], None], strict=True):
+        if not isinstance(table.get(key), dict) or inner is None:
+            table.pop(key, None)
+            return
         table = table[key]
-    table.pop(key, None)
-    return key
 
 
 def _resolved(recipe: Recipe, folder: Path) -> Recipe:
@@ -90,90 +92,134 @@ def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     )
 
 
-def _missing_files(recipe: Recipe) -> list[str]:
-    """Returns a line for each file or folder that the recipe's stages read and that is not there."""
-    wanted = [("checkpoint", recipe.checkpoint)] if "train" not in recipe.stages else []
-    if "train" in recipe.stages:
-        wanted += [(f"data.train[{i}]", recipe.path(name)) for i, name in enumerate(recipe.data.train)]
-        wanted += [("data.dev", recipe.data.dev and recipe.path(recipe.data.dev))]
-        wanted += [("augment.noise", name) for name in recipe.augment.noise if name not in SYNTHETIC_NOISE]
-    if {"evaluate", "compare"} & set(recipe.stages):
-        wanted += [(f"data.test.{key}", recipe.path(name)) for key, name in recipe.data.test.items()]
-    if "sensitivity" in recipe.stages and recipe.data.calibration:
-        wanted += [("data.calibration", recipe.path(recipe.data.calibration))]
-    return [f"{key}: {path}: no such file or folder" for key, path in wanted if path and not Path(path).exists()]
-
-
-def _contradictions(recipe: Recipe) -> list[str]:
-    """Returns what no single key shows."""
-    faults = []
-    stages = list(recipe.stages)
-    if stages != [stage for stage in STAGES if stage in stages]:
-        faults.append(f"stages: expected each at most once and in the order {', '.join(STAGES)}; got {stages}")
+def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns (keys, fault) for each file or folder that the recipe's stages read and that is not there."""
+    wanted: list[tuple[str, str, str | Path]] = []
+    data, stages = recipe.data, recipe.stages
     if "train" in stages:
-        if not recipe.data.train:
-            faults.append("[data] train: expected one manifest or more, got none")
-        if recipe.data.dev is None and recipe.train.select != "last":
-            faults.append(
-                f'[data] dev: train.select = "{recipe.train.select}" needs held-out data; give them, or "last"'
-            )
-        if recipe.data.dev is None and recipe.train.patience:
-            faults.append("[data] dev: train.patience needs held-out data")
+        wanted += [("data.train", f"[data] train[{i}]", recipe.path(name)) for i, name in enumerate(data.train)]
+        wanted += [("data.dev", "[data] dev", recipe.path(data.dev))] if data.dev else []
+        wanted += [("augment.noise", "[augment] noise", one) for one in recipe.augment.noise if one in _files(recipe)]
+    elif stages and recipe.checkpoint:
+        wanted += [("checkpoint", "checkpoint", recipe.checkpoint)]
+    if {"evaluate", "compare"} & set(stages):
+        wanted += [("data.test", f"[data] test.{key}", recipe.path(name)) for key, name in data.test.items()]
+    if "sensitivity" in stages and data.calibration:
+        wanted += [("data.calibration", "[data] calibration", recipe.path(data.calibration))]
+    elif "sensitivity" in stages and "train" not in stages and data.train:
+        wanted += [("data.train", "[data] train[0]", recipe.path(data.train[0]))]
+    return [
+        (
+            f"stages data.root {key}" if key != "checkpoint" else f"stages {key}",
+            f"{name}: {path}: no such file or folder",
+        )
+        for key, name, path in wanted
+        if not os.path.exists(path)
+    ]
+
+
+def _files(recipe: Recipe) -> list[str]:
+    return [name for name in recipe.augment.noise if name not in SYNTHETIC_NOISE]
+
+
+def _contradictions(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns (keys that it is about, fault) for what no single key shows."""
+    faults: list[tuple[str, str]] = []
+    stages, data, train = list(recipe.stages), recipe.data, recipe.train
+    if stages != [stage for stage in STAGES if stage in stages]:
+        faults.append(("stages", f"stages: expected each at most once and in the order {', '.join(STAGES)}"))
+    if "train" in stages:
+        if not data.train:
+            faults.append(("stages data.train", "[data] train: expected one manifest or more, got none"))
+        if data.dev is None and train.select != "last":
+            text = f'[data] dev: train.select = "{train.select}" needs held-out data; give them, or "last"'
+            faults.append(("stages data.dev train.select", text))
+        if data.dev is None and train.patience:
+            faults.append(("stages data.dev train.patience", "[data] dev: train.patience needs held-out data"))
+        if recipe.checkpoint:
+            text = "checkpoint: the stage train makes one; leave one of the two out"
+            faults.append(("stages checkpoint", text))
     elif recipe.checkpoint is None and stages:
-        faults.append("checkpoint: expected a trained model, since there is no stage train")
-    if recipe.checkpoint and "train" in stages:
-        faults.append("checkpoint: the stage train makes one; leave one of the two out")
+        faults.append(("stages checkpoint", "checkpoint: expected a trained model, since there is no stage train"))
     if "train" in stages or recipe.checkpoint is None:
-        if not recipe.model.decoder_layers and recipe.train.ctc_weight != 1:
-            faults.append("[train] ctc_weight: expected 1 for a model without a decoder (decoder_layers = 0)")
-        if recipe.model.decoder_layers and recipe.train.ctc_weight == 1:
-            faults.append(
-                "[train] ctc_weight: 1 would leave the decoder untrained; expected less, or decoder_layers = 0"
-            )
-        if recipe.decode.method == "joint" and not recipe.model.decoder_layers:
-            faults.append('[decode] method: "joint" needs a decoder (decoder_layers)')
+        faults += _model_faults(recipe)
     if (recipe.tokens.type == "bpe") != (recipe.tokens.vocabulary_size is not None):
-        faults.append("[tokens] vocabulary_size: expected with type bpe, and only there")
-    faults += _model_faults(recipe.model)
+        text = '[tokens] vocabulary_size: expected with type = "bpe", and only there'
+        faults.append(("tokens.type tokens.vocabulary_size", text))
     if recipe.augment.snr_db[0] > recipe.augment.snr_db[1]:
-        faults.append(f"[augment] snr_db: expected lowest and highest, got {list(recipe.augment.snr_db)}")
+        text = f"[augment] snr_db: expected lowest and highest, got {list(recipe.augment.snr_db)}"
+        faults.append(("augment.snr_db", text))
     if not recipe.augment.speed:
-        faults.append("[augment] speed: expected one factor or more")
+        faults.append(("augment.speed", "[augment] speed: expected one factor or more, got none"))
     budgets = ("target_mb", "target_ratio", "average_bits", "max_divergence")
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
     if "allocate" in stages and len(given) != 1:
-        faults.append(f"[allocate]: expected exactly one of {', '.join(budgets)}; got {', '.join(given) or 'none'}")
-    for stage, needs in (
-        ("allocate", "sensitivity"),
-        ("pack", "allocate"),
-        ("compare", "pack"),
-        ("compare", "evaluate"),
-    ):
+        text = (
+            f"[allocate] {budgets[0]}: expected exactly one of {', '.join(budgets)}; got {', '.join(given) or 'none'}"
+        )
+        faults.append((" ".join(["stages", *(f"allocate.{key}" for key in budgets)]), text))
+    for stage, needs in _NEEDS:
         if stage in stages and needs not in stages:
-            faults.append(f"stages: {stage} needs {needs} before it")
-    if {"evaluate", "compare"} & set(stages) and not recipe.data.test:
-        faults.append("[data.test]: expected one test set or more for the stages evaluate and compare")
-    if "sensitivity" in stages and not (recipe.data.calibration or recipe.data.train):
-        faults.append("[data] calibration: expected audio for the stage sensitivity (or train)")
-    if len(set(recipe.sensitivity.bits)) != len(recipe.sensitivity.bits) or not recipe.sensitivity.bits:
-        faults.append(f"[sensitivity] bits: expected different widths, got {recipe.sensitivity.bits}")
+            faults.append(("stages", f"stages: {stage} needs {needs} before it"))
+    if {"evaluate", "compare"} & set(stages) and not data.test:
+        text = "[data] test: expected one test set or more for the stages evaluate and compare, got none"
+        faults.append(("stages data.test", text))
+    for name in data.test:
+        if not re.fullmatch(r"\w[\w.-]*", name):
+            text = "expected a name of letters, digits, _, - and . (it names a folder)"
+            faults.append(("data.test", f"[data] test.{json.dumps(name, ensure_ascii=False)}: {text}"))
+    if "sensitivity" in stages and not (data.calibration or data.train):
+        text = "[data] calibration: expected audio for the stage sensitivity (or train), got none"
+        faults.append(("stages data.calibration data.train", text))
+    bits = recipe.sensitivity.bits
+    if len(set(bits)) != len(bits) or not bits:
+        faults.append(("sensitivity.bits", f"[sensitivity] bits: expected different widths, got {bits}"))
     return faults
 
 
-def _model_faults(model: ModelConfig) -> list[str]:
+_NEEDS = (("allocate", "sensitivity"), ("pack", "allocate"), ("compare", "pack"), ("compare", "evaluate"))
+
+
+def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns (keys, fault) of a model that is to be trained."""
+    model, train = recipe.model, recipe.train
     faults = []
+
+    def add(key: str, text: str, *others: str) -> None:
+        section, _, name = key.partition(".")
+        faults.append((" ".join([key, *others]), f"[{section}] {name}: {text}"))
+
     for key in ("heads", "decoder_heads"):
-        if model.width % getattr(model, key):
-            faults.append(f"[model] {key}: expected a divisor of width, {model.width}; got {getattr(model, key)}")
+        if model.width % getattr(model, key) and (key == "heads" or model.decoder_layers):
+            got = getattr(model, key)
+            add(f"model.{key}", f"expected a divisor of width, {model.width}; got {got}", "model.width")
     if model.kernel_size % 2 == 0:
-        faults.append(f"[model] kernel_size: expected an odd number, got {model.kernel_size}")
+        add("model.kernel_size", f"expected an odd number, got {model.kernel_size}")
     if model.subsampling_factor < 2 or model.subsampling_factor & (model.subsampling_factor - 1):
-        faults.append(f"[model] subsampling_factor: expected 2, 4, 8, ..., got {model.subsampling_factor}")
+        add("model.subsampling_factor", f"expected 2, 4, 8, ..., got {model.subsampling_factor}")
     for key in ("ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank"):
         value = getattr(model, key)
         if isinstance(value, list) and len(value) != model.layers:
-            faults.append(f"[model] {key}: expected one number for each of the {model.layers} blocks, got {len(value)}")
+            text = f"expected one number for each of the {model.layers} blocks, got {len(value)}"
+            add(f"model.{key}", text, "model.layers")
+    if "S" in train.semi_orthogonal and not _has_rank(model.ffn_rank) and not _has_rank(model.ffn2_rank):
+        text = f'"{train.semi_orthogonal}" needs factored matrices (model.ffn_rank or model.ffn2_rank)'
+        add("train.semi_orthogonal", text, "model.ffn_rank", "model.ffn2_rank")
+    if not model.decoder_layers and train.ctc_weight != 1:
+        text = "expected 1 for a model without a decoder (decoder_layers = 0)"
+        add("train.ctc_weight", f"{text}, got {train.ctc_weight:g}", "model.decoder_layers")
+    if model.decoder_layers and train.ctc_weight == 1:
+        text = "1 would leave the decoder untrained; expected less, or decoder_layers = 0"
+        add("train.ctc_weight", text, "model.decoder_layers")
+    if recipe.decode.method == "joint" and not model.decoder_layers:
+        add("decode.method", '"joint" needs a decoder (decoder_layers)', "model.decoder_layers")
+    if recipe.sensitivity.output == "decoder" and not model.decoder_layers:
+        add("sensitivity.output", '"decoder" needs a decoder (decoder_layers)', "model.decoder_layers")
     return faults
+
+
+def _has_rank(value: int | list[int] | None) -> bool:
+    return any(value) if isinstance(value, list) else bool(value)
 
 
 def _override(table: dict[str, Any], text: str) -> str | None:
@@ -210,31 +256,90 @@ def _with_tuples(table: Any, section: type[BaseModel]) -> Any:
     return result
 
 
-def _fault(entry: dict[str, Any]) -> str:
-    """Returns pydantic's error in the words of this project: [section] key: expected ..., got ..."""
-    location = _location(entry)
-    where = _where(location)
-    if entry["type"] == "extra_forbidden":
-        known = _known(location[:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, 1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"{where}: unknown key; {hint}known: {', '.join(known)}"
-    expected = re.sub(r"^(Input|Value|List|Tuple) should (be|have) ?", "", entry["msg"])
-    return f"{where}: expected {expected}, got {str(entry['input'])[:60]!r}"
+_WORDS = {
+    "string_type": "text in quotes",
+    "int_type": "a whole number",
+    "int_from_float": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "list_type": "a list",
+    "tuple_type": "a list",
+    "dict_type": "a table",
+    "model_type": "a section",
+    "greater_than": "more than {gt}",
+    "greater_than_equal": "{ge} or more",
+    "less_than": "less than {lt}",
+    "less_than_equal": "{le} or less",
+    "literal_error": "{expected}",
+    "string_too_short": "text that is not empty",
+    "string_pattern_mismatch": "text of the form {pattern}",
+    "missing": "an item more",
+    "too_long": "{max_length} items",
+}
+"""What was expected, by the type of pydantic's error."""
 
 
-def _location(entry: dict[str, Any]) -> list[Any]:
-    return [part for part in entry["loc"] if isinstance(part, int) or _is_key(part)]
+def _faults(table: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
+    """Returns pydantic's errors in the words of this project, [section] key: expected ..., got ..., by location.
+
+    The alternatives of a union are one line: what is wrong inside a list where there is a list, else all of them.
+    """
+    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for entry in entries:
+        places.setdefault(_location(table, entry), []).append(entry)
+    faults = {}
+    for place, found in places.items():
+        if any(other[: len(place)] == place and len(other) > len(place) for other in places):
+            continue
+        if found[0]["type"] == "extra_forbidden":
+            faults[place] = f"{_where(place)}: {_unknown(place)}"
+        else:
+            expected = dict.fromkeys(_expected(entry) for entry in found)
+            faults[place] = f"{_where(place)}: expected {' or '.join(expected)}, got {_shown(found[0]['input'])}"
+    return faults
 
 
-def _is_key(part: str) -> bool:
-    """Returns whether a part of pydantic's location is a key, not the name of an alternative in a union."""
-    return bool(re.fullmatch(r"[A-Za-z_]\w*", part)) and part not in ("int", "str", "float", "list", "function-after")
+def _expected(entry: dict[str, Any]) -> str:
+    words = _WORDS.get(entry["type"])
+    if words is None:
+        return re.sub(r"^Input should be ", "", entry["msg"])
+    return words.format(**{key: str(value).strip("^$") for key, value in entry.get("ctx", {}).items()})
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _unknown(place: Sequence[Any]) -> str:
+    """Returns what to do about a key that there is not."""
+    key, known = str(place[-1]), _known(place[:-1])
+    near = difflib.get_close_matches(key, known, 1)
+    others = [f"[{name}]" for name, section in sections().items() if key in section.model_fields]
+    hint = f"did you mean {near[0]}? " if near else f"did you mean that of {' or '.join(others)}? " if others else ""
+    return f"unknown key; {hint}known: {', '.join(known)}"
+
+
+def _location(table: Any, entry: dict[str, Any]) -> tuple[Any, ...]:
+    """Returns where in the table an error is, without the names that pydantic gives to the alternatives of a union."""
+    location = []
+    for part in entry["loc"]:
+        if isinstance(table, dict) and part in table:
+            table = table[part]
+        elif isinstance(table, list) and isinstance(part, int):
+            table = table[part] if part < len(table) else None
+        else:
+            continue
+        location.append(part)
+    if entry["type"] == "missing":
+        location = location[:-1]
+    return tuple(location)
 
 
 def _where(location: Sequence[Any]) -> str:
     names = [f"[{part}]" if isinstance(part, int) else str(part) for part in location]
-    if len(names) > 1 and isinstance(location[0], str) and location[0] in sections():
+    if len(names) > 1 and location[0] in sections():
         return f"[{names[0]}] " + ".".join(names[1:]).replace(".[", "[")
     return ".".join(names).replace(".[", "[")
 

@@ -78,8 +78,9 @@ def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
     table.add_row("sum of all layers", str(weights), *(f"{total:.2e}" for total in sums))
     data = sensitivity.data
     method = {"kl": "measured one layer at a time", "fisher": "to second order"}.get(sensitivity.method, "")
+    row = "token" if sensitivity.output == "decoder" else "frame"
     return _view(
-        f"KL divergence of the {sensitivity.output} output, nats per frame, {method or sensitivity.method}: the "
+        f"KL divergence of the {sensitivity.output} output, nats per {row}, {method or sensitivity.method}: the "
         f"{min(most, len(sensitivity.layers))} most sensitive of {len(sensitivity.layers)} layers",
         table,
         f"measured on {data.get('utterances')} utterances, {data.get('frames')} frames of {data.get('path')}"
@@ -179,7 +180,7 @@ def run_view(run: "RunResult") -> Group:
         views.append(table)
         if compared:
             views.append("lossless: not significantly worse than float32 (MAPSSWE)")
-    return _view(f"{run.out}{': what a run would do' if run.is_dry else ''}", *views)
+    return _view(f"{run.out}{': what a run would do' if run.is_dry else ''}", Group(*views))
 
 
 def comparison_view(comparison: Comparison) -> Group:

@@ -17,11 +17,11 @@ Legend: N utterances, S samples.
 import hashlib
 import json
 import math
-import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from mpq.orthogonal import constrained_factors, semi_orthogonal_step
 from mpq.runtime import Processes, choose_device, memory_for, processes, progress, stop_requests
 from mpq.text import train_tokenizer
 from mpq.training_data import BatchReader, TrainingSet, plan_epoch, read_set, read_transcripts
+from mpq.training_log import TrainingLog
 from mpq.training_record import TRAINING_FORMAT, EpochResult, TrainingResult, average_weights, rank_epochs
 
 _NEUTRAL = ("save_minutes", "workers", "tensorboard")  # options that change no weight
@@ -76,6 +77,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     _check_folder(Path(out), fingerprint)
     with processes(where) as workers:
         if (Path(out) / "training.json").exists():
+            if workers.rank == 0:
+                _clean_up(Path(out))  # in case the training was killed before it did so
             return TrainingResult.load(Path(out) / "training.json")
         return _Trainer(recipe, model, data, dev, Path(out), fingerprint, workers, quiet).run()
 
@@ -108,6 +111,13 @@ def _check_folder(out: Path, fingerprint: str) -> None:
                 )
 
 
+def _clean_up(out: Path) -> None:
+    """Removes what only an unfinished training needs."""
+    for name in ("state.pt", "started.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "epochs", ignore_errors=True)
+
+
 class _Trainer:
     """The loop. What it knows of its progress is `epoch` (under way, from 0), `batch` (next), `step` (finished)."""
 
@@ -132,6 +142,7 @@ class _Trainer:
         self.factors = constrained_factors(model.encoder, self.options.semi_orthogonal)
         self.loss: nn.Module = JointLoss(model, self.options.label_smoothing)
         self.reader = BatchReader(data, recipe.augment, model, recipe.data.channel, recipe.seed, self.options.workers)
+        self.log = TrainingLog(self.out, self.options.epochs, self.is_chief, self.quiet, self.options.tensorboard)
         self.epoch, self.batch, self.step = 0, 0, 0
         self.epochs: list[EpochResult] = []
         self.losses: list[float] = []
@@ -147,9 +158,9 @@ class _Trainer:
         if self.is_chief and self.epoch == 0 and self.step == 0:
             write_json(self.out / "recipe.json", self.recipe.model_dump())
             write_json(self.out / "started.json", {"format": "mpq.started/1", "fingerprint": self.fingerprint})
-        with stop_requests() as stopped, self._tensorboard() as board:
+        with stop_requests() as stopped, self.log.opened(self.log_bytes, self.step):
             while self.epoch < self.options.epochs and not self._is_exhausted():
-                self._train_epoch(stopped, board)
+                self._train_epoch(stopped)
         return self._finish()
 
     # ---- one epoch
@@ -164,7 +175,7 @@ class _Trainer:
     def _steps(self, plan: Sequence[Sequence[int]]) -> int:
         return math.ceil(len(plan) / self.options.accumulate)
 
-    def _train_epoch(self, stopped: Callable[[], bool], board: Any) -> None:
+    def _train_epoch(self, stopped: Callable[[], bool]) -> None:
         start, before, saved = time.monotonic(), self.seconds, time.monotonic()
         plan = self._plan(self.epoch)
         if self.batch == 0:
@@ -175,16 +186,13 @@ class _Trainer:
             advance(self.batch)
             while self.batch < len(plan):
                 group = range(self.batch, min(self.batch + self.options.accumulate, len(plan)))
-                record = self._update(plan, own, group, ready)
+                record, is_stopping = self._update(plan, own, group, ready, stopped)
                 self.losses.append(record["loss"])
                 self.step, self.batch = self.step + 1, group[-1] + 1
                 self.seconds = before + time.monotonic() - start
-                self._write_log({"step": self.step, "epoch": self.epoch + 1} | record)
-                if board:
-                    for key, value in record.items():
-                        board.add_scalar(f"train/{key}", value, self.step)
+                self.log_bytes = self.log.add_update(self.step, self.epoch + 1, record)
                 advance(len(group))
-                if stopped():
+                if is_stopping:
                     self._save()
                     raise KeyboardInterrupt
                 if time.monotonic() - saved > 60 * self.options.save_minutes:
@@ -201,19 +209,23 @@ class _Trainer:
             seconds=round(self.seconds - sum(one.seconds for one in self.epochs), 3),
         )
         self.epochs.append(done)
-        self._write_log(asdict(done))
-        if board and wer is not None:
-            board.add_scalar("dev/loss", loss, self.step)
-            board.add_scalar("dev/wer", wer, self.step)
-        self._say(done)
+        self.log_bytes = self.log.add_epoch(done)
         self._keep_candidates()
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
 
     def _update(
-        self, plan: list[list[int]], own: list[list[int]], group: range, ready: Iterator[tuple[Tensor, Tensor, Targets]]
-    ) -> dict[str, float]:
-        """Returns the losses of one update of the weights, from the batches of a group."""
+        self,
+        plan: list[list[int]],
+        own: list[list[int]],
+        group: range,
+        ready: Iterator[tuple[Tensor, Tensor, Targets]],
+        stopped: Callable[[], bool],
+    ) -> tuple[dict[str, float], bool]:
+        """Returns the losses of one update of the weights, from the batches of a group, and whether to stop after it.
+
+        A process that was asked to stop tells the others, so that all of them stop after the same update.
+        """
         rate = learning_rate(
             self.step + 1,
             self.total_steps,
@@ -227,7 +239,7 @@ class _Trainer:
         self.model.train()
         counts = [len(self.data.tokens[index]) for batch in group for index in plan[batch]]
         tokens, ends = max(1, sum(counts)), sum(counts) + len(counts)
-        sums = torch.zeros(2, dtype=torch.float64)
+        sums = torch.zeros(3, dtype=torch.float64)  # CTC loss, attention loss, requests to stop
         for batch in group:
             waveforms, lengths, targets = next(ready)
             names = [self.data.utterances[index] for index in own[batch]]
@@ -251,21 +263,24 @@ class _Trainer:
                     ]
                     raise MpqError(self._not_finite(what, bad or names))
                 self.scaler.scale(total * self.workers.count).backward()
-            sums += torch.stack([ctc.sum() / tokens, attention.sum() / ends]).detach().double().cpu()
+            sums[:2] += torch.stack([ctc.sum() / tokens, attention.sum() / ends]).detach().double().cpu()
+        sums[2] = stopped()
         self.workers.add_up(sums)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
+            names = [self.data.utterances[index] for batch in group for index in plan[batch]]
             raise MpqError(self._not_finite(f"gradient of epoch {self.epoch + 1}, update {self.step + 1}", names))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         if self.factors and (self.step + 1) % self.options.semi_orthogonal_every == 0:
             for factor in self.factors:
                 semi_orthogonal_step(factor)
-        ctc_loss, attention_loss = sums.tolist()
+        ctc_loss, attention_loss, stops = sums.tolist()
         weight = self.options.ctc_weight
         record = {"loss": weight * ctc_loss + (1 - weight) * attention_loss, "ctc": ctc_loss}
-        return record | ({"attention": attention_loss} if self.model.decoder else {}) | {"norm": norm, "rate": rate}
+        record |= {"attention": attention_loss} if self.model.decoder else {}
+        return record | {"norm": norm, "rate": rate}, stops > 0
 
     def _features(self, waveforms: Tensor, lengths: Tensor, utt_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns the (N, T, F) features with SpecAugment's masks, and the (N,) valid frames."""
@@ -351,9 +366,7 @@ class _Trainer:
         if self.is_chief:
             write_checkpoint(self.out / MODEL_FILE, self.model)
             write_json(self.out / "training.json", result.to_json())
-            for path in (self.out / "state.pt", self.out / "started.json", *self.out.glob("epochs/*.safetensors")):
-                path.unlink(missing_ok=True)
-            (self.out / "epochs").rmdir()
+            _clean_up(self.out)
         self.workers.barrier()
         return result
 
@@ -393,38 +406,4 @@ class _Trainer:
             self.scaler.load_state_dict(state["scaler"])
             if not self.quiet:
                 print(f"train: goes on after update {self.step}, epoch {self.epoch + 1}", file=sys.stderr, flush=True)
-        log = self.out / "log.jsonl"
-        if self.is_chief and log.exists():
-            os.truncate(log, self.log_bytes)
         self.workers.barrier()
-
-    def _write_log(self, entry: dict[str, Any]) -> None:
-        if self.is_chief:
-            with open(self.out / "log.jsonl", "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry) + "\n")
-                self.log_bytes = file.tell()
-
-    def _say(self, done: EpochResult) -> None:
-        if self.quiet:
-            return
-        dev = "" if done.dev_wer is None else f", dev {done.dev_loss:.3f}, WER {100 * done.dev_wer:.2f}%"
-        print(
-            f"epoch {done.epoch}/{self.options.epochs}: loss {done.train_loss:.3f}{dev}; "
-            f"{done.step} updates, {done.seconds:.0f} s",
-            file=sys.stderr,
-            flush=True,
-        )
-
-    @contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        if not (self.options.tensorboard and self.is_chief):
-            yield None
-            return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            raise MpqError(
-                "train.tensorboard: the package tensorboard is not installed; install mpq[tensorboard]"
-            ) from None
-        with SummaryWriter(str(self.out / "tensorboard"), purge_step=self.step + 1) as board:
-            yield board
