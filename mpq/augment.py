@@ -40,11 +40,6 @@ def changed_speed(waveform: Tensor, factor: float, sample_rate: int) -> Tensor:
     return waveform if rate == sample_rate else resample(waveform, rate, sample_rate)
 
 
-def speed_length(samples: int, factor: float, sample_rate: int) -> int:
-    """Returns the number of samples that `changed_speed` makes of `samples`, give or take one."""
-    return round(samples * sample_rate / round(sample_rate * factor))
-
-
 class NoiseSource:
     """Noise of the kinds that a recipe names.
 

@@ -10,8 +10,6 @@ from torch import Tensor
 
 from mpq.models.conformer import ConformerEncoder, FactoredLinear
 
-FREE = "LLLL"
-
 
 def constrained_factors(encoder: ConformerEncoder, placing: str) -> list[Tensor]:
     """Returns the factors that a placing constrains, as (rank, other) views: a change of a view changes the weight."""

@@ -334,7 +334,7 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
         return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
 
     def compare_inputs() -> Any:
-        done = [sha256_file(path) for path in _evaluation_files(out / "float", tests)]
+        done = [sha256_file(out / "float" / name / file) for name in tests for file in ("ref.trn", "hyp.trn")]
         return [sha256_file(packed), tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
 
     trained = (checkpoint / MODEL_FILE, checkpoint / "training.json")

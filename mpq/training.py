@@ -280,7 +280,8 @@ class _Trainer:
         weight = self.options.ctc_weight
         record = {"loss": weight * ctc_loss + (1 - weight) * attention_loss, "ctc": ctc_loss}
         record |= {"attention": attention_loss} if self.model.decoder else {}
-        return record | {"norm": norm, "rate": rate}, stops > 0
+        record |= {"norm": norm} if math.isfinite(norm) else {}  # float16 overflows now and then: no update was made
+        return record | {"rate": rate}, stops > 0
 
     def _features(self, waveforms: Tensor, lengths: Tensor, utt_ids: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Returns the (N, T, F) features with SpecAugment's masks, and the (N,) valid frames."""

@@ -1,7 +1,8 @@
 """Training data: which utterances form which batch in which epoch, and reading them ahead.
 
 The batches of an epoch depend on the data, the options and the epoch alone, not on the number of processes, each of
-which takes its share of the utterances of every batch. So a training gives the same losses on one process and on many.
+which takes its share of the utterances of every batch. So a training gives the same losses on one process and on many
+(unless a batch would have fewer utterances than there are processes, which are then put into larger ones).
 
 Legend: N utterances, S samples.
 """
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from mpq.audio import pad_batch, read_audio
 from mpq.augment import NoiseSource, augmented, generator
 from mpq.config import AugmentConfig, DataConfig
-from mpq.data import CheckedData, check_data, require_good
+from mpq.data import check_data
 from mpq.errors import MpqError
 from mpq.losses import Targets
 from mpq.manifests import Utterance, list_faults, read_data
@@ -97,10 +98,12 @@ def read_set(
         else:
             kept.append((item, seconds, tokens))
     skipped = len(utterances) - too_long - len(kept)
-    require_good(
-        CheckedData(tuple(one[0] for one in kept), tuple(one[1] for one in kept), tuple(faults), skipped),
-        config.skip_bad,
-    )
+    if faults and not (kept and config.skip_bad):
+        remedy = "mend them, or leave them out with data.skip_bad = true" if kept else "mend them"
+        counted = f"{skipped} of {len(utterances)} utterances cannot be used; {remedy}"
+        raise MpqError(f"{list_faults(faults)}\n{counted}")
+    if not kept:
+        raise MpqError(f"data.max_seconds: all {too_long} utterances are longer than {limit:g} s; raise it")
     parts = zip(*kept, strict=True)
     return TrainingSet(*(tuple(part) for part in parts), skipped=skipped, too_long=too_long)
 
@@ -151,7 +154,8 @@ def plan_epoch(
             plan.append([index])
             longest = frames[index]
     if len(plan) > 1 and len(plan[-1]) < least:
-        plan[-2] += plan.pop()
+        last = plan.pop()
+        plan[-1] += last
     random.shuffle(plan)
     return plan
 

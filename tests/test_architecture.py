@@ -19,7 +19,7 @@ LAYERS = [
     {"models", "augment"},
     {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
     {"calibration", "fisher", "training_data", "training_record"},
-    {"held_out"},
+    {"held_out", "training_log"},
     {"sensitivity", "refine", "evaluate", "compare", "pack", "inspection", "training"},
     {"pipeline"},
     {"report"},

@@ -11,6 +11,7 @@ from pathlib import Path
 import click
 import pytest
 from click.testing import CliRunner, Result
+from tiny_training import write_recipe, write_speech
 
 from mpq.cli import main
 
@@ -205,6 +206,37 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
     fails("compare", folder / "fp32", words="expected two folders")
     fails("compare", folder / "fp32", tmp_path, words="metrics.json")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_searches_on_the_command_line(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    command = ["evaluate", tiny_archive, "--data", tiny_manifest, "--out", tmp_path / "run"]
+    options = ["--decode", "prefix", "--beam-size", 2, "--ctc-weight", "0.25", "--length-bonus", "-1"]
+    said = result_json(*command, *options)["decode"]
+    assert {key: said[key] for key in ("method", "beam_size", "ctc_weight", "length_bonus")} == {
+        "method": "prefix", "beam_size": 2, "ctc_weight": 0.25, "length_bonus": -1.0,
+    }  # fmt: skip
+    assert result_json(*command)["decode"]["method"] == "greedy"
+    command[-1] = tmp_path / "other"
+    done = run(*command, "--decode", "joint", "--quiet")
+    assert done.exit_code == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
+    assert "joint search needs an attention decoder" in done.stderr
+    fails(*command, "--decode", "beam", words="--decode")
+    fails(*command, "--decode", "prefix", "--beam-size", 0, words="beam_size: expected 1 or more")
+    fails(*command, "--decode", "joint", "--ctc-weight", 2, words="ctc_weight: expected 0 to 1")
+
+
+def test_a_recipe_is_trained_and_inspected(tmp_path: Path) -> None:
+    """`train` prints what training.json says, `inspect` of the recipe what it says of the checkpoint."""
+    write_speech(tmp_path)
+    recipe = write_recipe(tmp_path / "r.toml", data__dev="train.jsonl", train__epochs=1)
+    done = result_json("train", recipe, "--out", tmp_path / "ckpt", "--seed", "5")
+    assert json.loads((tmp_path / "ckpt/training.json").read_text()) == done and done["format"] == "mpq.training/1"
+    assert json.loads((tmp_path / "ckpt/recipe.json").read_text())["seed"] == 5
+    described, found = result_json("inspect", recipe), result_json("inspect", tmp_path / "ckpt")
+    assert described["parameters"] == found["parameters"] == done["parameters"]
+    table = run("train", recipe, "--out", tmp_path / "ckpt", "--seed", "5", "--quiet")
+    assert table.exit_code == 0 and table.stderr == "" and "train loss" in table.stdout and "1 *" in table.stdout
+    fails("train", recipe, "--out", tmp_path / "ckpt", "--seed", "6", "--quiet", words="holds a finished training")
 
 
 def test_defaults_are_the_measured_best(chain: dict) -> None:

@@ -7,12 +7,22 @@ from pathlib import Path
 import jiwer
 import pytest
 import soundfile
+import torch
+from conftest import LABELS
+from tiny_training import write_recipe, write_speech
 
+from mpq.audio import read_audio
 from mpq.compare import read_evaluations
+from mpq.decoding import DecodeOptions
 from mpq.errors import MpqError
 from mpq.evaluate import evaluate
 from mpq.metrics import escape_markup, read_trn, write_trn
+from mpq.models.base import AsrModel
+from mpq.models.building import build_model
+from mpq.models.checkpoint import write_checkpoint
 from mpq.models.nemo import NemoConformerCtc
+from mpq.recipes import load_recipe
+from mpq.text import CharTokenizer
 
 
 def run(checkpoint: Path, data: Path, out: Path, **options):
@@ -23,11 +33,11 @@ def interrupt(monkeypatch: pytest.MonkeyPatch, at: int) -> list[int]:
     """Makes one batch, counted from 1, end as by Ctrl-C; returns a list that collects the sizes of the batches."""
     transcribe, calls = NemoConformerCtc.transcribe, []
 
-    def counted(model, waveforms, lengths):
+    def counted(model, waveforms, lengths, options):
         calls.append(len(waveforms))
         if len(calls) == at:
             raise KeyboardInterrupt
-        return transcribe(model, waveforms, lengths)
+        return transcribe(model, waveforms, lengths, options)
 
     monkeypatch.setattr(NemoConformerCtc, "transcribe", counted)
     return calls
@@ -111,7 +121,7 @@ def test_outputs_that_sclite_would_misread_are_escaped_and_counted(
     monkeypatch.setattr(
         NemoConformerCtc,
         "transcribe",
-        lambda model, waves, lengths: ['a "few* words'] * (len(waves) - 1) + ["a few words"],
+        lambda model, waves, lengths, options: ['a "few* words'] * (len(waves) - 1) + ["a few words"],
     )
     result = run(tiny_archive, tiny_manifest, tmp_path / "run", max_batch_seconds=100)
     assert result.escaped == 5 and result.metrics.substitutions == 5
@@ -133,3 +143,72 @@ def test_the_folder_is_replaced(tmp_path: Path, tiny_archive: Path, tiny_manifes
     second = run(tiny_archive, tiny_manifest, tmp_path / "run")
     assert first.metrics == second.metrics
     assert "stale" not in (tmp_path / "run/hyp.trn").read_text()
+
+
+@pytest.fixture(scope="module")
+def hybrid(tmp_path_factory: pytest.TempPathFactory) -> tuple[AsrModel, Path]:
+    """A tiny hybrid model whose searches disagree, and the folder of its checkpoint, with data.jsonl."""
+    folder = tmp_path_factory.mktemp("hybrid")
+    recipe = load_recipe(write_recipe(folder / "r.toml"), stages=[], need_files=False)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = build_model(recipe, CharTokenizer(LABELS[:6]))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.4 * torch.randn_like(parameter))
+    write_checkpoint(folder / "model.safetensors", model)
+    write_speech(folder, name="data.jsonl")
+    return model, folder
+
+
+DECODES = [
+    DecodeOptions(),
+    DecodeOptions("prefix", beam_size=3),
+    DecodeOptions("joint", beam_size=3, ctc_weight=0.5),
+    DecodeOptions("joint", beam_size=2, ctc_weight=0.0, length_bonus=-0.5),
+]
+
+
+def test_every_search_gives_what_the_model_says_of_each_utterance_alone(
+    hybrid: tuple[AsrModel, Path], tmp_path: Path
+) -> None:
+    model, folder = hybrid
+    found = []
+    for index, decode in enumerate(DECODES):
+        out = tmp_path / str(index)
+        run(folder, folder / "data.jsonl", out, decode=decode, max_batch_seconds=5)
+        hypotheses = read_trn(out / "hyp.trn").utterances
+        for name, words in hypotheses.items():
+            waveform = read_audio(folder / f"{name}.wav", model.sample_rate)
+            (text,) = model.transcribe(waveform[None], torch.tensor([len(waveform)]), decode)
+            assert text.split() == list(words)
+        found.append(hypotheses)
+        said = json.loads((out / "metrics.json").read_text())["decode"]
+        assert (said["method"], said["beam_size"]) == (decode.method, decode.beam_size)
+        assert (said["ctc_weight"], said["length_bonus"]) == (decode.ctc_weight, decode.length_bonus)
+    assert all(one != other for index, one in enumerate(found) for other in found[:index])
+
+
+def test_hypotheses_of_another_search_are_not_mixed_in(
+    hybrid: tuple[AsrModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mpq import evaluate as module
+
+    def once(*arguments: object) -> object:
+        monkeypatch.setattr(module, "read_batch", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        return read(*arguments)
+
+    read = module.read_batch
+    monkeypatch.setattr(module, "read_batch", once)
+    _, folder = hybrid
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, folder / "data.jsonl", tmp_path, decode=DECODES[1], max_batch_seconds=2)
+    monkeypatch.undo()
+    with pytest.raises(MpqError, match="other input"):
+        run(folder, folder / "data.jsonl", tmp_path, decode=DECODES[2], max_batch_seconds=2)
+    run(folder, folder / "data.jsonl", tmp_path, decode=DECODES[1], max_batch_seconds=2)
+
+
+def test_the_joint_search_needs_a_decoder(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    with pytest.raises(MpqError, match="joint search needs an attention decoder, which this model does not have"):
+        run(tiny_archive, tiny_manifest, tmp_path / "run", decode=DecodeOptions("joint"))

@@ -1,12 +1,13 @@
 """From a recipe to an untrained model."""
 
+import warnings
 from pathlib import Path
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.features import LogMelOptions
+from mpq.features import LogMelOptions, slaney_filter_bank
 from mpq.manifests import read_data
-from mpq.models.conformer import ConformerOptions
+from mpq.models.conformer import ConformerOptions, subsampled_length
 from mpq.models.decoder import DecoderOptions
 from mpq.models.hybrid import PITCH_FEATURES, HybridConformer
 from mpq.recipes import load_recipe
@@ -20,6 +21,16 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> HybridConformer:
         MpqError: Options that do not go together.
     """
     mel, model = mel_options(recipe), recipe.model
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torchaudio's, of what is an error here
+        empty = int((slaney_filter_bank(mel).sum(dim=1) == 0).sum())
+    if empty:
+        raise MpqError(
+            f"[features] n_mels: {empty} of {mel.n_mels} bands lie between the frequencies of a window of "
+            f"{mel.win_length} samples; expected fewer, or a longer window_ms"
+        )
+    if subsampled_length(mel.n_mels, model.subsampling_factor, model.subsampling_padding) < 1:
+        raise MpqError(f"[features] n_mels: {mel.n_mels} leaves no band after the subsampling; expected more")
     encoder = ConformerOptions(
         features=mel.n_mels + (PITCH_FEATURES if recipe.features.pitch else 0),
         layers=model.layers,
@@ -56,6 +67,11 @@ def described_model(path: Path) -> HybridConformer:
         raise MpqError(f"{path}: describes no model but names one; inspect {recipe.checkpoint}")
     if size := recipe.tokens.vocabulary_size:
         tokenizer: Tokenizer = WordTokenizer([str(index) for index in range(size)])
+    elif not recipe.data.train:
+        raise MpqError(
+            f"{path}: [data] train: expected a manifest, got none; the vocabulary ([tokens] type = "
+            f"{recipe.tokens.type!r}) is that of the training transcripts"
+        )
     else:
         try:
             texts = [item.text or "" for name in recipe.data.train for item in read_data(recipe.path(name))]
@@ -65,13 +81,16 @@ def described_model(path: Path) -> HybridConformer:
                 f"which are not there: {error}"
             ) from None
         tokenizer = train_tokenizer(recipe.tokens.type, texts)
-    return build_model(recipe, tokenizer)
+    try:
+        return build_model(recipe, tokenizer)
+    except MpqError as error:
+        raise MpqError(f"{path}: {error}") from None
 
 
 def mel_options(recipe: Recipe) -> LogMelOptions:
     """Returns the features of a recipe; the window is padded to the next power of two for the Fourier transform."""
     features = recipe.features
-    window = round(features.window_ms * features.sample_rate / 1000)
+    window = max(2, round(features.window_ms * features.sample_rate / 1000))
     return LogMelOptions(
         sample_rate=features.sample_rate,
         n_mels=features.n_mels,

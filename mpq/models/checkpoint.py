@@ -52,13 +52,19 @@ def read_checkpoint(path: Path) -> HybridConformer:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            record = json.loads(file.metadata()["mpq"])
+            metadata = file.metadata() or {}
+            if "mpq" not in metadata:
+                raise MpqError("no metadata of mpq in it; expected a file that `mpq train` wrote")
+            record = json.loads(metadata["mpq"])
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
         if record["format"] != CHECKPOINT_FORMAT:
             raise MpqError(f'"format": expected "{CHECKPOINT_FORMAT}", got {json.dumps(record["format"])}; update mpq')
         blob = bytes(state.pop(_TOKENIZER).numpy())
         model = HybridConformer.from_config(record["model"], blob)
         load_state(model, state)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RuntimeError, MpqError) as error:
-        raise MpqError(f"{path}: not a whole checkpoint of mpq: {' '.join(str(error).split())}") from None
+    except Exception as error:  # a spoilt record may lead to any
+        reason = " ".join(str(error).split())
+        if not isinstance(error, SafetensorError | OSError | MpqError):
+            reason = f"its configuration is spoilt ({type(error).__name__}{reason and ': '}{reason})"
+        raise MpqError(f"{path}: not a whole checkpoint of mpq: {reason}") from None
     return model

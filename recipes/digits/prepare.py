@@ -21,7 +21,7 @@ OUT/NAME/wav/*.flac (8 kHz, 16 bit):
 
 and as manifests alone, of audio that those have:
 
-    dev                       to select a model by: utterance k in noise k mod 4 of babble_0, babble_5, white_0, white_5
+    dev                       to select a model by: every speaker in turn in babble_0, babble_5, white_0 and white_5
     dev_no_lucas_C            dev_C without that speaker (whose training takes do talk in its babble)
     dev_no_lucas              to select by, as dev; k counts what is left
 
@@ -170,10 +170,14 @@ def read_recordings(folder: Path) -> tuple[dict[str, np.ndarray], str]:
     """
     if not folder.is_dir():
         raise MpqError(f"{folder}: no such folder; expected the folder recordings of the Free Spoken Digit Dataset")
+    try:
+        paths = sorted(folder.iterdir())
+    except OSError as error:
+        raise MpqError(f"{folder}: cannot be read: {error.strerror or error}") from error
     names = sorted(recording_names(SPEAKERS, TAKES))
     found: dict[str, list[Path]] = {name: [] for name in names}
     faults = []
-    for path in sorted(folder.iterdir()):
+    for path in paths:
         if path.suffix in (".wav", ".flac"):
             if path.stem in found:
                 found[path.stem].append(path)
@@ -263,13 +267,12 @@ def render(utterance: Utterance, noise: Noise | None, recordings: Mapping[str, n
     wave = np.concatenate([piece for pair in pairs for piece in pair] + pauses[-1:])
     wave += draws.standard_normal(len(wave)) * amplitude(FLOOR_DB)
     if noise:
-        added = {"white": white, "babble": babble}[noise.kind](len(wave), draws, utterance.speaker, recordings)
+        if noise.kind == "white":
+            added = draws.standard_normal(len(wave))
+        else:
+            added = babble(len(wave), draws, utterance.speaker, recordings)
         wave += added * (rms(np.concatenate(words)) / rms(added) / amplitude(noise.snr_db))
     return wave * min(1.0, PEAK / np.abs(wave).max())
-
-
-def white(count: int, draws: np.random.Generator, speaker: str, recordings: Mapping[str, np.ndarray]) -> np.ndarray:
-    return draws.standard_normal(count)
 
 
 def babble(count: int, draws: np.random.Generator, speaker: str, recordings: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -330,7 +333,8 @@ def view_rows(out: Path, name: str) -> list[dict[str, object]]:
     for source in sources:
         rows = [json.loads(line) for line in read_text(out / f"{source}.jsonl").splitlines()]
         tables.append([row for row in rows if row["speaker"] in speakers])
-    return [tables[k % len(tables)][k] for k in range(len(tables[0]))]
+    turns = 2 * len(SPEAKERS)  # after two rounds of the speakers the noises move on, so that each speaker meets each
+    return [tables[(k + k // turns) % len(tables)][k] for k in range(len(tables[0]))]
 
 
 def claim(out: Path, made_from: dict[str, object]) -> None:

@@ -1,8 +1,8 @@
-"""One row of a table for each file size: allocation, word errors, significance. After run.sh, in the same run folder.
+"""One row of a table for each file size: allocation, word errors, significance. After `mpq run`, in its run folder.
 
     python recipes/read_speech/sizes.py MODEL.nemo DATA.jsonl RUN_FOLDER 6 7 8 9 10
 
-Every file is packed and evaluated for real; the sensitivities are those that run.sh measured. `u4` in place of a size
+Every file is packed and evaluated for real; the sensitivities are those of that run. `u4` in place of a size
 is every weight at 4 bits, rounded with the same calibration audio. Divergences are nats a frame.
 """
 
@@ -17,8 +17,8 @@ from mpq.records import SensitivityTable
 
 
 def main(model: Path, data: Path, run: Path, sizes: list[str]) -> None:
-    table = SensitivityTable.load(run / "sens.json")
-    baseline = run / f"fp32_{data.stem}"
+    table = SensitivityTable.load(run / "sensitivity.json")
+    baseline = run / "float" / data.stem
     rows = evaluate(model, data, baseline).metrics
     columns = "file MB, times smaller, bits a weight, divergence predicted, measured, WER %, S, D, I, Z, p, lossless"
     print(f"| {columns.replace(', ', ' | ')} |")
