@@ -8,11 +8,12 @@ from torch import nn
 
 def make_optimizer(model: nn.Module, weight_decay: float, betas: tuple[float, float]) -> torch.optim.AdamW:
     """Returns AdamW (Loshchilov and Hutter 2019) that decays matrices and kernels, not biases, norms and vectors."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [one for one in trained if one.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [one for one in trained if one.ndim < 2], "weight_decay": 0.0},
-    ]
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        is_vector = parameter.ndim < 2 or name.endswith(("pos_bias_u", "pos_bias_v"))  # one vector for each head
+        if parameter.requires_grad:
+            (free if is_vector else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, betas=betas)
 
 

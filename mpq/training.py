@@ -118,6 +118,10 @@ def _clean_up(out: Path) -> None:
     shutil.rmtree(out / "epochs", ignore_errors=True)
 
 
+SMALLEST_SCALE = 2.0**-10
+"""Of the loss in float16: a gradient that overflows even so is not finite for another reason."""
+
+
 class _Trainer:
     """The loop. What it knows of its progress is `epoch` (under way, from 0), `batch` (next), `step` (finished)."""
 
@@ -226,12 +230,9 @@ class _Trainer:
 
         A process that was asked to stop tells the others, so that all of them stop after the same update.
         """
+        options = self.options
         rate = learning_rate(
-            self.step + 1,
-            self.total_steps,
-            self.options.learning_rate,
-            self.options.warmup_steps,
-            self.options.schedule,
+            self.step + 1, self.total_steps, options.learning_rate, options.warmup_steps, options.schedule
         )
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = rate
@@ -268,7 +269,7 @@ class _Trainer:
         self.workers.add_up(sums)
         self.scaler.unscale_(self.optimizer)
         norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm))
-        if not math.isfinite(norm) and not self.scaler.is_enabled():
+        if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE):
             names = [self.data.utterances[index] for batch in group for index in plan[batch]]
             raise MpqError(self._not_finite(f"gradient of epoch {self.epoch + 1}, update {self.step + 1}", names))
         self.scaler.step(self.optimizer)
@@ -381,6 +382,7 @@ class _Trainer:
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
+            "processes": self.workers.count,
             "losses": self.losses,
             "seconds": self.seconds,
             "log_bytes": self.log_bytes,
@@ -400,6 +402,11 @@ class _Trainer:
             except Exception as error:  # whatever torch finds wrong with the file
                 raise MpqError(f"{path}: cannot be read ({error}); delete the folder to begin anew") from None
             self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
+            if self.batch and state["processes"] != self.workers.count:
+                raise MpqError(
+                    f"{self.out}: was interrupted inside an epoch that {state['processes']} processes share; go on with "
+                    f"as many, not with {self.workers.count}, until its end"
+                )
             self.losses, self.seconds, self.log_bytes = state["losses"], state["seconds"], state["log_bytes"]
             self.epochs = [EpochResult(**one) for one in state["epochs"]]
             self.model.load_state_dict(state["model"])

@@ -334,9 +334,7 @@ def test_calibration_subset_by_hand() -> None:
 def test_real_speech_passes_quickly(shared: Path) -> None:
     utterances = read_data(shared / "data/read_speech/dev.jsonl")
     start = time.perf_counter()
-    checked = require_good(
-        check_data(utterances, sample_rate=RATE, min_samples=400, missing=LETTERS, need_text=True)
-    )
+    checked = require_good(check_data(utterances, sample_rate=RATE, min_samples=400, missing=LETTERS, need_text=True))
     assert time.perf_counter() - start < 30  # 0.15 s on the machine that this was written on
     assert len(checked.utterances) == 155
     assert all(abs(u.duration - s) < 1e-3 for u, s in zip(checked.utterances, checked.durations, strict=True))

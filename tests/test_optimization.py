@@ -41,6 +41,7 @@ def test_learning_rates_at_the_edges(schedule: str, warmup: int, total: int) -> 
 def test_the_optimizer_decays_matrices_alone() -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Embedding(2, 4), nn.Conv1d(4, 4, 3))
     model[0].weight.requires_grad_(False)
+    model.register_parameter("pos_bias_u", nn.Parameter(torch.zeros(2, 2)))
     optimizer = make_optimizer(model, 0.1, (0.8, 0.9))
     decay = {id(one): group["weight_decay"] for group in optimizer.param_groups for one in group["params"]}
     named = {name: decay.get(id(one)) for name, one in model.named_parameters()}
@@ -52,6 +53,7 @@ def test_the_optimizer_decays_matrices_alone() -> None:
         "2.weight": 0.1,
         "3.weight": 0.1,
         "3.bias": 0.0,
+        "pos_bias_u": 0.0,
     }
     assert isinstance(optimizer, torch.optim.AdamW)
     assert all(group["betas"] == (0.8, 0.9) for group in optimizer.param_groups)

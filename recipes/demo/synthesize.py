@@ -266,7 +266,7 @@ def rms(samples: np.ndarray) -> float:
 def utterance(espeak: Espeak, text: str, speaker: str, rng: np.random.Generator) -> np.ndarray:
     """Returns a text as it would be recorded: 16 kHz, a margin on both sides, noise, a level near -23 dBFS; shape (S,).
 
-    The signal-to-noise ratio is 10 to 25 dB, of the speech without its margins.
+    The signal-to-noise ratio is 15 to 30 dB, of the speech without its margins.
     """
     speech = espeak.speak(
         text,
@@ -277,7 +277,7 @@ def utterance(espeak: Espeak, text: str, speaker: str, rng: np.random.Generator)
     )
     speech = resample(speech, espeak.sample_rate)
     before, after = (int(SAMPLE_RATE * rng.uniform(0.02, 0.2)) for _ in range(2))
-    snr, is_pink, level = rng.uniform(10, 25), bool(rng.integers(2)), rng.uniform(-26, -20)
+    snr, is_pink, level = rng.uniform(15, 30), bool(rng.integers(2)), rng.uniform(-26, -20)
     samples = np.pad(speech / rms(speech), (before, after))
     samples += 10 ** (-snr / 20) * noise(len(samples), is_pink, rng)
     samples *= 10 ** (level / 20) / rms(samples)
