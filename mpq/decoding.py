@@ -16,6 +16,7 @@ Legend: N utterances, T encoder frames, V classes (the tokens and the blank), U 
 B live hypotheses of all utterances.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
@@ -59,6 +60,8 @@ class DecodeOptions:
             raise MpqError(f"decode: method: expected {', '.join(METHODS)}, got {self.method!r}")
         if self.beam_size < 1 or self.candidates < 1:
             raise MpqError(f"decode: beam_size: expected 1 or more, got {min(self.beam_size, self.candidates)}")
+        if not math.isfinite(self.length_bonus):
+            raise MpqError(f"decode: length_bonus: expected a finite number, got {self.length_bonus}")
         if not 0 <= self.ctc_weight <= 1:
             raise MpqError(f"decode: ctc_weight: expected 0 to 1, got {self.ctc_weight}")
 

@@ -90,7 +90,7 @@ def _fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> 
     for key in _NEUTRAL:
         del sections["train"][key]
     identity = [
-        (item.utt_id, item.text, item.offset, seconds)
+        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
         for part in (data, dev)
         if part
         for item, seconds in zip(part.utterances, part.durations, strict=True)
@@ -404,7 +404,7 @@ class _Trainer:
             self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
             if self.batch and state["processes"] != self.workers.count:
                 raise MpqError(
-                    f"{self.out}: was interrupted inside an epoch that {state['processes']} processes share; go on with "
+                    f"{self.out}: was cut off inside an epoch that {state['processes']} processes share; go on with "
                     f"as many, not with {self.workers.count}, until its end"
                 )
             self.losses, self.seconds, self.log_bytes = state["losses"], state["seconds"], state["log_bytes"]

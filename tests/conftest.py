@@ -8,6 +8,7 @@ import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import soundfile
@@ -18,6 +19,9 @@ from mpq.features import LogMelOptions
 from mpq.models.conformer import ConformerOptions
 from mpq.models.nemo import NemoConformerCtc
 from mpq.text import CharTokenizer
+
+hypothesis.settings.register_profile("mpq", deadline=None)  # machines are shared, and slow at times
+hypothesis.settings.load_profile("mpq")
 
 LABELS = [" ", *"abcdefghijklmnopqrstuvwxyz'"]
 

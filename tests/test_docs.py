@@ -39,7 +39,7 @@ def test_every_module_is_described() -> None:
 def test_printed_commands_exist() -> None:
     """Every `mpq ...` line of a page parses: command and options are real."""
     found = 0
-    for page in [*PAGES, ROOT / "recipes/read_speech/run.sh"]:
+    for page in [*PAGES, *sorted((ROOT / "recipes").rglob("*.sh"))]:
         for line in re.findall(r"^(?:\$ )?mpq (\w+ .*)$", page.read_text(), re.MULTILINE):
             line = re.sub(r"\$\{\w+:-([^}]*)\}", r"\1", line)  # the shell's ${NAME:-default}
             name, *arguments = shlex.split(line, comments=True)
