@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -117,6 +118,18 @@ def test_every_voice_exists_and_differs(script: ModuleType) -> None:
             with pytest.raises(MpqError, match="no voice"):
                 espeak.speak("one", unknown, 175, 50, 50)
     assert len(sounds) == len(voices)
+
+
+def test_every_voice_is_the_same_at_another_time(script: ModuleType) -> None:
+    def sounds() -> dict[str, bytes]:
+        with script.fresh_espeak() as espeak:
+            voices = [voice for part in SIZES for voice in script.speakers_of(part)]
+            return {voice: espeak.speak("set a timer", voice, 175, 50, 50).tobytes() for voice in voices}
+
+    first = sounds()
+    time.sleep(1.1)  # eSpeak NG seeds itself with the clock's seconds
+    second = sounds()
+    assert [voice for voice in first if first[voice] != second[voice]] == []
 
 
 def test_same_arguments_same_bytes(script: ModuleType, corpus: Path, tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """A small corpus of synthetic English speech, made on the spot, with which the whole chain can be tried offline.
 
-    python recipes/demo/synthesize.py OUT [--train 2400] [--dev 150] [--test 300] [--seed 0]
+    python recipes/demo/synthesize.py OUT [--train 4800] [--dev 150] [--test 300] [--seed 0]
 
 Nobody speaks here: the sound comes from the formant synthesizer eSpeak NG, the sentences from a grammar of commands and
 numbers. It is enough to train a Conformer of about 1 M parameters within minutes and to see how compression changes its
@@ -11,9 +11,9 @@ noise. Some words differ little (thirteen, thirty).
 OUT gets {train,dev,test}/wav/*.flac (16 kHz, mono, 16 bit), {train,dev,test}.jsonl (mpq's manifests) and corpus.json
 with the arguments. The manifests are written last; a second run with the same arguments finds them and does nothing.
 
-The samples depend on the arguments and the versions of the libraries alone. For that, eSpeak NG needs a trick: its
-flutter of the pitch goes on from one utterance to the next, through espeak_Terminate even, so each part of the corpus
-is spoken by a copy of the library that was never used before.
+The samples depend on the arguments and the versions of the libraries alone. For that, eSpeak NG needs two seeds and a
+trick: its flutter of the pitch goes on from one utterance to the next, through espeak_Terminate even, so each part of
+the corpus is spoken by a copy of the library that was never used before.
 
 Licence: eSpeak NG is under the GPL v3. It is no part of mpq: PyPI's espeakng-loader brings it, this script loads it at
 run time, and neither it nor the audio that it makes is shipped.
@@ -109,7 +109,7 @@ class Arguments:
         seed: Of texts, rates, pitches and noise.
     """
 
-    train: int = 2400
+    train: int = 4800
     dev: int = 150
     test: int = 300
     seed: int = 0
@@ -225,8 +225,9 @@ def fresh_espeak() -> Iterator[Espeak]:
         library, data = Path(folder) / source.name, Path(folder) / "espeak-ng-data"
         shutil.copy(source, library)  # another file is to the loader another library, with variables of its own
         data.symlink_to(espeakng_loader.get_data_path())  # under a short name: eSpeak NG refuses 160 characters
-        ctypes.CDLL(None).srand(1)  # the breath of some voices is C's rand()
         espeak = Espeak(library, data)
+        espeak.library.espeak_ng_SetRandSeed(ctypes.c_long(1))  # espeak_Initialize took the time of day
+        ctypes.CDLL(None).srand(1)  # Klatt's voices use C's rand() instead
         try:
             yield espeak
         finally:
