@@ -201,6 +201,17 @@ def test_padding_takes_no_part_and_no_position_looks_ahead() -> None:
         assert bool(((changed[:, 4:] - together[:, 4:]).abs().amax(dim=-1) > 1e-3).all())
 
 
+def test_what_a_search_asks_is_the_forward_pass() -> None:
+    model = hybrid()
+    waveforms, lengths = pad_batch(waves())
+    with torch.inference_mode():
+        encoded, valid = model.encode(*model.features(waveforms, lengths))
+        prefixes = torch.randint(0, CLASSES, (7, 5), generator=torch.Generator().manual_seed(1))
+        utterances = torch.tensor([3, 0, 0, 2, 1, 3, 0])
+        expected = model.decoder(prefixes, encoded[utterances], valid[utterances])[:, -1].log_softmax(dim=-1)
+        torch.testing.assert_close(model.next_token(encoded, valid)(prefixes, utterances), expected, atol=1e-5, rtol=0)
+
+
 def test_decoder_stages_are_its_forward_pass_and_own_every_weight() -> None:
     model = hybrid()
     (features, lengths) = batched(model, 4)[0]

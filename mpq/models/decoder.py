@@ -74,9 +74,17 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None) -> Tensor:
         """Returns (N, U, D). `mask` is bool, broadcast to (N, H, U, M); True may be attended to."""
-        q, k, v = self._split(self.linear_q(x)), self._split(self.linear_k(memory)), self._split(self.linear_v(memory))
+        return self.attend(x, self.keys_values(memory), mask)
+
+    def keys_values(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the (N, H, M, D/H) keys and values of a memory (N, M, D)."""
+        return self._split(self.linear_k(memory)), self._split(self.linear_v(memory))
+
+    def attend(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+        """Returns what `forward` does, from the keys and values of the memory."""
         dropout = self.dropout if self.training else 0.0
-        mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+        q = self._split(self.linear_q(x))
+        mixed = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropout)
         return self.linear_out(mixed.transpose(1, 2).flatten(2))
 
     def _split(self, x: Tensor) -> Tensor:
@@ -99,11 +107,15 @@ class DecoderLayer(nn.Module):
 
     def forward(self, hidden: Hidden, context: DecoderContext) -> Hidden:
         encoded, x = hidden
+        return encoded, self.step(x, self.src_attn.keys_values(encoded), context)
+
+    def step(self, x: Tensor, memory: tuple[Tensor, Tensor], context: DecoderContext) -> Tensor:
+        """Returns (N, U, D) from the same and the keys and values of the encoder output."""
         normed = self.norm_self_att(x)
         x = x + self._drop(self.self_attn(normed, normed, context.causal))
-        x = x + self._drop(self.src_attn(self.norm_src_att(x), encoded, context.valid))
+        x = x + self._drop(self.src_attn.attend(self.norm_src_att(x), memory, context.valid))
         activations = self._drop(F.relu(self.linear1(self.norm_feed_forward(x))))
-        return encoded, x + self._drop(self.linear2(activations))
+        return x + self._drop(self.linear2(activations))
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -143,6 +155,22 @@ class TransformerDecoder(nn.Module):
         for _, step in self.steps():
             hidden = step(hidden, context)
         return hidden
+
+    def scorer(self, encoded: Tensor, encoded_lengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+        """Returns what a search asks: (B, U) prefixes, (B,) utterances -> (B, C) log-probabilities of the next token.
+
+        The keys and values of the encoder output are made once, not with every token.
+        """
+        memories = [layer.src_attn.keys_values(encoded) for layer in self.layers]
+
+        def score(prefixes: Tensor, utterances: Tensor) -> Tensor:
+            context = decoder_context(prefixes, encoded_lengths[utterances], encoded.shape[1])
+            _, x = self._embedded(encoded, context)
+            for layer, (keys, values) in zip(self.layers, memories, strict=True):
+                x = layer.step(x, (keys[utterances], values[utterances]), context)
+            return self._logits((encoded, x[:, -1]), context).log_softmax(dim=-1)
+
+        return score
 
     def steps(self) -> tuple[tuple[tuple[str, ...], Callable[[Any, DecoderContext], Any]], ...]:
         """Returns (submodules, function): the chain from the (N, T', D) encoder output to the (N, U, C) logits.

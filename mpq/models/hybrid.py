@@ -104,15 +104,7 @@ class HybridConformer(AsrModel):
         return self.encoder.encoded_lengths(feature_lengths)
 
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
-        decoder = self.decoder
-        if decoder is None:
-            return None
-
-        def score(prefixes: Tensor, utterances: Tensor) -> Tensor:
-            logits = decoder(prefixes, encoded[utterances], encoded_lengths[utterances])[:, -1]
-            return logits.log_softmax(dim=-1)  # (B, C)
-
-        return score
+        return self.decoder.scorer(encoded, encoded_lengths) if self.decoder else None
 
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         tokenizer, blob = self.tokenizer.to_config()
