@@ -9,7 +9,7 @@ import click
 
 from mpq import __version__
 from mpq.errors import MpqError
-from mpq.options import EXISTING, common_options, data_options, decode_options, print_result
+from mpq.options import EXISTING, common_options, data_options, decode_options, print_result, set_option
 from mpq.quantize_commands import allocate, pack, sensitivity
 from mpq.recipe_commands import run, train
 
@@ -99,19 +99,20 @@ def evaluate(
 
 @main.command()
 @click.argument("path", type=EXISTING)
+@set_option
 @common_options
-def inspect(path: Path, device: str, as_json: bool, **_: Any) -> None:
+def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, **_: Any) -> None:
     """Show what is in a checkpoint or packed file: layers, shapes, bits, bytes, totals; or what a recipe describes.
 
     \b
     Examples:
       mpq inspect small.safetensors
-      mpq inspect recipes/swbd/swbd.toml
+      mpq inspect recipes/swbd/swbd.toml --set model.ffn_width=5120 --set model.ffn_rank=160
     """
     from mpq import inspection
     from mpq.report import inspection_view
 
-    result = inspection.inspect(path, device)
+    result = inspection.inspect(path, device, overrides)
     print_result(result, as_json, inspection_view(result))
 
 

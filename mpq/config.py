@@ -34,7 +34,7 @@ class DataConfig(_Section):
     train: list[Name] = Field([], description="Data to train on; the first is also what the layers are calibrated on.")
     dev: Name | None = Field(None, description="Held-out data: decides when to stop and which epochs are averaged.")
     calibration: Name | None = Field(None, description="Audio for sensitivity and rounding, instead of train's.")
-    test: dict[str, Name] = Field({}, description="Test sets by name; the first decides the significance test.")
+    test: dict[str, Name] = Field({}, description="Test sets by name; each is compared.")
     channel: Annotated[str, Field(pattern="^(error|mix|[0-9]+)$")] = Field(
         "error", description="Of files with several: error, mix (their mean), or a number from 0."
     )
@@ -58,14 +58,14 @@ class TokensConfig(_Section):
     """What the model writes; the vocabulary is made from the training transcripts."""
 
     type: Literal["characters", "words", "bpe"] = Field("characters", description="bpe: SentencePiece.")
-    vocabulary_size: Whole | None = Field(None, description="Of bpe.")
+    vocabulary_size: Whole | None = Field(None, description="Number of pieces, for bpe alone.")
 
 
 class ModelConfig(_Section):
     """The hybrid CTC/attention Conformer of Li et al. 2023."""
 
     layers: Whole = Field(12, description="Conformer blocks.")
-    width: Whole = Field(256, description="D.")
+    width: Whole = Field(256, description="Of the encoder (and decoder): numbers in a frame's hidden vector.")
     heads: Whole = Field(4, description="Attention heads.")
     ffn_width: PerBlock = Field(2048, description="Hidden units of the first feed-forward module; a list: per block.")
     ffn2_width: PerBlock | None = Field(None, description="Of the second module; default: as the first.")
@@ -93,12 +93,12 @@ class TrainConfig(_Section):
     epochs: Whole = Field(50, description="Passes over the training data.")
     batch_frames: Whole = Field(20000, description="Feature frames in a batch, padding counted, over all processes.")
     accumulate: Whole = Field(1, description="Batches for one update of the weights.")
-    ctc_weight: Fraction = Field(0.2, description="Lambda of Li et al. 2023, Eq. 1; 1 without a decoder.")
+    ctc_weight: Fraction = Field(0.2, description="Share of the CTC loss (Li et al. 2023, Eq. 1); 1 without a decoder.")
     label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of the attention loss.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="The highest, at the end of the warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(2000, description="Updates in which the rate rises from 0.")
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = Field(
-        "inverse_sqrt", description="After the warm-up; cosine and linear end at 0 with the last epoch."
+        "inverse_sqrt", description="After the warm-up; cosine and linear end at about 0 with the last epoch."
     )
     weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="AdamW; of matrices and kernels alone.")
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.98), description="AdamW.")
@@ -122,7 +122,9 @@ class TrainConfig(_Section):
 class AugmentConfig(_Section):
     """What is done to the training audio; drawn anew for each utterance and epoch."""
 
-    speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field([1.0], description="Factors, one is drawn.")
+    speed: list[Annotated[float, Field(ge=0.5, le=2)]] = Field(
+        [1.0], description="Factors, of two decimals at most; one is drawn."
+    )
     noise: list[Name] = Field(
         [], description='"white", "babble" (training utterances, reversed), or folders and files of recordings.'
     )
@@ -142,8 +144,8 @@ class DecodeConfig(_Section):
         "greedy", description="greedy CTC, CTC prefix beam search, or joint CTC/attention beam search."
     )
     beam_size: Whole = Field(10, description="Hypotheses that are kept.")
-    ctc_weight: Fraction = Field(0.3, description="Of joint.")
-    length_bonus: float = Field(0.0, description="Of joint; nats for each token.")
+    ctc_weight: Fraction = Field(0.3, description="Share of CTC in the joint search.")
+    length_bonus: float = Field(0.0, description="Of the joint search; nats for each token.")
 
 
 class SensitivityConfig(_Section):

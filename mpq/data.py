@@ -201,7 +201,7 @@ def prepare_data(
         model: Says the sample rate, the shortest waveform and the vocabulary.
         channel: As in `mpq.audio.read_audio`.
         skip_bad: Leave faulty utterances out (they are counted in the result).
-        need_text: Whether each utterance needs a transcript that the vocabulary can spell.
+        need_text: Whether each utterance needs a transcript (that the vocabulary can spell, unless it is a closed one).
 
     Raises:
         MpqError: All faults, unless they may be skipped.
@@ -211,7 +211,7 @@ def prepare_data(
         sample_rate=model.sample_rate,
         min_samples=model.min_samples,
         channel=channel,
-        missing=model.tokenizer.missing if need_text else None,
+        missing=model.tokenizer.missing if need_text and not model.tokenizer.is_closed else None,
         need_text=need_text,
     )
     return require_good(checked, skip_bad)

@@ -3,6 +3,7 @@
 import torch
 
 from mpq.data import batches, read_batch
+from mpq.decoding import ctc_greedy
 from mpq.losses import JointLoss, Targets
 from mpq.metrics import split_words
 from mpq.runtime import Processes
@@ -36,8 +37,10 @@ def held_out_errors(
         waveforms, lengths = (one.to(device) for one in read_batch(batch, model.sample_rate, channel))
         features, frames = model.features(waveforms, lengths)
         tokens = [data.tokens[index[item.utt_id]] for item in batch]
-        ctc, attention = loss(features, frames, Targets.of(tokens).to(device))
-        pairs = zip((item.text for item in batch), model.transcribe(waveforms, lengths), strict=True)
+        encoded, valid = model.encode(features, frames)
+        ctc, attention = loss.of_encoded(encoded, valid, Targets.of(tokens).to(device))
+        found = ctc_greedy(model.ctc_log_probs(encoded), valid, model.blank_id)
+        pairs = zip((item.text for item in batch), map(model.tokenizer.decode, found), strict=True)
         letters = "".join(align(split_words(text or ""), split_words(hypothesis)) for text, hypothesis in pairs)
         counted = [float(ctc.sum()), float(attention.sum()), sum(map(len, tokens)), count_errors(letters)]
         sums += torch.tensor([*counted, len(letters) - letters.count("I")], dtype=torch.float64)

@@ -1,9 +1,11 @@
 """What is in a checkpoint or packed file: layers, shapes, bits, bytes, totals."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from mpq.errors import MpqError
 from mpq.models import load_model, model_file
 from mpq.models.building import described_model
 from mpq.runtime import choose_device
@@ -50,18 +52,21 @@ class Inspection:
         return {"format": "mpq.inspection/1"} | asdict(self)
 
 
-def inspect(path: Path, device: str = "auto") -> Inspection:
+def inspect(path: Path, device: str = "auto", overrides: Sequence[str] = ()) -> Inspection:
     """Returns what is in a checkpoint or packed file, or what a recipe (`.toml`) describes.
 
     Args:
         path: The file, or a checkpoint folder.
         device: As in `mpq.runtime.choose_device`.
+        overrides: Of a recipe, as in `mpq.recipes.load_recipe`.
 
     Raises:
         MpqError: As for `mpq.models.load_model` and `mpq.recipes.load_recipe`.
     """
     is_recipe = path.suffix == ".toml"
-    model = described_model(path) if is_recipe else load_model(path, choose_device(device))
+    if overrides and not is_recipe:
+        raise MpqError(f"{path}: --set replaces values of a recipe (.toml); leave it out")
+    model = described_model(path, overrides) if is_recipe else load_model(path, choose_device(device))
     return Inspection(
         family="mpq" if model.quantized_bits else model.family,
         architecture=model.architecture,

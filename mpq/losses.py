@@ -59,7 +59,10 @@ class JointLoss(nn.Module):
             lengths: (N,) valid frames.
             targets: Of the batch.
         """
-        encoded, encoded_lengths = self.model.encode(features, lengths)
+        return self.of_encoded(*self.model.encode(features, lengths), targets)
+
+    def of_encoded(self, encoded: Tensor, encoded_lengths: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
+        """Returns what `forward` does, from the (N, T', D) encoder output and its (N,) valid frames."""
         log_probs = self.model.head.run(encoded, None).float().log_softmax(dim=-1)  # (N, T', C)
         ctc = F.ctc_loss(
             log_probs.transpose(0, 1),

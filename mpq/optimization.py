@@ -43,6 +43,7 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype | Non
     if name == "auto":
         name = "float32"
         if device.type == "cuda":
-            name = "bfloat16" if torch.cuda.is_bf16_supported() else "float16"
+            has_it = torch.cuda.get_device_properties(device).major >= 8  # older ones emulate it, slowly
+            name = "bfloat16" if has_it else "float16"
     scaler = torch.amp.GradScaler(device.type, enabled=name == "float16")
     return (None if name == "float32" else getattr(torch, name)), scaler

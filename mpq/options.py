@@ -40,12 +40,13 @@ common_options = _together(
     click.option("--quiet", is_flag=True, help="Show no progress."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
+)
 recipe_options = _together(
     click.argument("recipe", type=EXISTING),
     click.option("--out", required=True, type=EXISTING, help="Folder to write."),
-    click.option(
-        "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
-    ),
+    set_option,
 )
 decode_options = _together(
     click.option(

@@ -36,6 +36,8 @@ from mpq.records import Allocation, SensitivityTable
 from mpq.runtime import choose_device
 from mpq.sensitivity import METHODS, measure_sensitivity
 from mpq.training import train
+from mpq.training_folder import NEUTRAL
+from mpq.training_record import TRAINING_FORMAT
 
 RUN_FORMAT = "mpq.run/1"
 
@@ -127,7 +129,8 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             reports.append(StageReport(stage.name, "run", f"reads what {' and '.join(anew)} will write", None, {}))
             say(f"{stage.name}: {reports[-1].reason}")
             continue
-        fingerprint = _fingerprint(stage.inputs())
+        version = [] if stage.name == "train" else [__version__]  # a week of training outlives an upgrade
+        fingerprint = _fingerprint([version, stage.inputs()])
         known = record.get(stage.name, {})
         action, reason = _decide(known, fingerprint, stage, out)
         if action == "skipped" or dry_run:
@@ -147,6 +150,10 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
         try:
             _write_record(out, record)
             result = stage.act()
+        except MpqError:  # refused, not cut off, unless it was on its way before
+            if action != "resumed" and "fingerprint" in known:
+                record[stage.name] = known
+            raise
         finally:
             started["seconds"] = round(before + time.monotonic() - start, 1)
             _write_record(out, record)
@@ -249,12 +256,13 @@ def _decide(known: dict[str, Any], fingerprint: str, stage: _Stage, out: Path) -
     if not known:
         return "run", "not done yet"
     if known["fingerprint"] != fingerprint:
-        return "run", "its inputs have changed (options, data, or an earlier stage)"
+        kept = "; the finished training is kept, so this needs another --out" if stage.name == "train" else ""
+        return "run", f"its inputs have changed (options, data, or an earlier stage){kept}"
     return "run", f"its result {(lost + changed)[0]} is {'gone' if lost else 'changed'}"
 
 
 def _fingerprint(inputs: Any) -> str:
-    return hashlib.sha256(json.dumps([__version__, inputs], sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]:
@@ -273,12 +281,12 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
 
     def train_inputs() -> Any:
         names = [*data.train, *([data.dev] if data.dev else [])]
-        sections = [getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "train", "augment")]
-        return [recipe.seed, reading, data.max_seconds, sections, [_identity(recipe.path(name)) for name in names]]
+        sections = [getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "augment")]
+        training = recipe.train.model_dump(exclude=set(NEUTRAL))
+        identity = [_identity(recipe.path(name), by_time=False) for name in names]
+        return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, sections, training, identity]
 
     def act_train() -> dict[str, Any]:
-        if not (checkpoint / MODEL_FILE).exists():  # else the training would be taken for a finished one
-            (checkpoint / "training.json").unlink(missing_ok=True)
         done = train(recipe, checkpoint, **common)
         return {"dev_wer": done.dev_wer, "epochs": len(done.epochs), "parameters": done.parameters}
 
@@ -379,13 +387,13 @@ def _figures(evaluation: Evaluation) -> dict[str, Any]:
     }
 
 
-def _identity(path: Path) -> str:
-    """Returns a digest of a manifest or Kaldi directory: what it says, and size and time of change of the audio."""
+def _identity(path: Path, by_time: bool = True) -> str:
+    """Returns a digest of a manifest or Kaldi directory: what it says, and size (and time of change) of the audio."""
     digest = hashlib.sha256()
     for item in read_data(path):
         parts: list[Any] = [item.utt_id, str(item.audio_path), item.text, item.offset, item.duration]
         if item.audio_path.exists():
             stat = item.audio_path.stat()
-            parts += [stat.st_size, stat.st_mtime_ns]
+            parts += [stat.st_size, *([stat.st_mtime_ns] if by_time else [])]
         digest.update(json.dumps(parts).encode())
     return digest.hexdigest()

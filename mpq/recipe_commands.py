@@ -54,7 +54,7 @@ def run(
     \b
     Examples:
       mpq run recipes/digits/digits.toml --out runs/digits
-      mpq run recipes/digits/digits.toml --out runs/digits --set allocate.target_mb=1.5 --dry-run
+      mpq run recipes/digits/digits.toml --out runs/digits --set allocate.target_ratio=10 --dry-run
     """
     from mpq.pipeline import run as step
     from mpq.recipes import load_recipe

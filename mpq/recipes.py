@@ -151,6 +151,8 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         faults.append(("augment.snr_db", text))
     if not recipe.augment.speed:
         faults.append(("augment.speed", "[augment] speed: expected one factor or more, got none"))
+    if fine := [factor for factor in recipe.augment.speed if round(factor, 2) != factor]:  # resampling would take ages
+        faults.append(("augment.speed", f"[augment] speed: expected two decimals at most, got {fine[0]}"))
     budgets = ("target_mb", "target_ratio", "average_bits", "max_divergence")
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
     if "allocate" in stages and len(given) != 1:
@@ -205,6 +207,9 @@ def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
     if "S" in train.semi_orthogonal and not _has_rank(model.ffn_rank) and not _has_rank(model.ffn2_rank):
         text = f'"{train.semi_orthogonal}" needs factored matrices (model.ffn_rank or model.ffn2_rank)'
         add("train.semi_orthogonal", text, "model.ffn_rank", "model.ffn2_rank")
+    elif "S" in train.semi_orthogonal and (largest := _largest_rank(model)) > model.width:
+        text = f"a rank of {largest} is above the width {model.width}, so a factor cannot be semi-orthogonal"
+        add("train.semi_orthogonal", text, "model.ffn_rank", "model.ffn2_rank", "model.width")
     if not model.decoder_layers and train.ctc_weight != 1:
         text = "expected 1 for a model without a decoder (decoder_layers = 0)"
         add("train.ctc_weight", f"{text}, got {train.ctc_weight:g}", "model.decoder_layers")
@@ -216,6 +221,11 @@ def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
     if recipe.sensitivity.output == "decoder" and not model.decoder_layers:
         add("sensitivity.output", '"decoder" needs a decoder (decoder_layers)', "model.decoder_layers")
     return faults
+
+
+def _largest_rank(model: Any) -> int:
+    ranks = [model.ffn_rank, model.ffn2_rank or 0]
+    return max(max(rank) if isinstance(rank, list) else rank for rank in ranks)
 
 
 def _has_rank(value: int | list[int] | None) -> bool:

@@ -76,7 +76,10 @@ def processes(device: torch.device | None = None) -> Iterator[Processes]:
     where = device or torch.device("cpu")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    torch.distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+    if where.type == "cuda":
+        torch.distributed.init_process_group("nccl", device_id=where)
+    else:
+        torch.distributed.init_process_group("gloo")
     try:
         yield Processes(torch.distributed.get_rank(), torch.distributed.get_world_size(), where)
     finally:
@@ -93,7 +96,8 @@ def memory_for(what: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if "memory" not in str(error):
+        known = ("not enough memory", "can't allocate memory", "out of memory")
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in known):
             raise
         raise MpqError(f"{what}: not enough memory; cut long recordings into shorter ones") from error
 

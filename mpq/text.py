@@ -19,6 +19,8 @@ class Tokenizer(ABC):
 
     pieces: tuple[str, ...]
     """The V tokens, as the vocabulary spells them."""
+    is_closed = False
+    """Whether words that the tokens lack are to be expected in a test; else they show that a text is not normalised."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -69,6 +71,8 @@ class CharTokenizer(Tokenizer):
 
 class WordTokenizer(Tokenizer):
     """One token a word: for closed vocabularies such as digits and commands. Words are separated by spaces."""
+
+    is_closed = True
 
     def __init__(self, words: Sequence[str]) -> None:
         self.pieces = tuple(words)

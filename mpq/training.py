@@ -14,10 +14,7 @@ for itself).
 Legend: N utterances, S samples.
 """
 
-import hashlib
-import json
 import math
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -29,11 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq import __version__
 from mpq.augment import generator, spec_mask
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import atomic_path, read_json, write_json
+from mpq.files import atomic_path, write_json
 from mpq.held_out import held_out_errors
 from mpq.losses import JointLoss, Targets
 from mpq.models.building import build_model
@@ -44,10 +40,9 @@ from mpq.orthogonal import constrained_factors, semi_orthogonal_step
 from mpq.runtime import Processes, choose_device, memory_for, processes, progress, stop_requests
 from mpq.text import train_tokenizer
 from mpq.training_data import BatchReader, TrainingSet, plan_epoch, read_set, read_transcripts
+from mpq.training_folder import check_folder, claim_folder, clean_up, training_fingerprint
 from mpq.training_log import TrainingLog
-from mpq.training_record import TRAINING_FORMAT, EpochResult, TrainingResult, average_weights, rank_epochs
-
-_NEUTRAL = ("save_minutes", "workers", "tensorboard")  # options that change no weight
+from mpq.training_record import EpochResult, TrainingResult, average_weights, rank_epochs
 
 
 def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> TrainingResult:
@@ -73,49 +68,14 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     fastest = max(recipe.augment.speed)
     data = read_set(recipe.data.train, recipe.data, model, fastest, is_training=True)
     dev = read_set([recipe.data.dev], recipe.data, model, 1.0, is_training=False) if recipe.data.dev else None
-    fingerprint = _fingerprint(recipe, data, dev)
-    _check_folder(Path(out), fingerprint)
+    fingerprint = training_fingerprint(recipe, data, dev)
+    check_folder(Path(out), fingerprint)
     with processes(where) as workers:
-        if (Path(out) / "training.json").exists():
+        if (Path(out) / "training.json").exists() and (Path(out) / MODEL_FILE).exists():
             if workers.rank == 0:
-                _clean_up(Path(out))  # in case the training was killed before it did so
+                clean_up(Path(out))  # in case the training was killed before it did so
             return TrainingResult.load(Path(out) / "training.json")
         return _Trainer(recipe, model, data, dev, Path(out), fingerprint, workers, quiet).run()
-
-
-def _fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
-    sections = {
-        name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "train", "augment")
-    }
-    for key in _NEUTRAL:
-        del sections["train"][key]
-    identity = [
-        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
-        for part in (data, dev)
-        if part
-        for item, seconds in zip(part.utterances, part.durations, strict=True)
-    ]
-    work = [__version__, recipe.seed, recipe.data.channel, sections, identity]
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
-
-
-def _check_folder(out: Path, fingerprint: str) -> None:
-    """Raises MpqError if the folder holds a training of other data or with other options."""
-    for name in ("training.json", "started.json"):
-        if (out / name).exists():
-            raw = read_json(out / name, TRAINING_FORMAT if name == "training.json" else "mpq.started/1")
-            if raw.get("fingerprint") != fingerprint:
-                raise MpqError(
-                    f"{out}: holds {'a finished' if name == 'training.json' else 'an unfinished'} training with other "
-                    "options or data (its recipe.json has them); choose another --out, or delete the folder"
-                )
-
-
-def _clean_up(out: Path) -> None:
-    """Removes what only an unfinished training needs."""
-    for name in ("state.pt", "started.json"):
-        (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "epochs", ignore_errors=True)
 
 
 SMALLEST_SCALE = 2.0**-10
@@ -158,10 +118,10 @@ class _Trainer:
         self._resume()
         if self.workers.count > 1:
             ids = [self.device] if self.device.type == "cuda" else None
-            self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids)
+            self.loss = nn.parallel.DistributedDataParallel(self.loss, device_ids=ids, broadcast_buffers=False)
         if self.is_chief and self.epoch == 0 and self.step == 0:
+            claim_folder(self.out, self.fingerprint)
             write_json(self.out / "recipe.json", self.recipe.model_dump())
-            write_json(self.out / "started.json", {"format": "mpq.started/1", "fingerprint": self.fingerprint})
         with stop_requests() as stopped, self.log.opened(self.log_bytes, self.step):
             while self.epoch < self.options.epochs and not self._is_exhausted():
                 self._train_epoch(stopped)
@@ -172,9 +132,8 @@ class _Trainer:
     def _plan(self, epoch: int) -> list[list[int]]:
         hop = self.model.featurizer.options.hop_length / self.model.sample_rate
         options = self.options
-        return plan_epoch(
-            self.data.durations, hop, options.batch_frames, self.recipe.seed, epoch, least=self.workers.count
-        )
+        slowest = [seconds / min(self.recipe.augment.speed) for seconds in self.data.durations]
+        return plan_epoch(slowest, hop, options.batch_frames, self.recipe.seed, epoch, least=self.workers.count)
 
     def _steps(self, plan: Sequence[Sequence[int]]) -> int:
         return math.ceil(len(plan) / self.options.accumulate)
@@ -202,6 +161,7 @@ class _Trainer:
                 if time.monotonic() - saved > 60 * self.options.save_minutes:
                     self._save()
                     saved = time.monotonic()
+        self._save()  # so that a kill while the held-out data are scored costs no update
         loss, wer = self._evaluate()
         self.seconds = before + time.monotonic() - start
         done = EpochResult(
@@ -214,9 +174,13 @@ class _Trainer:
         )
         self.epochs.append(done)
         self.log_bytes = self.log.add_epoch(done)
-        self._keep_candidates()
+        candidates = self._write_candidate()
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
+        if self.is_chief:  # not before the state knows the new epoch
+            for path in (self.out / "epochs").glob("*.safetensors"):
+                if int(path.stem) not in candidates:
+                    path.unlink()
 
     def _update(
         self,
@@ -289,10 +253,12 @@ class _Trainer:
         with torch.no_grad():
             features, frames = self.model.features(waveforms.to(self.device), lengths.to(self.device))
             features = features[:, : int(frames.max())]
-            masks = torch.zeros(features.shape, dtype=torch.bool)
+            masks, bands = torch.zeros(features.shape, dtype=torch.bool), self.model.featurizer.options.n_mels
             for row, count, utt_id in zip(masks, frames.tolist(), utt_ids, strict=True):
                 random = generator(self.recipe.seed, self.epoch, utt_id, "mask")
-                row[:count] = spec_mask(count, features.shape[2], self.recipe.augment, random)
+                mask = spec_mask(count, bands, self.recipe.augment, random)
+                row[:count, :bands] = mask
+                row[:count, bands:] = mask.all(dim=1, keepdim=True)  # pitch has no bands: masked with whole frames
             return features.masked_fill(masks.to(self.device), 0.0), frames
 
     def _draw(self, what: str) -> int:
@@ -326,16 +292,13 @@ class _Trainer:
     def _epoch_path(self, epoch: int) -> Path:
         return self.out / "epochs" / f"{epoch:04}.safetensors"
 
-    def _keep_candidates(self) -> None:
-        if not self.is_chief:
-            return
-        (self.out / "epochs").mkdir(exist_ok=True)
+    def _write_candidate(self) -> set[int]:
+        """Writes the last epoch's weights if they may be averaged; returns which epochs may be."""
         best = {one.epoch for one in self._ranked()[: self.options.average]}
-        if self.epochs[-1].epoch in best:
+        if self.is_chief and self.epochs[-1].epoch in best:
+            (self.out / "epochs").mkdir(exist_ok=True)
             write_checkpoint(self._epoch_path(self.epochs[-1].epoch), self.model)
-        for path in (self.out / "epochs").glob("*.safetensors"):
-            if int(path.stem) not in best:
-                path.unlink()
+        return best
 
     def _finish(self) -> TrainingResult:
         """Writes the model: the average of the best epochs, or the best one where that is better on dev."""
@@ -368,7 +331,7 @@ class _Trainer:
         if self.is_chief:
             write_checkpoint(self.out / MODEL_FILE, self.model)
             write_json(self.out / "training.json", result.to_json())
-            _clean_up(self.out)
+            clean_up(self.out)
         self.workers.barrier()
         return result
 

@@ -37,7 +37,7 @@ class TrainingLog:
             MpqError: TensorBoard is asked for and not installed.
         """
         if self.is_writing and self.path.exists():
-            os.truncate(self.path, size)
+            os.truncate(self.path, min(size, self.path.stat().st_size))
         if not self.tensorboard:
             yield
             return

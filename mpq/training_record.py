@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mpq.files import read_json
@@ -93,9 +92,9 @@ def rank_epochs(epochs: Sequence[EpochResult], select: str) -> list[EpochResult]
 
 def average_weights(paths: Sequence[Path]) -> dict[str, Tensor]:
     """Returns the mean of the weights of checkpoints, BatchNorm's running statistics included."""
-    states = [read_checkpoint(path).state_dict() for path in paths]
-    return {
-        name: torch.stack([state[name].double() for state in states]).mean(dim=0).to(tensor.dtype)
-        for name, tensor in states[0].items()
-        if tensor.is_floating_point()
-    }
+    sums: dict[str, Tensor] = {}
+    for path in paths:
+        for name, tensor in read_checkpoint(path).state_dict().items():
+            if tensor.is_floating_point():
+                sums[name] = sums.get(name, 0) + tensor.double()
+    return {name: (total / len(paths)).float() for name, total in sums.items()}

@@ -19,7 +19,7 @@ LAYERS = [
     {"models", "augment"},
     {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
     {"calibration", "fisher", "training_data", "training_record"},
-    {"held_out", "training_log"},
+    {"held_out", "training_log", "training_folder"},
     {"sensitivity", "refine", "evaluate", "compare", "pack", "inspection", "training"},
     {"pipeline"},
     {"report"},

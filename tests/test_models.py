@@ -17,8 +17,8 @@ from mpq.errors import MpqError
 from mpq.features import LogMelOptions, slaney_filter_bank
 from mpq.models import load_model
 from mpq.models.base import AsrModel
-from mpq.models.conformer import relative_positions
 from mpq.models.nemo import NemoConformerCtc
+from mpq.models.positions import sinusoids
 from mpq.text import CharTokenizer
 
 
@@ -156,7 +156,7 @@ def test_a_matrix_that_cannot_be_quantized_is_not_passed_over() -> None:
 
 
 def test_relative_positions_by_hand() -> None:
-    table = relative_positions(3, 4)
+    table = sinusoids(torch.arange(2, -3, -1), 4)
     assert table.shape == (5, 4)
     for row, position in zip(table.tolist(), (2, 1, 0, -1, -2), strict=True):
         expected = [np.sin(position), np.cos(position), np.sin(position / 100), np.cos(position / 100)]

@@ -310,7 +310,7 @@ POINTS = {
     "between a candidate and the state": (training, "write_checkpoint", 2, True),
     "before the model": (training, "write_checkpoint", 4, False),
     "between the model and the result": (training, "write_checkpoint", 4, True),
-    "after the result": (training, "_clean_up", 1, False),
+    "after the result": (training, "clean_up", 1, False),
 }
 
 
@@ -564,14 +564,14 @@ def held_out(patch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:
 def keep_weights(patch: pytest.MonkeyPatch) -> dict[int, dict[str, np.ndarray]]:
     """Returns what will have the weights of every epoch, whatever becomes of the files."""
     kept: dict[int, dict[str, np.ndarray]] = {}
-    keep = training._Trainer._keep_candidates
+    keep = training._Trainer._write_candidate
 
-    def keeping(self: Any) -> None:
+    def keeping(self: Any) -> set[int]:
         state = self.model.state_dict()
         kept[self.epochs[-1].epoch] = {name: one.double().numpy().copy() for name, one in state.items()}
-        keep(self)
+        return keep(self)
 
-    patch.setattr(training._Trainer, "_keep_candidates", keeping)
+    patch.setattr(training._Trainer, "_write_candidate", keeping)
     return kept
 
 

@@ -1,6 +1,7 @@
 """From a recipe to an untrained model."""
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 from mpq.config import Recipe
@@ -54,7 +55,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> HybridConformer:
     return HybridConformer(encoder, decoder, mel, tokenizer)
 
 
-def described_model(path: Path) -> HybridConformer:
+def described_model(path: Path, overrides: Sequence[str] = ()) -> HybridConformer:
     """Returns the model of a recipe file with weights drawn at random.
 
     The size of a BPE vocabulary is in the recipe; characters and words are counted in the training transcripts.
@@ -62,7 +63,7 @@ def described_model(path: Path) -> HybridConformer:
     Raises:
         MpqError: A faulty recipe, or a vocabulary that cannot be counted because the data are not there.
     """
-    recipe = load_recipe(path, stages=[], need_files=False)
+    recipe = load_recipe(path, overrides, stages=[], need_files=False)
     if recipe.checkpoint:
         raise MpqError(f"{path}: describes no model but names one; inspect {recipe.checkpoint}")
     if size := recipe.tokens.vocabulary_size:

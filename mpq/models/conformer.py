@@ -18,6 +18,7 @@ from mpq.errors import MpqError
 from mpq.models.base import Stage
 from mpq.models.batch_norm import batch_norm
 from mpq.models.decoder import DecoderContext
+from mpq.models.positions import sinusoids
 
 
 @dataclass(frozen=True)
@@ -133,16 +134,6 @@ def subsampled_length(length: Tensor | int, factor: int, padding: int = 1) -> Te
     for _ in range(int(math.log2(factor))):
         length = (length - 1) // 2 + padding
     return length
-
-
-def relative_positions(frames: int, width: int, device: torch.device | None = None) -> Tensor:
-    """Returns the (2 frames - 1, width) sinusoids of positions frames-1 ... -(frames-1); sine in even columns."""
-    positions = torch.arange(frames - 1, -frames, -1, dtype=torch.float32, device=device)[:, None]
-    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
-    table = torch.zeros(2 * frames - 1, width, device=device)
-    table[:, 0::2] = torch.sin(positions * rates)
-    table[:, 1::2] = torch.cos(positions * rates[: width // 2])
-    return table
 
 
 class ConvSubsampling(nn.Module):
@@ -342,7 +333,8 @@ class ConformerEncoder(nn.Module):
         """Returns the context of (N, frames, F) features with (N,) valid frames."""
         encoded_frames, lengths = self.encoded_lengths(frames), self.encoded_lengths(feature_lengths)
         valid = torch.arange(encoded_frames, device=lengths.device) < lengths[:, None]  # (N, T')
-        positions = relative_positions(encoded_frames, self.options.width, lengths.device)
+        relative = torch.arange(encoded_frames - 1, -encoded_frames, -1, device=lengths.device)
+        positions = sinusoids(relative, self.options.width)
         return ConformerContext(feature_lengths, None if bool(valid.all()) else valid, positions)
 
     def encoded_lengths(self, feature_lengths: Tensor | int) -> Tensor | int:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
+from mpq.models.positions import sinusoids
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class TransformerDecoder(nn.Module):
 
     def _embedded(self, encoded: Tensor, context: DecoderContext) -> Hidden:
         x = self.embed(context.prefixes) * math.sqrt(self.embed.embedding_dim)
-        x = x + absolute_positions(x.shape[1], x.shape[2], x.device)
+        x = x + sinusoids(torch.arange(x.shape[1], device=x.device), x.shape[2])
         return encoded, F.dropout(x, self.options.dropout, self.training)
 
     def _logits(self, hidden: Hidden, _: DecoderContext) -> Tensor:
@@ -194,13 +195,3 @@ def decoder_context(prefixes: Tensor, encoded_lengths: Tensor, frames: int) -> D
     valid = torch.arange(frames, device=encoded_lengths.device) < encoded_lengths[:, None]  # (N, T')
     steps = torch.arange(prefixes.shape[1], device=prefixes.device)
     return DecoderContext(prefixes, steps <= steps[:, None], valid[:, None, None, :])
-
-
-def absolute_positions(length: int, width: int, device: torch.device) -> Tensor:
-    """Returns the (length, width) sinusoids of positions 0 ... length - 1; sine in even columns."""
-    positions = torch.arange(length, dtype=torch.float32, device=device)[:, None]
-    rates = torch.exp(torch.arange(0, width, 2, dtype=torch.float32, device=device) * -(math.log(10000.0) / width))
-    table = torch.zeros(length, width, device=device)
-    table[:, 0::2] = torch.sin(positions * rates)
-    table[:, 1::2] = torch.cos(positions * rates[: width // 2])
-    return table

@@ -1,0 +1,62 @@
+"""Whose training a checkpoint folder holds: claimed at the start, checked before any other, tidied at the end."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+from mpq.config import Recipe
+from mpq.errors import MpqError
+from mpq.files import read_json, write_json
+from mpq.models.checkpoint import MODEL_FILE
+from mpq.training_data import TrainingSet
+from mpq.training_record import TRAINING_FORMAT
+
+STARTED_FORMAT = "mpq.started/1"
+NEUTRAL = ("save_minutes", "workers", "tensorboard")
+"""Options of the training that change no weight."""
+
+
+def training_fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
+    """Returns a digest of all that the weights depend on; a newer mpq may go on with an older one's training."""
+    sections = {
+        name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "train", "augment")
+    }
+    for key in NEUTRAL:
+        del sections["train"][key]
+    identity = [
+        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
+        for part in (data, dev)
+        if part
+        for item, seconds in zip(part.utterances, part.durations, strict=True)
+    ]
+    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, sections, identity]
+    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+
+
+def check_folder(out: Path, fingerprint: str) -> None:
+    """Raises MpqError if a folder holds a training of other data or with other options, or something else."""
+    ours = any((out / name).exists() for name in ("training.json", "started.json"))
+    for name in (MODEL_FILE, "log.jsonl", "state.pt", "recipe.json"):
+        if not ours and (out / name).exists():
+            raise MpqError(f"{out / name}: is in the way, and not of a training; choose another --out")
+    for name in ("training.json", "started.json"):
+        if (out / name).exists():
+            raw = read_json(out / name, TRAINING_FORMAT if name == "training.json" else STARTED_FORMAT)
+            if raw.get("fingerprint") != fingerprint:
+                raise MpqError(
+                    f"{out}: holds {'a finished' if name == 'training.json' else 'an unfinished'} training with other "
+                    "options or data (its recipe.json has them); choose another --out, or delete the folder"
+                )
+
+
+def clean_up(out: Path) -> None:
+    """Removes what only an unfinished training needs."""
+    for name in ("state.pt", "started.json"):
+        (out / name).unlink(missing_ok=True)
+    shutil.rmtree(out / "epochs", ignore_errors=True)
+
+
+def claim_folder(out: Path, fingerprint: str) -> None:
+    """Writes down whose training a folder is about to hold."""
+    write_json(out / "started.json", {"format": STARTED_FORMAT, "fingerprint": fingerprint})
