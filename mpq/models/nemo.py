@@ -28,6 +28,9 @@ from mpq.models.base import AsrModel, Stage, load_state
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
 from mpq.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
+_NOT_NEMO = ("ffn2_width", "ffn_rank", "ffn2_rank", "subsampling_padding", "dropout")
+"""Options that no archive of NeMo sets."""
+
 SUPPORTED = "supported: CTC models (EncDecCTCModel, EncDecCTCModelBPE) with a ConformerEncoder"
 
 
@@ -91,7 +94,7 @@ class NemoConformerCtc(AsrModel):
         return {
             "family": self.family,
             "architecture": self.architecture,
-            "encoder": asdict(self.encoder.options),
+            "encoder": {key: value for key, value in asdict(self.encoder.options).items() if key not in _NOT_NEMO},
             "features": asdict(self.preprocessor.featurizer.options),
             "tokenizer": tokenizer,
         }, blob
