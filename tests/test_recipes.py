@@ -184,6 +184,11 @@ def known(section: str) -> str:
         (["seed=-1"], ["seed: expected 0 or more, got -1"]),
         (["seed=true"], ["seed: expected a whole number, got true"]),
         (["train=3"], ["train: expected a section, got 3"]),
+        (["augment.speed=[0.93333]"], ["[augment] speed: expected two decimals at most, got 0.93333"]),
+        (
+            ["train.semi_orthogonal=SLLS", "model.ffn_rank=1000"],
+            ["[train] semi_orthogonal: a rank of 1000 is above the width"],
+        ),
         (["data.test=x.jsonl"], ['[data] test: expected a table, got "x.jsonl"']),
         (["data.skip_bad=1"], ["[data] skip_bad: expected true or false, got 1"]),
         (["seed"], ["--set: expected section.key=value, got 'seed'"]),
