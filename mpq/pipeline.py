@@ -36,7 +36,7 @@ from mpq.records import Allocation, SensitivityTable
 from mpq.runtime import choose_device
 from mpq.sensitivity import METHODS, measure_sensitivity
 from mpq.training import train
-from mpq.training_folder import NEUTRAL
+from mpq.training_folder import weight_options
 from mpq.training_record import TRAINING_FORMAT
 
 RUN_FORMAT = "mpq.run/1"
@@ -281,10 +281,8 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
 
     def train_inputs() -> Any:
         names = [*data.train, *([data.dev] if data.dev else [])]
-        sections = [getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "augment")]
-        training = recipe.train.model_dump(exclude=set(NEUTRAL))
         identity = [_identity(recipe.path(name), by_time=False) for name in names]
-        return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, sections, training, identity]
+        return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, weight_options(recipe), identity]
 
     def act_train() -> dict[str, Any]:
         done = train(recipe, checkpoint, **common)

@@ -15,7 +15,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from mpq.config import STAGES, SYNTHETIC_NOISE, Recipe, sections
+from mpq.config import STAGES, SYNTHETIC_NOISE, ModelConfig, Recipe, sections
 from mpq.errors import MpqError
 from mpq.files import read_text
 
@@ -99,7 +99,9 @@ def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
     if "train" in stages:
         wanted += [("data.train", f"[data] train[{i}]", recipe.path(name)) for i, name in enumerate(data.train)]
         wanted += [("data.dev", "[data] dev", recipe.path(data.dev))] if data.dev else []
-        wanted += [("augment.noise", "[augment] noise", one) for one in recipe.augment.noise if one in _files(recipe)]
+        wanted += [
+            ("augment.noise", "[augment] noise", one) for one in recipe.augment.noise if one not in SYNTHETIC_NOISE
+        ]
     elif stages and recipe.checkpoint:
         wanted += [("checkpoint", "checkpoint", recipe.checkpoint)]
     if {"evaluate", "compare"} & set(stages):
@@ -116,10 +118,6 @@ def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
         for key, name, path in wanted
         if not os.path.exists(path)
     ]
-
-
-def _files(recipe: Recipe) -> list[str]:
-    return [name for name in recipe.augment.noise if name not in SYNTHETIC_NOISE]
 
 
 def _contradictions(recipe: Recipe) -> list[tuple[str, str]]:
@@ -204,11 +202,12 @@ def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
         if isinstance(value, list) and len(value) != model.layers:
             text = f"expected one number for each of the {model.layers} blocks, got {len(value)}"
             add(f"model.{key}", text, "model.layers")
-    if "S" in train.semi_orthogonal and not _has_rank(model.ffn_rank) and not _has_rank(model.ffn2_rank):
+    rank = _largest_rank(model)
+    if "S" in train.semi_orthogonal and not rank:
         text = f'"{train.semi_orthogonal}" needs factored matrices (model.ffn_rank or model.ffn2_rank)'
         add("train.semi_orthogonal", text, "model.ffn_rank", "model.ffn2_rank")
-    elif "S" in train.semi_orthogonal and (largest := _largest_rank(model)) > model.width:
-        text = f"a rank of {largest} is above the width {model.width}, so a factor cannot be semi-orthogonal"
+    elif "S" in train.semi_orthogonal and rank > model.width:
+        text = f"a rank of {rank} is above the width {model.width}, so a factor cannot be semi-orthogonal"
         add("train.semi_orthogonal", text, "model.ffn_rank", "model.ffn2_rank", "model.width")
     if not model.decoder_layers and train.ctc_weight != 1:
         text = "expected 1 for a model without a decoder (decoder_layers = 0)"
@@ -223,13 +222,10 @@ def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
     return faults
 
 
-def _largest_rank(model: Any) -> int:
+def _largest_rank(model: ModelConfig) -> int:
+    """Returns the largest rank of a factored matrix, 0 where none is factored."""
     ranks = [model.ffn_rank, model.ffn2_rank or 0]
-    return max(max(rank) if isinstance(rank, list) else rank for rank in ranks)
-
-
-def _has_rank(value: int | list[int] | None) -> bool:
-    return any(value) if isinstance(value, list) else bool(value)
+    return max(max(rank, default=0) if isinstance(rank, list) else rank for rank in ranks)
 
 
 def _override(table: dict[str, Any], text: str) -> str | None:

@@ -292,9 +292,13 @@ class _Trainer:
     def _epoch_path(self, epoch: int) -> Path:
         return self.out / "epochs" / f"{epoch:04}.safetensors"
 
-    def _write_candidate(self) -> set[int]:
+    def _candidates(self) -> list[int]:
+        """Returns the epochs that may be averaged, the best first."""
+        return [one.epoch for one in self._ranked()[: self.options.average]]
+
+    def _write_candidate(self) -> list[int]:
         """Writes the last epoch's weights if they may be averaged; returns which epochs may be."""
-        best = {one.epoch for one in self._ranked()[: self.options.average]}
+        best = self._candidates()
         if self.is_chief and self.epochs[-1].epoch in best:
             (self.out / "epochs").mkdir(exist_ok=True)
             write_checkpoint(self._epoch_path(self.epochs[-1].epoch), self.model)
@@ -303,7 +307,7 @@ class _Trainer:
     def _finish(self) -> TrainingResult:
         """Writes the model: the average of the best epochs, or the best one where that is better on dev."""
         self.workers.barrier()  # the chief has written the last candidate
-        ranked = [one.epoch for one in self._ranked()[: self.options.average]]
+        ranked = self._candidates()
         choices = [ranked] if len(ranked) == 1 or self.dev is None else [ranked, ranked[:1]]
         results = []
         for epochs in choices:

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
@@ -17,20 +18,21 @@ NEUTRAL = ("save_minutes", "workers", "tensorboard")
 """Options of the training that change no weight."""
 
 
+def weight_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Returns the sections of a recipe that the weights depend on, the data aside."""
+    sections = {name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "augment")}
+    return sections | {"train": recipe.train.model_dump(exclude=set(NEUTRAL))}
+
+
 def training_fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
     """Returns a digest of all that the weights depend on; a newer mpq may go on with an older one's training."""
-    sections = {
-        name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "train", "augment")
-    }
-    for key in NEUTRAL:
-        del sections["train"][key]
     identity = [
         (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
         for part in (data, dev)
         if part
         for item, seconds in zip(part.utterances, part.durations, strict=True)
     ]
-    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, sections, identity]
+    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, weight_options(recipe), identity]
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 

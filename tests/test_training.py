@@ -566,7 +566,7 @@ def keep_weights(patch: pytest.MonkeyPatch) -> dict[int, dict[str, np.ndarray]]:
     kept: dict[int, dict[str, np.ndarray]] = {}
     keep = training._Trainer._write_candidate
 
-    def keeping(self: Any) -> set[int]:
+    def keeping(self: Any) -> list[int]:
         state = self.model.state_dict()
         kept[self.epochs[-1].epoch] = {name: one.double().numpy().copy() for name, one in state.items()}
         return keep(self)
