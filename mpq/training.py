@@ -157,6 +157,7 @@ class _Trainer:
                 advance(len(group))
                 if is_stopping:
                     self._save()
+                    self.workers.barrier()  # nobody leaves while the chief is still writing
                     raise KeyboardInterrupt
                 if time.monotonic() - saved > 60 * self.options.save_minutes:
                     self._save()
