@@ -87,36 +87,41 @@ class ModelConfig(_Section):
     decoder_ffn_width: Whole = Field(2048, description="Hidden units of the decoder's feed-forward modules.")
 
 
-class TrainConfig(_Section):
-    """Training (`mpq train`)."""
+class LoopConfig(_Section):
+    """What every training loop needs (`mpq.training_loop`)."""
 
     epochs: Whole = Field(50, description="Passes over the training data.")
     batch_frames: Whole = Field(20000, description="Feature frames in a batch, padding counted, over all processes.")
     accumulate: Whole = Field(1, description="Batches for one update of the weights.")
-    ctc_weight: Fraction = Field(0.2, description="Share of the CTC loss (Li et al. 2023, Eq. 1); 1 without a decoder.")
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of the attention loss.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(1e-3, description="The highest, at the end of the warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(2000, description="Updates in which the rate rises from 0.")
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = Field(
         "inverse_sqrt", description="After the warm-up; cosine and linear end at about 0 with the last epoch."
     )
-    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="AdamW; of matrices and kernels alone.")
-    betas: tuple[Momentum, Momentum] = Field((0.9, 0.98), description="AdamW.")
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.98), description="Of Adam(W).")
     clip_norm: Annotated[float, Field(gt=0)] = Field(5.0, description="Largest norm of the gradient.")
     precision: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto: mixed precision on CUDA (bfloat16 where the device has it), float32 on the CPU."
     )
-    semi_orthogonal: Annotated[str, Field(pattern="^[SL]{4}$")] = Field(
-        "LLLL",
-        description="S: semi-orthogonal, L: free; of the factors of the first matrix (inner, outer), of the second.",
-    )
-    semi_orthogonal_every: Whole = Field(4, description="Updates between two steps towards it.")
     average: Whole = Field(5, description="Epochs whose weights are averaged in the end.")
     select: Literal["wer", "loss", "last"] = Field("wer", description="Which epochs: lowest dev WER or loss, or last.")
     patience: Whole | None = Field(None, description="Stop after so many epochs without a new best one.")
     save_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="Between saved states inside an epoch.")
     workers: Annotated[int, Field(ge=0)] = Field(1, description="Processes that read and augment audio.")
     tensorboard: bool = Field(False, description="Write TensorBoard logs too (needs the package tensorboard).")
+
+
+class TrainConfig(LoopConfig):
+    """Training (`mpq train`)."""
+
+    ctc_weight: Fraction = Field(0.2, description="Share of the CTC loss (Li et al. 2023, Eq. 1); 1 without a decoder.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="Of the attention loss.")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(1e-2, description="AdamW; of matrices and kernels alone.")
+    semi_orthogonal: Annotated[str, Field(pattern="^[SL]{4}$")] = Field(
+        "LLLL",
+        description="S: semi-orthogonal, L: free; of the factors of the first matrix (inner, outer), of the second.",
+    )
+    semi_orthogonal_every: Whole = Field(4, description="Updates between two steps towards it.")
 
 
 class AugmentConfig(_Section):

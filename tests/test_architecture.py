@@ -20,6 +20,7 @@ LAYERS = [
     {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
     {"calibration", "fisher", "training_data", "training_record"},
     {"held_out", "training_log", "training_folder"},
+    {"training_loop"},
     {"sensitivity", "refine", "evaluate", "compare", "pack", "inspection", "training"},
     {"pipeline"},
     {"report"},

@@ -87,15 +87,15 @@ def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
     changes = {"features__pitch": True, "data__dev": None, "train__select": "last", "augment__time_mask_fraction": 0.5}
     with_pitch = recipe(tmp_path, **changes, augment__frequency_masks=2, augment__frequency_mask_width=20)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    plain = training._Trainer._features
+    plain = training._Trainer._masked
 
-    def watched(self: Any, waveforms: Any, lengths: Any, utt_ids: Any) -> Any:
-        found = plain(self, waveforms, lengths, utt_ids)
-        seen.append((self.model.features(waveforms, lengths)[0][:, : found[0].shape[1]], found[0]))
+    def watched(self: Any, features: Any, frames: Any, utt_ids: Any) -> Any:
+        found = plain(self, features, frames, utt_ids)
+        seen.append((features, found))
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Trainer, "_features", watched)
+        patch.setattr(training._Trainer, "_masked", watched)
         train(with_pitch, tmp_path / "out", quiet=True)
     banded = whole = 0
     for before, after in seen:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from mpq.decoding import GREEDY, DecodeOptions, NextLogProbs, ctc_greedy, ctc_prefix_beam, joint_beam
 from mpq.errors import MpqError
+from mpq.features import LogMelOptions
 from mpq.text import Tokenizer
 
 
@@ -75,6 +76,11 @@ class AsrModel(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.quantized_bits, self.quantized_bytes = {}, {}
+
+    @property
+    @abstractmethod
+    def mel(self) -> LogMelOptions:
+        """The log-mel features that the model takes (others may follow them)."""
 
     @property
     @abstractmethod

@@ -53,6 +53,10 @@ class HybridConformer(AsrModel):
         self.eval()
 
     @property
+    def mel(self) -> LogMelOptions:
+        return self.featurizer.options
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         return self.encoder.stages("encoder")
 

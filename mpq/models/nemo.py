@@ -60,6 +60,10 @@ class NemoConformerCtc(AsrModel):
         self.eval()
 
     @property
+    def mel(self) -> LogMelOptions:
+        return self.preprocessor.featurizer.options
+
+    @property
     def stages(self) -> tuple[Stage, ...]:
         return self.encoder.stages("encoder")
 
