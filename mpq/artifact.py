@@ -114,6 +114,7 @@ def write_artifact(
     size_bytes: int,
     grams: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[float], None] = lambda amount: None,
+    quantized: Mapping[str, Quantized] | None = None,
 ) -> None:
     """Quantizes and packs a model; the file appears under its name when it is whole.
 
@@ -125,6 +126,7 @@ def write_artifact(
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
         grams: For the rounding "gptq": {weight name: statistics} (`mpq.calibration.input_grams`).
         on_layer: Told 1 with each finished layer.
+        quantized: Of weights that are quantized already, which are stored as they are.
 
     Raises:
         MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into
@@ -137,7 +139,13 @@ def write_artifact(
     parts["bits"] = bytes(bits[ref.name] for ref in refs)
     payloads = []
     for ref in refs:
-        payloads.append(_encode(ref.name, state[ref.name], bits[ref.name], storage, grams or {}))
+        width, weight = bits[ref.name], state[ref.name]
+        if width in FLOAT_BITS:
+            payloads.append(_encode_floats(ref.name, weight, width))
+        elif quantized and ref.name in quantized:
+            payloads.append(_encode(quantized[ref.name], width, storage))
+        else:
+            payloads.append(_encode(*quantize_weight(ref.name, weight, storage, [width], grams or {}), width, storage))
         on_layer(1)
         assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
     parts["weights"] = b"".join(payloads)
@@ -219,13 +227,17 @@ def quantize_layer(
     Raises:
         MpqError: The weight cannot be quantized; the message names it.
     """
-    quantized = _quantized(name, weight, storage, widths, grams)
-    return [dequantize(one, storage.spec) for one in quantized]
+    return [dequantize(one, storage.spec) for one in quantize_weight(name, weight, storage, widths, grams)]
 
 
-def _quantized(
+def quantize_weight(
     name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Quantized]:
+    """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
+
+    Raises:
+        MpqError: As `quantize_layer`.
+    """
     if storage.spec.rounding == "gptq" and name not in grams:
         raise MpqError(
             f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
@@ -242,15 +254,17 @@ def _levels(spec: QuantSpec) -> int:
     return 2 if spec.bits == 1 else q_max - q_min + 1
 
 
-def _encode(name: str, weight: Tensor, bits: int, storage: Storage, grams: Mapping[str, Tensor]) -> bytes:
-    """Returns codes, zero points and scales of a weight, or its floats."""
-    if bits in FLOAT_BITS:
-        try:
-            return _float_bytes(weight, f"float{bits}")
-        except MpqError as error:
-            raise MpqError(f"{name}: {error}") from None
+def _encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
+    """Returns the floats of a weight that is left unquantized."""
+    try:
+        return _float_bytes(weight, f"float{bits}")
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
+
+
+def _encode(quantized: Quantized, bits: int, storage: Storage) -> bytes:
+    """Returns codes, zero points and scales of a weight."""
     spec = replace(storage.spec, bits=bits)
-    (quantized,) = _quantized(name, weight, storage, [bits], grams)
     codes = quantized.codes.flatten().to(torch.int16).cpu()
     codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
     encoded = pack_codes(codes.numpy(), _levels(spec))

@@ -178,7 +178,7 @@ def output_divergence(
         for features, lengths in data:
             batch = OutputBatch(model, features, lengths)
             references, found = (batch.log_distributions(one, outputs) for one in (tree, changed_tree))
-            total += sum(float(_bounded(references[one], found[one]).sum()) for one in outputs)
+            total += sum(float(bounded_kl(references[one], found[one]).sum()) for one in outputs)
             rows += sum(len(reference) for reference in references.values())
     kl = total / rows
     if not math.isfinite(kl):
@@ -296,7 +296,7 @@ class JointDivergence:
         ]
 
 
-def _bounded(reference: Tensor, changed: Tensor) -> Tensor:
+def bounded_kl(reference: Tensor, changed: Tensor) -> Tensor:
     """Returns the (M,) bounded KL(reference || changed) of each row."""
     return (reference.exp() * (reference - changed)).sum(dim=-1).clamp(max=BOUND)
 
@@ -305,6 +305,6 @@ def _sums(batch: OutputBatch, references: Mapping[str, Tensor], logits: Mapping[
     """Returns the (N,) sums of the bounded divergence over the rows of each utterance in all outputs."""
     sums = []
     for output, reference in references.items():
-        parts = _bounded(reference, batch.log_softmax(logits[output], output)).split(batch.rows[output].tolist())
+        parts = bounded_kl(reference, batch.log_softmax(logits[output], output)).split(batch.rows[output].tolist())
         sums.append(torch.stack([part.sum() for part in parts]))
     return torch.stack(sums).sum(dim=0).cpu()

@@ -66,23 +66,40 @@ def choose_grid(groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
     Raises:
         MpqError: A scale does not fit into the spec's scale_dtype.
     """
-    if is_sign(spec):
-        scale = _stored(groups.abs().mean(dim=-1), spec)  # 0 for a group of zeros, whose codes then stand for zeros
-        return scale, torch.zeros_like(scale)
+    return clipped_grid(groups, spec, choose_clip(groups, spec))
+
+
+def choose_clip(groups: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the (C, G) share of the range of groups of weights (C, G, size) that gives the smallest error.
+
+    It is searched (Rybakov et al. 2023) where the spec's clip is "mse" or "mae", else 1.
+    """
+    chosen = groups.new_ones(groups.shape[:-1])
+    if spec.clip not in ("mse", "mae") or is_sign(spec):
+        return chosen
     low, high = _range(groups, spec)
-    if spec.clip not in ("mse", "mae"):
-        return _scale_and_zero_point(low, high, spec)
     best = torch.full_like(low, torch.inf)
-    scale, zero_point = torch.empty_like(low), torch.empty_like(low)
     ratios = torch.tensor(CLIP_RATIOS, device=groups.device)
     for some in ratios.split(max(_AT_ONCE // groups.numel(), 1)):
         candidates = _scale_and_zero_point(low * some[:, None, None], high * some[:, None, None], spec)
         error, index = _error(groups, *candidates, spec).min(dim=0)
         better = error < best
         best = torch.where(better, error, best)
-        scale = torch.where(better, candidates[0].gather(0, index[None])[0], scale)
-        zero_point = torch.where(better, candidates[1].gather(0, index[None])[0], zero_point)
-    return scale, zero_point
+        chosen = torch.where(better, some[index], chosen)
+    return chosen
+
+
+def clipped_grid(groups: Tensor, spec: QuantSpec, ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns scale and zero point, (C, G) float32 each, that spread the codes over a (C, G) share of the range.
+
+    Raises:
+        MpqError: A scale does not fit into the spec's scale_dtype.
+    """
+    if is_sign(spec):
+        scale = _stored(groups.abs().mean(dim=-1), spec)  # 0 for a group of zeros, whose codes then stand for zeros
+        return scale, torch.zeros_like(scale)
+    low, high = _range(groups, spec)
+    return _scale_and_zero_point(low * ratio, high * ratio, spec)
 
 
 def nearest_codes(groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec) -> Tensor:
@@ -123,8 +140,8 @@ def _scale_and_zero_point(low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[T
     """Returns scales and (float32) zero points that spread the codes over [low, high]."""
     q_min, q_max = code_range(spec)
     if spec.scheme == "symmetric":
-        return _divisor(high / q_max, spec), torch.zeros_like(high)
-    scale = _divisor((high - low) / (q_max - q_min), spec)
+        return storable_scale(high / q_max, spec), torch.zeros_like(high)
+    scale = storable_scale((high - low) / (q_max - q_min), spec)
     return scale, torch.round(-low / scale).clamp_(q_min, q_max)
 
 
@@ -138,8 +155,12 @@ def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
     return stored
 
 
-def _divisor(scale: Tensor, spec: QuantSpec) -> Tensor:
-    """Returns the scale rounded to scale_dtype, at least its smallest positive value."""
+def storable_scale(scale: Tensor, spec: QuantSpec) -> Tensor:
+    """Returns the scale rounded to scale_dtype, at least its smallest positive value.
+
+    Raises:
+        MpqError: It does not fit into scale_dtype.
+    """
     smallest = 2.0**-24 if spec.scale_dtype == "float16" else torch.finfo(torch.float32).tiny
     return _stored(scale, spec).clamp_(min=smallest)
 

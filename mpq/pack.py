@@ -11,18 +11,16 @@ from typing import Any
 
 from torch import Tensor
 
-from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes, read_artifact, write_artifact
+from mpq.artifact import Storage, read_artifact, write_artifact
+from mpq.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,
     HELD_OUT_SECONDS,
     CalibrationData,
-    cached_statistics,
     draw,
     further,
     in_batches,
-    redraw,
-    statistics,
     unseen,
 )
 from mpq.divergence import output_divergence
@@ -30,7 +28,7 @@ from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
-from mpq.records import FLOAT_BITS, Allocation
+from mpq.records import Allocation
 from mpq.runtime import choose_device, memory_for, progress
 
 
@@ -129,41 +127,23 @@ def pack(
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; pack the float checkpoint that it was made from")
     sha256 = sha256_file(checkpoint)
-    if allocation is not None and allocation.model.get("sha256", sha256) != sha256:
-        raise MpqError(f"{checkpoint}: the allocation was made for another checkpoint, {allocation.model.get('path')}")
     refs = model.weights()
-    widths = dict(allocation.bits) if allocation else {ref.name: bits or storage.float_bits for ref in refs}
-    check_names(refs, widths)
-    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, widths[ref.name], storage) for ref in refs)
-    if allocation and abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
-        size = allocation.predicted_bytes  # as promised, also where another version of the compressor made the promise
-    if allocation and size > allocation.target_bytes:
-        raise MpqError(
-            f"{out}: the file would have {size} bytes, above the allocation's target of {allocation.target_bytes} (it "
-            f"predicted {allocation.predicted_bytes}); its sizes are of another model or quantizer: run mpq "
-            "sensitivity and mpq allocate for this one"
-        )
+    if allocation is not None:
+        assigned = assign(model, checkpoint, sha256, allocation, storage, out)
+    else:
+        widths = {ref.name: bits or storage.float_bits for ref in refs}
+        assigned = Assignment(widths, storage, planned_bytes(model, widths, storage))
+    widths, size = assigned.bits, assigned.size_bytes
     drawn, note = None, "no calibration data are known; --data names some"
-    is_gptq = storage.spec.rounding == "gptq" and any(width not in FLOAT_BITS for width in widths.values())
-    try:
-        if allocation is not None and "sha256" in allocation.data:
-            drawn = redraw(model, allocation.data, data)
-        elif data is not None and is_gptq:
-            drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
-        elif data is not None:
-            drawn = unseen(model, data, seed, channel, skip_bad)
-    except MpqError as error:
-        if data is not None:
-            raise
-        note = str(error).splitlines()[0] + "; --data says where they are now"
-    grams: dict[str, Tensor] | None = {}
-    if is_gptq and drawn is not None:
-        with memory_for(f"{drawn.path}: the statistics"):
-            grams = statistics(model, sha256, drawn, storage, quiet)
-    elif is_gptq:
-        grams = cached_statistics(model, sha256, allocation.data.get("sha256", "")) if allocation else None
-        if grams is None:
-            raise MpqError(f"{out}: rounding gptq needs calibration data: {note}")
+    if allocation is not None and "sha256" in allocation.data:
+        drawn, note = recall(model, allocation, data)
+    elif data is not None and assigned.needs_statistics:
+        drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
+    elif data is not None:
+        drawn = unseen(model, data, seed, channel, skip_bad)
+    grams: dict[str, Tensor] = {}
+    if assigned.needs_statistics:
+        grams = recalled_statistics(model, sha256, drawn, allocation, storage, note, out, quiet)
     with progress("packing", len(refs), quiet, "layers") as advance:
         write_artifact(out, model, widths, storage, size, grams, advance)
     measured_kl = None
