@@ -24,14 +24,12 @@ from mpq import __version__
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
-from mpq.models.hybrid import HybridConformer
-from mpq.models.nemo import NemoConformerCtc
+from mpq.models.checkpoint import FAMILIES
 from mpq.packing import pack_codes, packed_size, unpack_codes
 from mpq.quantizers import Quantized, QuantSpec, code_range, dequantize, quantize_widths, scale_shape
 from mpq.records import FLOAT_BITS
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
-FAMILIES = {"nemo": NemoConformerCtc, "mpq": HybridConformer}
 HEADER_SLACK = 128
 """Bytes to spare in the header, so that what another version of the compressor makes, which may differ by a few bytes,
 still fits into the size that this one gave."""

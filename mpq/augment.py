@@ -1,4 +1,4 @@
-"""Augmentation of training audio: speed perturbation, additive noise, SpecAugment.
+"""Augmentation of training audio: speed perturbation, additive noise, level, SpecAugment.
 
 Every random choice is drawn from a generator whose seed is that of the training, the epoch and the utterance's id. So
 an utterance is changed in the same way whatever batch it is in, whichever process reads it, and whether the training
@@ -111,10 +111,12 @@ def with_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:
 def augmented(
     waveform: Tensor, config: AugmentConfig, noise: NoiseSource | None, sample_rate: int, random: np.random.Generator
 ) -> Tensor:
-    """Returns the waveform (S,) with speed and noise as drawn from `random`."""
+    """Returns the waveform (S,) with speed, noise and level as drawn from `random`."""
     waveform = changed_speed(waveform, config.speed[random.integers(len(config.speed))], sample_rate)
     if noise is not None and random.random() < config.noise_probability:
         waveform = with_noise(waveform, noise.draw(len(waveform), random), random.uniform(*config.snr_db))
+    if config.level_db != (0.0, 0.0):
+        waveform = waveform * 10 ** (random.uniform(*config.level_db) / 20)
     return waveform
 
 

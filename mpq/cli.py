@@ -11,7 +11,7 @@ from mpq import __version__
 from mpq.errors import MpqError
 from mpq.options import EXISTING, common_options, data_options, decode_options, print_result, set_option
 from mpq.quantize_commands import allocate, pack, sensitivity
-from mpq.recipe_commands import run, train
+from mpq.recipe_commands import finetune, run, train
 
 
 class Cli(click.Group):
@@ -42,6 +42,7 @@ def main() -> None:
     mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
     mpq allocate    sens.json --target-mb 7.5 --out alloc.json
     mpq pack        model.nemo --allocation alloc.json --out small.safetensors
+    mpq finetune    model.nemo --allocation alloc.json --train train.jsonl --dev dev.jsonl --out runs/qat
     mpq evaluate    small.safetensors --data dev.jsonl --out runs/small
     mpq compare     runs/fp32 runs/small
     """
@@ -175,5 +176,5 @@ def compare(
     print_result(result, as_json, *views)
 
 
-for command in (train, run, sensitivity, allocate, pack):
+for command in (train, run, sensitivity, allocate, pack, finetune):
     main.add_command(command)

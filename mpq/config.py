@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-STAGES = ("train", "evaluate", "sensitivity", "allocate", "pack", "compare")
+STAGES = ("train", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
 """All stages that a recipe may name, in the order in which they run."""
 
 SYNTHETIC_NOISE = ("white", "babble")
@@ -135,11 +135,76 @@ class AugmentConfig(_Section):
     )
     noise_probability: Fraction = Field(0.5, description="Of adding one of them.")
     snr_db: tuple[float, float] = Field((0.0, 20.0), description="Range of the signal-to-noise ratio.")
+    level_db: tuple[float, float] = Field((0.0, 0.0), description="Range of a change of level, after the noise.")
     frequency_masks: Annotated[int, Field(ge=0)] = Field(2, description="SpecAugment (Park et al. 2019).")
     frequency_mask_width: Whole = Field(27, description="Widest, bands.")
     time_masks: Annotated[int, Field(ge=0)] = Field(2, description="SpecAugment.")
     time_mask_width: Whole = Field(40, description="Widest, feature frames.")
     time_mask_fraction: Fraction = Field(0.2, description="Widest, of the utterance.")
+
+
+class FinetuneConfig(LoopConfig):
+    """Quantization-aware fine-tuning (`mpq finetune`)."""
+
+    epochs: Whole = Field(4, description="Passes over the training data.")
+    batch_frames: Whole = Field(2400, description="Feature frames in a batch, padding counted, over all processes.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.004, description="The highest; of the weights, in steps of their grid at the start."
+    )
+    scale_rate: Annotated[float, Field(ge=0)] = Field(0.002, description="Of learned scales, relative to themselves.")
+    rest_rate: Annotated[float, Field(ge=0)] = Field(5e-5, description="Of biases, norms and unquantized weights.")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="Updates in which the rates rise from 0.")
+    schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = Field(
+        "cosine", description="After the warm-up; cosine and linear end at about 0 with the last epoch."
+    )
+    betas: tuple[Momentum, Momentum] = Field((0.9, 0.99), description="Of Adam.")
+    average: Whole = Field(1, description="Epochs whose weights are averaged in the end.")
+    select: Literal["wer", "loss", "last"] = Field(
+        "wer", description="Which epochs: lowest dev WER, lowest divergence (loss), or last; 0 is the start."
+    )
+    quantizer: Literal["ste", "gq"] = Field(
+        "ste", description="ste: straight-through; gq: General Quantizer (Zhen 2022), for the scheme mulaw."
+    )
+    scales: Literal["learned", "recomputed", "frozen"] = Field(
+        "learned", description="Of ste: learned (LSQ), from the weights in each pass, or as at the start."
+    )
+    search_every: Whole = Field(
+        50, description="Updates between two searches for the clip ratios (recomputed scales) and for mu (gq)."
+    )
+    alpha: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (10.0, 500.0), description="Of gq: sharpness of the assignment, first and last."
+    )
+    anneal: tuple[Fraction, Fraction] = Field(
+        (0.0, 0.8), description="Of gq: from which to which part of all updates it rises; after that, hard."
+    )
+    bound: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Nats at which the distillation of one frame saturates; 0: it does not."
+    )
+    hidden_weight: Annotated[float, Field(ge=0)] = Field(
+        1.0, description="Of the relative squared error of the encoder's hidden states, beside the distillation."
+    )
+    transcript_weight: Fraction = Field(
+        0.0, description="Share of the transcripts' loss; the rest is distillation. 0 needs no transcripts."
+    )
+    ctc_weight: Fraction = Field(0.3, description="Share of CTC in both losses; 1 without an attention decoder.")
+    label_smoothing: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="Of the transcripts' attention loss.")
+    teacher_hears: Literal["clean", "masked"] = Field(
+        "clean", description="With SpecAugment, whether the teacher gets the masks too."
+    )
+    ema: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="Decay of the running average of all weights that is evaluated and kept; 0: none."
+    )
+    batch_norm: Literal["frozen", "updated"] = Field(
+        "frozen", description="updated: batch statistics in training, which move the running ones along."
+    )
+    dropout: bool = Field(False, description="With the model's own rates; NeMo archives are read with none.")
+
+
+class FinetuneAugmentConfig(AugmentConfig):
+    """What is done to the audio of fine-tuning; drawn anew for each utterance and epoch."""
+
+    frequency_masks: Annotated[int, Field(ge=0)] = Field(0, description="SpecAugment (Park et al. 2019).")
+    time_masks: Annotated[int, Field(ge=0)] = Field(0, description="SpecAugment.")
 
 
 class DecodeConfig(_Section):
@@ -193,7 +258,9 @@ class CompareConfig(_Section):
 class Recipe(_Section):
     """A recipe. Sections that are left out have their defaults."""
 
-    stages: list[Literal[STAGES]] = Field(list(STAGES), description="What `mpq run` does, in this order.")
+    stages: list[Literal[STAGES]] = Field(
+        [stage for stage in STAGES if stage != "finetune"], description="What `mpq run` does, in this order."
+    )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of all that is drawn at random.")
     checkpoint: Name | None = Field(None, description="A trained model, where there is no stage train.")
     data: DataConfig = DataConfig()
@@ -205,6 +272,8 @@ class Recipe(_Section):
     decode: DecodeConfig = DecodeConfig()
     sensitivity: SensitivityConfig = SensitivityConfig()
     allocate: AllocateConfig = AllocateConfig()
+    finetune: FinetuneConfig = FinetuneConfig()
+    finetune_augment: FinetuneAugmentConfig = FinetuneAugmentConfig()
     compare: CompareConfig = CompareConfig()
 
     def path(self, name: str) -> Path:
@@ -224,13 +293,21 @@ def sections() -> dict[str, type[BaseModel]]:
 def describe() -> Iterable[tuple[str, str, list[tuple[str, str, str, str]]]]:
     """Yields (section, what it is, [(key, type, default, description)]) of the whole schema, for the documentation."""
     for name, section in ({"": Recipe} | sections()).items():
-        rows = []
-        for key, field in section.model_fields.items():
-            if not name and key in sections():
-                continue
-            default = field.get_default(call_default_factory=True)
-            rows.append((key, _type_name(field.annotation), _toml(default), field.description or ""))
+        rows = [row for row in describe_section(section) if name or row[0] not in sections()]
         yield name, (section.__doc__ or "").strip(), rows
+
+
+def describe_section(section: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Returns [(key, type, default, description)] of a section."""
+    return [
+        (
+            key,
+            _type_name(field.annotation) if key not in sections() else "",
+            _toml(field.get_default(call_default_factory=True)),
+            field.description or "",
+        )
+        for key, field in section.model_fields.items()
+    ]
 
 
 def _type_name(kind: Any) -> str:

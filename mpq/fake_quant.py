@@ -192,14 +192,19 @@ class QuantizedWeights(nn.Module):
         self.names, self.allocations, self.storage = tuple(weights), tuple(map(dict, allocations)), storage
         self.latents = nn.ParameterList()
         self.quantizers = nn.ModuleDict()
+        nearest = replace(storage, spec=replace(storage.spec, rounding="nearest"))
         for index, (name, weight) in enumerate(weights.items()):
             widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
             specs = [replace(storage.spec, bits=bits) for bits in widths]
-            starts = quantize_weight(name, weight, storage, widths, grams) if widths else []
+            # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
+            keep_codes = len(widths) == 1 and scales != "recomputed"
+            starts = quantize_weight(name, weight, storage if keep_codes else nearest, widths, grams) if widths else []
             latent = weight.detach().float().clone()
             if starts:
                 unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
-                latent = _start(weight, specs[0], starts[0], unit)
+                if not keep_codes:
+                    unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
+                latent = _start(weight, specs[0], starts[0], unit, keep_codes)
             for spec, start in zip(specs, starts, strict=True):
                 self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
             self.latents.append(nn.Parameter(latent))
@@ -254,8 +259,8 @@ class QuantizedWeights(nn.Module):
         return quantizer(latent).reshape(quantizer.shape)
 
 
-def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor) -> Tensor:
-    """Returns the (C, K) latent in units: the weight, moved into the interval of its code where it is outside of it."""
+def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor, keep_codes: bool) -> Tensor:
+    """Returns the (C, K) latent in units: the weight, moved into the interval of its code where it has to keep it."""
     rows, columns = matrix_shape(tuple(weight.shape), spec)
     size = min(spec.group_size or columns, columns)
     levels = start.codes.reshape(rows, columns).to(torch.float32)
@@ -264,6 +269,8 @@ def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor) -> T
         if start.zero_point is not None:
             level.sub_(start.zero_point[:, part, None])
         groups.div_(unit[:, part, None])
+        if not keep_codes:
+            continue
         if is_sign(spec):
             groups.copy_(torch.where(level > 0, groups.clamp(min=MARGIN), groups.clamp(max=-MARGIN)))
         else:

@@ -1,11 +1,14 @@
 """How a model in training does on held-out data."""
 
 import torch
+from torch import nn
 
 from mpq.data import batches, read_batch
 from mpq.decoding import ctc_greedy
+from mpq.divergence import OutputBatch, StageTree, bounded_kl
 from mpq.losses import JointLoss, Targets
 from mpq.metrics import split_words
+from mpq.models.base import AsrModel
 from mpq.runtime import Processes
 from mpq.significance import align, count_errors
 from mpq.training_data import TrainingSet
@@ -49,3 +52,45 @@ def held_out_errors(
     count = max(1.0, tokens_sum)
     total = ctc_weight * ctc_sum / count + (1 - ctc_weight) * attention_sum / (tokens_sum + len(data.utterances))
     return total, errors / max(1.0, words)
+
+
+@torch.no_grad()
+def changed_errors(
+    model: AsrModel, changed: AsrModel, data: TrainingSet, channel: str, workers: Processes
+) -> tuple[float, float | None]:
+    """Returns how far a changed model's output is from the model's (as `output_divergence`), and its WER.
+
+    The WER is that of greedy CTC over the utterances with a transcript, a fraction; None without any.
+
+    Args:
+        model: As trained, in eval mode.
+        changed: In eval mode.
+        data: The utterances; the processes share them.
+        channel: As in `mpq.audio.read_audio`.
+        workers: The processes.
+    """
+    device = next(model.parameters()).device
+    trees = StageTree(model), StageTree(changed)
+    sums = torch.zeros(4, dtype=torch.float64)  # divergence, rows, word errors, words
+    utterances, durations = (
+        data.utterances[workers.rank :: workers.count],
+        data.durations[workers.rank :: workers.count],
+    )
+    for items in batches(utterances, durations, BATCH_SECONDS):
+        waveforms, lengths = (one.to(device) for one in read_batch(items, model.sample_rate, channel))
+        batch = OutputBatch(model, *model.features(waveforms, lengths))
+        wanted, given = (batch.log_distributions(tree, trees[0].recognition) for tree in trees)
+        for output, reference in wanted.items():
+            sums[0] += float(bounded_kl(reference, given[output]).sum())
+            sums[1] += len(reference)
+        frames = batch.rows["ctc"]
+        padded = nn.utils.rnn.pad_sequence(given["ctc"].split(frames.tolist()), batch_first=True)  # (N, T', V)
+        found = ctc_greedy(padded, frames, model.blank_id)
+        for item, tokens in zip(items, found, strict=True):
+            if item.text is not None:
+                letters = align(split_words(item.text), split_words(model.tokenizer.decode(tokens)))
+                sums[2] += count_errors(letters)
+                sums[3] += len(letters) - letters.count("I")
+    workers.add_up(sums)
+    divergence, rows, errors, words = sums.tolist()
+    return divergence / rows, errors / words if words else None

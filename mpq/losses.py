@@ -64,26 +64,31 @@ class JointLoss(nn.Module):
     def of_encoded(self, encoded: Tensor, encoded_lengths: Tensor, targets: Targets) -> tuple[Tensor, Tensor]:
         """Returns what `forward` does, from the (N, T', D) encoder output and its (N,) valid frames."""
         log_probs = self.model.head.run(encoded, None).float().log_softmax(dim=-1)  # (N, T', C)
-        ctc = F.ctc_loss(
-            log_probs.transpose(0, 1),
-            targets.tokens,
-            encoded_lengths,
-            targets.lengths,
-            blank=self.model.blank_id,
-            reduction="none",
-        )
+        ctc = ctc_loss(log_probs, encoded_lengths, targets, self.model.blank_id)
         if self.model.decoder is None:
             return ctc, torch.zeros_like(ctc)
         prefixes, following = with_ends(targets, self.model.blank_id)
         logits = self.model.decoder(prefixes, encoded, encoded_lengths).float()  # (N, U + 1, C)
-        attention = F.cross_entropy(
-            logits.transpose(1, 2),
-            following,
-            ignore_index=_IGNORED,
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        ).sum(dim=1)
-        return ctc, attention
+        return ctc, attention_loss(logits, following, self.label_smoothing)
+
+
+def ctc_loss(log_probs: Tensor, encoded_lengths: Tensor, targets: Targets, blank: int) -> Tensor:
+    """Returns the (N,) CTC losses, nats, of (N, T', C) log-probabilities with (N,) valid frames."""
+    return F.ctc_loss(
+        log_probs.transpose(0, 1), targets.tokens, encoded_lengths, targets.lengths, blank=blank, reduction="none"
+    )
+
+
+def attention_loss(logits: Tensor, following: Tensor, label_smoothing: float) -> Tensor:
+    """Returns the (N,) losses, nats summed over tokens, of (N, U + 1, C) logits; following as `with_ends` gives it."""
+    losses = F.cross_entropy(
+        logits.transpose(1, 2),
+        following,
+        ignore_index=_IGNORED,
+        reduction="none",
+        label_smoothing=label_smoothing,
+    )
+    return losses.sum(dim=1)
 
 
 def with_ends(targets: Targets, end: int) -> tuple[Tensor, Tensor]:

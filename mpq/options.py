@@ -9,7 +9,9 @@ from typing import Any
 
 import click
 from click.core import ParameterSource
+from pydantic import BaseModel
 
+from mpq.config import describe_section
 from mpq.errors import MpqError
 
 EXISTING = click.Path(path_type=Path)
@@ -76,6 +78,16 @@ quantizer_options = _together(
         help="Of what is not quantized (biases, norms). Default: float16.",
     ),
 )
+
+
+def section_options(section: type[BaseModel]) -> Callable[[Any], Any]:
+    """Returns options for all keys of a section of a recipe; a command gets their texts, None for those not given."""
+    options = []
+    for key, kind, default, description in describe_section(section):
+        flag = f"--{key.replace('_', '-')}"
+        shown = f"{description} Default: {default}." if default else description
+        options.append(click.option(flag, key, metavar=kind.replace("\\", "").upper(), help=shown))
+    return _together(*options)
 
 
 def with_seed(overrides: Sequence[str]) -> list[str]:

@@ -5,8 +5,9 @@ content), the data (manifests by content, audio files by size and time of change
 fingerprint and results are as recorded in `run.json` is skipped; one that was cut off goes on where its own journal or
 state says; each stage says which of these it is. Nothing here computes: stages are the functions behind the commands.
 
-The folder: `train/` (checkpoint), `float/SET/` and `packed/SET/` (evaluations), `sensitivity.json`, `allocation.json`,
-`packed.safetensors`, `comparison-SET.json`, `run.json`.
+The folder: `train/` (checkpoint), `float/SET/`, `packed/SET/` and `finetuned/SET/` (evaluations), `sensitivity.json`,
+`allocation.json`, `packed.safetensors`, `finetune/`, `comparison-SET.json` and `comparison-finetuned-SET.json`,
+`run.json`.
 """
 
 import hashlib
@@ -28,63 +29,20 @@ from mpq.decoding import DecodeOptions
 from mpq.errors import MpqError
 from mpq.evaluate import Evaluation, evaluate
 from mpq.files import read_json, sha256_file, write_json
+from mpq.finetune import finetune
+from mpq.finetune_loop import RESULT_FILE
 from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.checkpoint import MODEL_FILE
+from mpq.models.loading import PACKED_FILE
 from mpq.pack import pack
 from mpq.records import Allocation, SensitivityTable
+from mpq.run_record import RUN_FORMAT, RunResult, StageReport
 from mpq.runtime import choose_device
 from mpq.sensitivity import METHODS, measure_sensitivity
 from mpq.training import train
-from mpq.training_folder import weight_options
+from mpq.training_folder import NEUTRAL, weight_options
 from mpq.training_record import TRAINING_FORMAT
-
-RUN_FORMAT = "mpq.run/1"
-
-
-@dataclass(frozen=True)
-class StageReport:
-    """What became of a stage.
-
-    Attributes:
-        name: Of the stage.
-        action: "skipped", "run" or "resumed"; in a dry run what would become of it.
-        reason: Why.
-        seconds: Wall-clock time that the stage has taken, in earlier runs too if it was skipped or resumed; None if its
-            result is not there.
-        result: Its figures.
-    """
-
-    name: str
-    action: str
-    reason: str
-    seconds: float | None
-    result: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class RunResult:
-    """`mpq.run/1`: the stages in order.
-
-    Attributes:
-        out: The run folder.
-        stages: What became of each.
-        is_dry: Whether nothing was done.
-    """
-
-    out: Path
-    stages: tuple[StageReport, ...]
-    is_dry: bool
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "format": RUN_FORMAT,
-            "dry_run": self.is_dry,
-            "stages": [
-                {"name": one.name, "action": one.action, "reason": one.reason, "seconds": one.seconds} | one.result
-                for one in self.stages
-            ],
-        }
 
 
 @dataclass(frozen=True)
@@ -177,7 +135,7 @@ def _check(recipe: Recipe, device: str) -> None:
             "`mpq run RECIPE --out RUN` takes the training as it is"
         )
     data, stages, faults = recipe.data, set(recipe.stages), []
-    names = [*data.train, data.dev] if "train" in stages else []
+    names = [*data.train, data.dev] if {"train", "finetune"} & stages else []
     names += data.test.values() if {"evaluate", "compare"} & stages else []
     names += [data.calibration or data.train[0]] if "sensitivity" in stages else []
     for name in dict.fromkeys(name for name in names if name):
@@ -269,9 +227,9 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
     """Returns the stages that the recipe names."""
     checkpoint = out / "train" if "train" in recipe.stages else Path(recipe.checkpoint or "")
     table, allocation = out / "sensitivity.json", out / "allocation.json"
-    packed, tests = out / "packed.safetensors", recipe.data.test
+    packed, tuned, tests = out / PACKED_FILE, out / "finetune", recipe.data.test
     calibration = recipe.path(recipe.data.calibration or (recipe.data.train or [""])[0])
-    decode = DecodeOptions(**recipe.decode.model_dump())
+    decode, is_tuned = DecodeOptions(**recipe.decode.model_dump()), "finetune" in recipe.stages
     common = {"device": device, "quiet": quiet}
     reading = {"channel": recipe.data.channel, "skip_bad": recipe.data.skip_bad}
     data = recipe.data
@@ -279,9 +237,12 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
     def checkpoint_sha256() -> str:
         return sha256_file(model_file(checkpoint))
 
-    def train_inputs() -> Any:
+    def training_data() -> Any:
         names = [*data.train, *([data.dev] if data.dev else [])]
-        identity = [_identity(recipe.path(name), by_time=False) for name in names]
+        return [_identity(recipe.path(name), by_time=False) for name in names]
+
+    def train_inputs() -> Any:
+        identity = training_data()
         return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, weight_options(recipe), identity]
 
     def act_train() -> dict[str, Any]:
@@ -324,27 +285,46 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
         done = pack(checkpoint, packed, Allocation.load(allocation), device=device, quiet=quiet)
         return {"size_bytes": done.size_bytes, "float_bytes": done.float_bytes, "ratio": done.ratio}
 
-    def act_compare() -> dict[str, Any]:
-        done = evaluate_all(packed, out / "packed")["tests"]
+    def act_finetune() -> dict[str, Any]:
+        (size,) = finetune(checkpoint, [allocation], recipe, tuned, **common).sizes
+        return {"size_bytes": size.size_bytes, "ratio": size.ratio, "dev_wer": size.wer}
+
+    def compare_with(model: Path, what: str, prefix: str) -> dict[str, Any]:
+        done = evaluate_all(model, out / what)["tests"]
         for name in tests:
-            folders = out / "float" / name, out / "packed" / name
+            folders = out / "float" / name, out / what / name
             comparison = compare(
-                *read_evaluations(*folders), names=("float32", "packed"), alpha=recipe.compare.alpha, seed=recipe.seed
+                *read_evaluations(*folders), names=("float32", what), alpha=recipe.compare.alpha, seed=recipe.seed
             )
-            comparison.save(out / f"comparison-{name}.json")
+            comparison.save(out / f"{prefix}-{name}.json")
             test = comparison.mapsswe
             done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
-        return {"tests": done}
+        return done
+
+    def act_compare() -> dict[str, Any]:
+        done = {"tests": compare_with(packed, "packed", "comparison")}
+        if is_tuned:
+            done["finetuned"] = compare_with(tuned / PACKED_FILE, "finetuned", "comparison-finetuned")
+        return done
+
+    def finetune_inputs() -> Any:
+        options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
+        files = [checkpoint_sha256(), sha256_file(allocation)]
+        return [*files, recipe.seed, reading, options, recipe.finetune_augment.model_dump(), training_data()]
 
     def sensitivity_inputs() -> Any:
         return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
 
     def compare_inputs() -> Any:
         done = [sha256_file(out / "float" / name / file) for name in tests for file in ("ref.trn", "hyp.trn")]
-        return [sha256_file(packed), tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
+        files = [packed, *([tuned / PACKED_FILE] if is_tuned else [])]
+        return [[*map(sha256_file, files)], tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
 
     trained = (checkpoint / MODEL_FILE, checkpoint / "training.json")
-    compared = (*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests))
+    compared = [*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests)]
+    if is_tuned:
+        compared += _evaluation_files(out / "finetuned", tests)
+        compared += [out / f"comparison-finetuned-{name}.json" for name in tests]
     stages = [
         _Stage("train", (), train_inputs, trained, act_train),
         _Stage(
@@ -365,7 +345,14 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
         _Stage(
             "pack", ("train", "allocate"), lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack
         ),
-        _Stage("compare", ("evaluate", "pack"), compare_inputs, compared, act_compare),
+        _Stage(
+            "finetune",
+            ("train", "allocate"),
+            finetune_inputs,
+            (tuned / PACKED_FILE, tuned / RESULT_FILE),
+            act_finetune,
+        ),
+        _Stage("compare", ("evaluate", "pack", "finetune"), compare_inputs, tuple(compared), act_compare),
     ]
     return [stage for stage in stages if stage.name in recipe.stages]
 

@@ -5,7 +5,18 @@ from typing import Any
 
 import click
 
-from mpq.options import common_options, print_once, print_result, recipe_options, with_seed
+from mpq.config import FinetuneConfig
+from mpq.options import (
+    EXISTING,
+    channel_options,
+    common_options,
+    print_once,
+    print_result,
+    recipe_options,
+    section_options,
+    set_option,
+    with_seed,
+)
 
 
 @click.command()
@@ -62,3 +73,55 @@ def run(
 
     result = step(load_recipe(recipe, with_seed(overrides)), out, dry_run=dry_run, device=device, quiet=quiet)
     print_result(result, as_json, run_view(result))
+
+
+@click.command()
+@click.argument("checkpoint", type=EXISTING)
+@click.option("--allocation", "allocations", required=True, multiple=True, type=EXISTING, help="mpq.allocation/1 file.")
+@click.option("--train", "train_data", required=True, multiple=True, type=EXISTING, help="Data to train on.")
+@click.option("--dev", required=True, type=EXISTING, help="Held-out data, which choose the epoch that is kept.")
+@click.option("--out", required=True, type=EXISTING, help="Folder to write.")
+@click.option("--data", type=EXISTING, help="Where the calibration audio of the allocation is now, if it was moved.")
+@section_options(FinetuneConfig)
+@channel_options
+@set_option
+@common_options
+def finetune(
+    checkpoint: Path,
+    allocations: tuple[Path, ...],
+    train_data: tuple[Path, ...],
+    dev: Path,
+    out: Path,
+    data: Path | None,
+    channel: str,
+    skip_bad: bool,
+    overrides: tuple[str, ...],
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **tuning: str | None,
+) -> None:
+    """Train the quantized weights, so that the model makes up for its rounding (quantization-aware training).
+
+    The trained model is the teacher, so the audio needs no transcripts. The folder gets the packed artifact, whose
+    weights are those that were trained, bit for bit. With several allocations, one training serves all sizes.
+    Augmentation is off unless asked for: --set 'finetune_augment.speed=[0.9,1.0,1.1]'. A run that was cut off goes on
+    where it stopped. Under torchrun, the processes share every batch.
+
+    \b
+    Examples:
+      mpq finetune model.nemo --allocation alloc.json --train train.jsonl --dev dev.jsonl --out runs/qat
+      mpq finetune model.nemo --allocation large.json --allocation small.json --train train.jsonl --dev dev.jsonl \\
+        --out runs/two_sizes --epochs 8
+    """
+    from mpq.finetune import finetune as step
+    from mpq.recipes import make_recipe
+    from mpq.report import finetune_view
+
+    paths = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
+    table = {"seed": seed, "data": paths | {"channel": channel, "skip_bad": skip_bad}}
+    given = [f"finetune.{key}={value}" for key, value in tuning.items() if value is not None]
+    recipe = make_recipe(table, [*given, *overrides], "mpq finetune")
+    result = step(checkpoint, allocations, recipe, out, calibration=data, device=device, quiet=quiet)
+    print_once(result, as_json, finetune_view(result))

@@ -15,7 +15,7 @@ from typing import Any, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from mpq.config import STAGES, SYNTHETIC_NOISE, ModelConfig, Recipe, sections
+from mpq.config import STAGES, SYNTHETIC_NOISE, AugmentConfig, ModelConfig, Recipe, sections
 from mpq.errors import MpqError
 from mpq.files import read_text
 
@@ -38,6 +38,32 @@ def load_recipe(
         table = tomllib.loads(read_text(path).removeprefix("\ufeff"))
     except (ValueError, RecursionError) as error:
         raise MpqError(f"{path}: not TOML: {error}") from None
+    return _recipe(table, str(path), Path(path).resolve().parent, overrides, stages, need_files)
+
+
+def make_recipe(table: dict[str, Any], overrides: Sequence[str], command: str) -> Recipe:
+    """Returns the recipe that a command's options make up; relative paths start at the working directory.
+
+    Args:
+        table: {section: {key: value}}.
+        overrides: As in `load_recipe`; they win.
+        command: For messages.
+
+    Raises:
+        MpqError: All faults, a line each.
+    """
+    return _recipe(table, command, Path.cwd(), overrides, [], need_files=False)
+
+
+def _recipe(
+    table: dict[str, Any],
+    path: str,
+    folder: Path,
+    overrides: Sequence[str],
+    stages: Sequence[str] | None,
+    need_files: bool,
+) -> Recipe:
+    """Returns the recipe in a table that came from `path`."""
     faults = [fault for text in overrides if (fault := _override(table, text))]
     if stages is not None:
         table["stages"] = list(stages)
@@ -53,7 +79,7 @@ def load_recipe(
             _drop(table, location)
             dropped.add(".".join(map(str, location[:2])))
         recipe = Recipe.model_validate(_with_tuples(table, Recipe))  # what else is wrong, those keys aside
-    recipe = _resolved(recipe, Path(path).resolve().parent)
+    recipe = _resolved(recipe, folder)
     others = _contradictions(recipe) + (_missing_files(recipe) if need_files else [])
     faults += [fault for keys, fault in others if not _depends(keys, dropped)]
     if faults:
@@ -61,7 +87,7 @@ def load_recipe(
     return recipe
 
 
-def _listed(path: Path, faults: Sequence[str]) -> str:
+def _listed(path: str, faults: Sequence[str]) -> str:
     return "\n".join(f"{path}: {fault}" for fault in dict.fromkeys(faults))
 
 
@@ -82,11 +108,16 @@ def _drop(table: dict[str, Any], location: Sequence[Any]) -> None:
 def _resolved(recipe: Recipe, folder: Path) -> Recipe:
     """Returns the recipe with absolute paths."""
     root = os.path.normpath(folder / recipe.data.root)
-    noise = [name if name in SYNTHETIC_NOISE else os.path.normpath(Path(root) / name) for name in recipe.augment.noise]
+
+    def with_noise(config: AugmentConfig) -> AugmentConfig:
+        noise = [name if name in SYNTHETIC_NOISE else os.path.normpath(Path(root) / name) for name in config.noise]
+        return config.model_copy(update={"noise": noise})
+
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"root": root}),
-            "augment": recipe.augment.model_copy(update={"noise": noise}),
+            "augment": with_noise(recipe.augment),
+            "finetune_augment": with_noise(recipe.finetune_augment),
             "checkpoint": recipe.checkpoint and os.path.normpath(folder / recipe.checkpoint),
         }
     )
@@ -96,13 +127,13 @@ def _missing_files(recipe: Recipe) -> list[tuple[str, str]]:
     """Returns (keys, fault) for each file or folder that the recipe's stages read and that is not there."""
     wanted: list[tuple[str, str, str | Path]] = []
     data, stages = recipe.data, recipe.stages
-    if "train" in stages:
-        wanted += [("data.train", f"[data] train[{i}]", recipe.path(name)) for i, name in enumerate(data.train)]
-        wanted += [("data.dev", "[data] dev", recipe.path(data.dev))] if data.dev else []
-        wanted += [
-            ("augment.noise", "[augment] noise", one) for one in recipe.augment.noise if one not in SYNTHETIC_NOISE
-        ]
-    elif stages and recipe.checkpoint:
+    for stage, section in (("train", "augment"), ("finetune", "finetune_augment")):
+        if stage in stages:
+            wanted += [("data.train", f"[data] train[{i}]", recipe.path(name)) for i, name in enumerate(data.train)]
+            wanted += [("data.dev", "[data] dev", recipe.path(data.dev))] if data.dev else []
+            noise = [one for one in getattr(recipe, section).noise if one not in SYNTHETIC_NOISE]
+            wanted += [(f"{section}.noise", f"[{section}] noise", one) for one in noise]
+    if "train" not in stages and stages and recipe.checkpoint:
         wanted += [("checkpoint", "checkpoint", recipe.checkpoint)]
     if {"evaluate", "compare"} & set(stages):
         wanted += [("data.test", f"[data] test.{key}", recipe.path(name)) for key, name in data.test.items()]
@@ -144,13 +175,30 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     if (recipe.tokens.type == "bpe") != (recipe.tokens.vocabulary_size is not None):
         text = '[tokens] vocabulary_size: expected with type = "bpe", and only there'
         faults.append(("tokens.type tokens.vocabulary_size", text))
-    if recipe.augment.snr_db[0] > recipe.augment.snr_db[1]:
-        text = f"[augment] snr_db: expected lowest and highest, got {list(recipe.augment.snr_db)}"
-        faults.append(("augment.snr_db", text))
-    if not recipe.augment.speed:
-        faults.append(("augment.speed", "[augment] speed: expected one factor or more, got none"))
-    if fine := [factor for factor in recipe.augment.speed if round(factor, 2) != factor]:  # resampling would take ages
-        faults.append(("augment.speed", f"[augment] speed: expected two decimals at most, got {fine[0]}"))
+    for section in ("augment", "finetune_augment"):
+        config = getattr(recipe, section)
+        for key in ("snr_db", "level_db"):
+            lowest, highest = getattr(config, key)
+            if lowest > highest:
+                text = f"[{section}] {key}: expected lowest and highest, got {[lowest, highest]}"
+                faults.append((f"{section}.{key}", text))
+        if not config.speed:
+            faults.append((f"{section}.speed", f"[{section}] speed: expected one factor or more, got none"))
+        if fine := [factor for factor in config.speed if round(factor, 2) != factor]:  # resampling would take ages
+            faults.append((f"{section}.speed", f"[{section}] speed: expected two decimals at most, got {fine[0]}"))
+    tuning = recipe.finetune
+    for key in ("alpha", "anneal"):
+        first, last = getattr(tuning, key)
+        if first > last:
+            faults.append(
+                (f"finetune.{key}", f"[finetune] {key}: expected first and last, rising, got {[first, last]}")
+            )
+    if "finetune" in stages:
+        if not data.train:
+            faults.append(("stages data.train", "[data] train: expected one manifest or more, got none"))
+        if data.dev is None:
+            text = "[data] dev: the stage finetune needs held-out data, got none"
+            faults.append(("stages data.dev", text))
     budgets = ("target_mb", "target_ratio", "average_bits", "max_divergence")
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
     if "allocate" in stages and len(given) != 1:
@@ -177,7 +225,13 @@ def _contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     return faults
 
 
-_NEEDS = (("allocate", "sensitivity"), ("pack", "allocate"), ("compare", "pack"), ("compare", "evaluate"))
+_NEEDS = (
+    ("allocate", "sensitivity"),
+    ("pack", "allocate"),
+    ("finetune", "allocate"),
+    ("compare", "pack"),
+    ("compare", "evaluate"),
+)
 
 
 def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:

@@ -11,9 +11,10 @@ from mpq.scores import Comparison, SystemScore
 
 if TYPE_CHECKING:  # these import torch, which a comparison does not need
     from mpq.evaluate import Evaluation
+    from mpq.finetune_record import FinetuneResult
     from mpq.inspection import Inspection
     from mpq.pack import PackResult
-    from mpq.pipeline import RunResult
+    from mpq.run_record import RunResult
     from mpq.training import TrainingResult
 
 MB = 2**20
@@ -141,6 +142,25 @@ def pack_line(result: "PackResult") -> str:
     return line + f"measured {result.measured_kl:.4g} (all layers together, a frame at most 1) on {result.measured_on}"
 
 
+def finetune_view(result: "FinetuneResult") -> Group:
+    """Returns each size with its held-out errors before and after, and what was trained."""
+    table = _table("file", "bytes", "times smaller", "bits a weight", "divergence before", "after", "WER %", "after")
+    for size in result.sizes:
+        wers = ("" if wer is None else f"{100 * wer:.2f}" for wer in (size.start_wer, size.wer))
+        divergences = (f"{one:.4g}" for one in (size.start_divergence, size.divergence))
+        numbers = (str(size.size_bytes), f"{size.ratio:.2f}", f"{size.average_bits:.3f}")
+        table.add_row(size.path, *numbers, *divergences, *wers)
+    epochs = ", ".join(map(str, result.averaged))
+    kept = "the start, which no epoch improved" if result.averaged == (0,) else f"epochs {epochs}"
+    return _view(
+        "fine-tuned" if len(result.sizes) == 1 else f"fine-tuned, {len(result.sizes)} sizes from one training",
+        table,
+        f"kept: {kept} of {result.epochs[-1].epoch}; divergence in nats per frame, a frame at most 1; development data",
+        f"{result.utterances} utterances, {result.hours:.2f} h, {result.transcribed} with a transcript; "
+        f"{result.epochs[-1].step} updates in {result.seconds:.0f} s, seed {result.seed}",
+    )
+
+
 def inspection_view(inspection: "Inspection") -> Group:
     """Returns every layer and the totals."""
     table = _table("layer", "kind", "shape", "weights", "bits", "bytes")
@@ -171,12 +191,14 @@ def run_view(run: "RunResult") -> Group:
         packed, compared = results.get("pack", {}), results.get("compare", {}).get("tests", {})
         size = str(packed["float_bytes"]) if packed else ""
         table.add_row("float32", size, "1" if size else "", *(f"{100 * one['wer']:.2f}" for one in tests.values()))
-        if packed and compared:
-            cells = (
-                f"{100 * one['wer']:.2f} {'(lossless)' if one['lossless'] else '(significantly worse)'}"
-                for one in compared.values()
-            )
-            table.add_row("packed", str(packed["size_bytes"]), f"{packed['ratio']:.2f}", *cells)
+        tuned, tuned_tests = results.get("finetune", {}), results.get("compare", {}).get("finetuned", {})
+        for name, file, found in (("packed", packed, compared), ("fine-tuned", tuned, tuned_tests)):
+            if file and found:
+                cells = (
+                    f"{100 * one['wer']:.2f} {'(lossless)' if one['lossless'] else '(significantly worse)'}"
+                    for one in found.values()
+                )
+                table.add_row(name, str(file["size_bytes"]), f"{file['ratio']:.2f}", *cells)
         views.append(table)
         if compared:
             views.append("lossless: not significantly worse than float32 (MAPSSWE)")

@@ -93,8 +93,9 @@ class _Trainer(TrainingLoop):
         return self._finish()
 
     def begin(self) -> None:
-        claim_folder(self.out, self.job.fingerprint)
-        write_json(self.out / "recipe.json", self.recipe.model_dump())
+        if self.is_chief:
+            claim_folder(self.out, self.job.fingerprint)
+            write_json(self.out / "recipe.json", self.recipe.model_dump())
 
     def prepare_update(self) -> None:
         self.model.train()

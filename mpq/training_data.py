@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -36,7 +37,7 @@ class TrainingSet:
     Attributes:
         utterances: Those to train on.
         durations: Theirs, seconds.
-        tokens: Theirs.
+        tokens: Theirs; none for an utterance without a transcript.
         skipped: How many were left out because they are faulty.
         too_long: How many because they are longer than the recipe's `max_seconds`.
     """
@@ -62,7 +63,12 @@ def read_transcripts(config: DataConfig) -> list[str]:
 
 
 def read_set(
-    names: Sequence[str], config: DataConfig, model: AsrModel, fastest: float, is_training: bool
+    names: Sequence[str],
+    config: DataConfig,
+    model: AsrModel,
+    fastest: float,
+    is_training: bool,
+    texts: Literal["needed", "used", "ignored"] = "needed",
 ) -> TrainingSet:
     """Returns the utterances of manifests, checked: audio (by its header), transcripts, and room for the CTC.
 
@@ -72,6 +78,8 @@ def read_set(
         model: Says the sample rate, the vocabulary and the frames.
         fastest: Highest speed factor that the utterances will be played at.
         is_training: Whether `max_seconds` counts.
+        texts: Whether each utterance needs a transcript; those that there are may be used all the same, or ignored
+            (no tokens are made of them).
 
     Raises:
         MpqError: All faults, unless they may be skipped.
@@ -82,15 +90,15 @@ def read_set(
         sample_rate=model.sample_rate,
         min_samples=math.ceil(model.min_samples * fastest) + 1,
         channel=config.channel,
-        missing=model.tokenizer.missing,
-        need_text=True,
+        missing=None if texts == "ignored" else model.tokenizer.missing,
+        need_text=texts == "needed",
         decode=False,
     )
     limit = config.max_seconds if is_training and config.max_seconds else math.inf
     kept: list[tuple[Utterance, float, list[int]]] = []
     faults, too_long = list(checked.faults), 0
     for item, seconds in zip(checked.utterances, checked.durations, strict=True):
-        tokens = model.tokenizer.encode(item.text or "")
+        tokens = [] if texts == "ignored" else model.tokenizer.encode(item.text or "")
         if seconds > limit:
             too_long += 1
         elif fault := _ctc_fault(item, seconds / fastest, tokens, model):

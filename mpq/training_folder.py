@@ -21,33 +21,48 @@ NEUTRAL = ("save_minutes", "workers", "tensorboard")
 def weight_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
     """Returns the sections of a recipe that the weights depend on, the data aside."""
     sections = {name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "augment")}
+    if not any(sections["augment"]["level_db"]):
+        del sections["augment"]["level_db"]  # trainings from before this option go on
     return sections | {"train": recipe.train.model_dump(exclude=set(NEUTRAL))}
 
 
 def training_fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
     """Returns a digest of all that the weights depend on; a newer mpq may go on with an older one's training."""
-    identity = [
-        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
-        for part in (data, dev)
-        if part
-        for item, seconds in zip(part.utterances, part.durations, strict=True)
-    ]
-    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, weight_options(recipe), identity]
+    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, weight_options(recipe), data_identity(data, dev)]
     return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
 
 
-def check_folder(out: Path, fingerprint: str) -> None:
-    """Raises MpqError if a folder holds a training of other data or with other options, or something else."""
-    ours = any((out / name).exists() for name in ("training.json", "started.json"))
-    for name in (MODEL_FILE, "log.jsonl", "state.pt", "recipe.json"):
+def data_identity(*sets: TrainingSet | None) -> list[tuple[Any, ...]]:
+    """Returns what tells the utterances of some sets from others."""
+    return [
+        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
+        for part in sets
+        if part
+        for item, seconds in zip(part.utterances, part.durations, strict=True)
+    ]
+
+
+def check_folder(
+    out: Path, fingerprint: str, result: str = "training.json", format: str = TRAINING_FORMAT, model: str = MODEL_FILE
+) -> None:
+    """Raises MpqError if a folder holds a training of other data or with other options, or something else.
+
+    Args:
+        out: The folder.
+        fingerprint: Of the training that is to use it.
+        result, format: The file that a finished training leaves, and its format.
+        model: The file with the weights.
+    """
+    ours = any((out / name).exists() for name in (result, "started.json"))
+    for name in (model, "log.jsonl", "state.pt", "recipe.json"):
         if not ours and (out / name).exists():
             raise MpqError(f"{out / name}: is in the way, and not of a training; choose another --out")
-    for name in ("training.json", "started.json"):
+    for name in (result, "started.json"):
         if (out / name).exists():
-            raw = read_json(out / name, TRAINING_FORMAT if name == "training.json" else STARTED_FORMAT)
+            raw = read_json(out / name, format if name == result else STARTED_FORMAT)
             if raw.get("fingerprint") != fingerprint:
                 raise MpqError(
-                    f"{out}: holds {'a finished' if name == 'training.json' else 'an unfinished'} training with other "
+                    f"{out}: holds {'a finished' if name == result else 'an unfinished'} training with other "
                     "options or data (its recipe.json has them); choose another --out, or delete the folder"
                 )
 

@@ -58,15 +58,18 @@ class TrainingLog:
     def add_epoch(self, done: EpochResult) -> int:
         """Writes and prints an epoch's result; returns the size of the log."""
         dev = ""
-        if done.dev_wer is not None:
-            dev = f", dev {done.dev_loss:.3f}, WER {100 * done.dev_wer:.2f}%"
-            if self._board:
-                self._board.add_scalar("dev/loss", done.dev_loss, done.step)
-                self._board.add_scalar("dev/wer", done.dev_wer, done.step)
+        for name, value, text in (
+            ("loss", done.dev_loss, f"dev {done.dev_loss or 0:.3g}"),
+            ("wer", done.dev_wer, f"WER {100 * (done.dev_wer or 0):.2f}%"),
+        ):
+            if value is not None:
+                dev += f", {text}"
+                if self._board:
+                    self._board.add_scalar(f"dev/{name}", value, done.step)
         if not self.quiet:
+            loss = "the start" if done.train_loss is None else f"loss {done.train_loss:.3f}"
             print(
-                f"epoch {done.epoch}/{self.epochs}: loss {done.train_loss:.3f}{dev}; {done.step} updates, "
-                f"{done.seconds:.0f} s",
+                f"epoch {done.epoch}/{self.epochs}: {loss}{dev}; {done.step} updates, {done.seconds:.0f} s",
                 file=sys.stderr,
                 flush=True,
             )

@@ -83,6 +83,7 @@ class Batch:
         items: The utterances.
         all_indices: Those of the whole batch, of every process, as indices into the data.
         update_indices: Those of all batches of the update.
+        of: How many batches the update has.
     """
 
     features: Tensor
@@ -92,6 +93,7 @@ class Batch:
     items: Sequence[Utterance]
     all_indices: Sequence[int]
     update_indices: Sequence[int]
+    of: int
 
 
 class TrainingLoop(ABC):
@@ -125,7 +127,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Called once by the first process, before the first update: whose training it is goes on record."""
+        """Called before the first update: the first process puts on record whose training it is."""
 
     @abstractmethod
     def prepare_update(self) -> None:
@@ -187,9 +189,9 @@ class TrainingLoop(ABC):
             self.loss = nn.parallel.DistributedDataParallel(
                 self.loss, device_ids=ids, broadcast_buffers=False, find_unused_parameters=self.passes() > 1
             )
-        if self.is_chief and self.epoch == 0 and self.step == 0:
-            self.begin()
         with stop_requests() as stopped, self.log.opened(self.log_bytes, self.step):
+            if self.epoch == 0 and self.step == 0:
+                self.begin()
             while self.epoch < self.options.epochs and not self._is_exhausted():
                 self._train_epoch(stopped)
         self.workers.barrier()  # the chief has written the last candidate
@@ -278,7 +280,7 @@ class TrainingLoop(ABC):
             with memory_for(f"{what} of up to {seconds:.1f} s (lower batch_frames)"):
                 clean, frames = self._features(waveforms, lengths)
                 masked = self._masked(clean, frames, [item.utt_id for item in items])
-                one = Batch(masked, frames, clean, targets.to(self.device), items, plan[batch], together)
+                one = Batch(masked, frames, clean, targets.to(self.device), items, plan[batch], together, len(group))
                 for index in range(passes):
                     is_last = batch == group[-1] and index == passes - 1
                     with nullcontext() if is_last or self.workers.count == 1 else self.loss.no_sync():

@@ -18,17 +18,17 @@ class EpochResult:
     """One epoch.
 
     Attributes:
-        epoch: From 1.
+        epoch: From 1; in a fine-tuning 0 is the start.
         step: Updates so far.
-        train_loss: Mean of the losses of its updates, nats a token.
-        dev_loss: Nats a token; None without held-out data, as the next one.
+        train_loss: Mean of the losses of its updates, nats a token (of a fine-tuning a mixture); None for epoch 0.
+        dev_loss: Nats a token (of a fine-tuning: divergence); None without held-out data, as the next one.
         dev_wer: Greedy CTC, a fraction.
         seconds: Wall-clock time, evaluation included.
     """
 
     epoch: int
     step: int
-    train_loss: float
+    train_loss: float | None
     dev_loss: float | None
     dev_wer: float | None
     seconds: float

@@ -10,8 +10,9 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mpq"
 LAYERS = [
     {"errors"},
-    {"files", "validation", "options", "config"},
-    {"records", "scores", "journal", "audio", "recipes"},
+    {"files", "validation", "config"},
+    {"options"},
+    {"records", "scores", "journal", "audio", "recipes", "run_record"},
     {"pareto", "significance", "packing", "grids", "features", "text", "decoding", "runtime", "pitch", "optimization"},
     {"metrics", "gptq"},
     {"quantizers"},
@@ -20,7 +21,8 @@ LAYERS = [
     {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
     {"calibration", "fisher", "training_data", "training_record", "fake_quant"},
     {"held_out", "training_log", "training_folder", "assignment", "distillation"},
-    {"training_loop"},
+    {"training_loop", "finetune_record", "learning_curve"},
+    {"finetune_loop"},
     {"sensitivity", "refine", "evaluate", "compare", "pack", "inspection", "training", "finetune"},
     {"pipeline"},
     {"report"},

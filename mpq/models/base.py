@@ -12,7 +12,7 @@ U tokens of a transcript.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -133,6 +133,11 @@ class AsrModel(nn.Module, ABC):
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         """Returns a JSON object and a blob (the tokenizer) that rebuild the model without its weights."""
 
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: dict[str, Any], blob: bytes) -> Self:
+        """Returns a model with untrained weights from what `to_config` returned."""
+
     def encode(self, features: Tensor, feature_lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Returns the (N, T', D) encoder output and its (N,) valid frames for (N, T, F) features."""
         context = self.context(feature_lengths, features.shape[1])
@@ -144,6 +149,13 @@ class AsrModel(nn.Module, ABC):
     def ctc_log_probs(self, encoded: Tensor) -> Tensor:
         """Returns (N, T', V) natural-log probabilities of the tokens and the blank."""
         return self.head.run(encoded, None).log_softmax(dim=-1)
+
+    @abstractmethod
+    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        """Returns the decoder's (N, U + 1, V) logits of the tokens after each of (N, U + 1), <sos> first.
+
+        A model without `decoder_stages` is not asked.
+        """
 
     @abstractmethod
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:

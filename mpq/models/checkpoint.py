@@ -1,4 +1,4 @@
-"""The float checkpoint of mpq's own models: one safetensors file with weights, configuration and tokenizer.
+"""The float checkpoint that mpq writes: one safetensors file with weights, configuration and tokenizer.
 
 The configuration is JSON in the file's metadata, the tokenizer a tensor of bytes. A checkpoint folder holds it as
 `model.safetensors`.
@@ -15,9 +15,11 @@ from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, is_counter, load_state
 from mpq.models.hybrid import HybridConformer
+from mpq.models.nemo import NemoConformerCtc
 
 CHECKPOINT_FORMAT = "mpq.checkpoint/1"
 MODEL_FILE = "model.safetensors"
+FAMILIES: dict[str, type[AsrModel]] = {"nemo": NemoConformerCtc, "mpq": HybridConformer}
 _TOKENIZER = "tokenizer"
 
 
@@ -44,7 +46,7 @@ def is_checkpoint(path: Path) -> bool:
         return False
 
 
-def read_checkpoint(path: Path) -> HybridConformer:
+def read_checkpoint(path: Path) -> AsrModel:
     """Returns the model in a checkpoint file, float32, eval mode, on the CPU.
 
     Raises:
@@ -60,7 +62,7 @@ def read_checkpoint(path: Path) -> HybridConformer:
         if record["format"] != CHECKPOINT_FORMAT:
             raise MpqError(f'"format": expected "{CHECKPOINT_FORMAT}", got {json.dumps(record["format"])}; update mpq')
         blob = bytes(state.pop(_TOKENIZER).numpy())
-        model = HybridConformer.from_config(record["model"], blob)
+        model = FAMILIES[record["model"]["family"]].from_config(record["model"], blob)
         load_state(model, state)
     except Exception as error:  # a spoilt record may lead to any
         reason = " ".join(str(error).split())

@@ -107,6 +107,10 @@ class HybridConformer(AsrModel):
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return self.encoder.encoded_lengths(feature_lengths)
 
+    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        assert self.decoder is not None, "a CTC model has no attention decoder"
+        return self.decoder(prefixes, encoded, encoded_lengths)
+
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
         return self.decoder.scorer(encoded, encoded_lengths) if self.decoder else None
 

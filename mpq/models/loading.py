@@ -9,9 +9,12 @@ from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint, read_checkpoint
 from mpq.models.nemo import read_nemo
 
+PACKED_FILE = "packed.safetensors"
+"""The artifact in a folder of `mpq finetune` or `mpq run`."""
+
 
 def model_file(path: Path | str) -> Path:
-    """Returns the file of a checkpoint: the path itself, or the model in a checkpoint folder.
+    """Returns the file of a checkpoint: the path itself, or the model in a checkpoint folder or fine-tuned folder.
 
     Raises:
         MpqError: No such file, or a folder without a model.
@@ -21,20 +24,23 @@ def model_file(path: Path | str) -> Path:
         raise MpqError(f"{path}: no such file")
     if not path.is_dir():
         return path
-    if not (path / MODEL_FILE).exists():
-        raise MpqError(
-            f"{path}: a folder without {MODEL_FILE}; expected a checkpoint folder of `mpq train` (a finished one), "
-            "a .nemo archive or a file that `mpq pack` wrote"
-        )
-    return path / MODEL_FILE
+    for name in (MODEL_FILE, PACKED_FILE):
+        if (path / name).exists():
+            return path / name
+    if several := sorted(path.glob("packed-*.safetensors")):
+        raise MpqError(f"{path}: a folder with several packed files; name one of them, such as {several[0]}")
+    raise MpqError(
+        f"{path}: a folder without {MODEL_FILE}; expected a checkpoint folder of `mpq train` or `mpq finetune` (a "
+        "finished one), a .nemo archive or a file that `mpq pack` wrote"
+    )
 
 
 def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel:
     """Returns the model in a checkpoint or artifact, in eval mode.
 
     Args:
-        path: A NeMo archive (`.nemo`), a checkpoint of `mpq train` (its folder or file), or a file that `mpq pack`
-            wrote.
+        path: A NeMo archive (`.nemo`), a checkpoint of `mpq train` (its folder or file), a file that `mpq pack` wrote,
+            or a folder of `mpq finetune`, whose artifact is read.
         device: Where to put it.
 
     Raises:

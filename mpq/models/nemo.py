@@ -90,6 +90,9 @@ class NemoConformerCtc(AsrModel):
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return self.encoder.encoded_lengths(feature_lengths)
 
+    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        raise AssertionError("a CTC model has no attention decoder")
+
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
         return None
 
