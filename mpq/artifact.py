@@ -86,15 +86,28 @@ class Storage:
         return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
 
 
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "Storage":
+        """Returns what options say; without a "rounding" it is gptq where there are data and the scheme has it.
+
+        Raises:
+            MpqError: As `from_json`.
+        """
+        is_gptq = has_data and options.get("scheme") != "mulaw"
+        return cls.from_json({"rounding": "gptq" if is_gptq else "nearest"} | dict(options))
+
+
 def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
-    """Returns what a layer takes in the file: codes, zero points and scales, or its floats when bits is 16 or 32."""
+    """Returns what a layer takes in the file: codes, zero points or centroids, and scales; or floats at 16 or 32 bits."""
     numel = int(np.prod(shape))
     if bits in FLOAT_BITS:
         return numel * bits // 8
     spec = replace(storage.spec, bits=bits)
     groups = int(np.prod(scale_shape(shape, spec)))
     zero_points = packed_size(groups, 2**bits) if spec.scheme == "asymmetric" else 0
-    return packed_size(numel, _levels(spec)) + zero_points + groups * np.dtype(spec.scale_dtype).itemsize
+    centroids = 2**bits if spec.scheme == "mulaw" else 0
+    scales = groups * np.dtype(spec.scale_dtype).itemsize
+    return packed_size(numel, _levels(spec)) + zero_points + centroids + scales
 
 
 def fixed_bytes(model: AsrModel, storage: Storage) -> int:
@@ -243,7 +256,7 @@ def _levels(spec: QuantSpec) -> int:
 
 
 def _encode(name: str, weight: Tensor, bits: int, storage: Storage, grams: Mapping[str, Tensor]) -> bytes:
-    """Returns codes, zero points and scales of a weight, or its floats."""
+    """Returns codes, zero points or centroids, and scales of a weight, or its floats."""
     if bits in FLOAT_BITS:
         try:
             return _float_bytes(weight, f"float{bits}")
@@ -256,6 +269,8 @@ def _encode(name: str, weight: Tensor, bits: int, storage: Storage, grams: Mappi
     encoded = pack_codes(codes.numpy(), _levels(spec))
     if quantized.zero_point is not None:
         encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), 2**bits)
+    if quantized.centroids is not None:
+        encoded += quantized.centroids.cpu().numpy().tobytes()
     return encoded + _float_bytes(quantized.scale, spec.scale_dtype)
 
 
@@ -268,14 +283,16 @@ def _decode(data: bytes, shape: tuple[int, ...], bits: int, storage: Storage) ->
     numel, scales = int(np.prod(shape)), scale_shape(shape, spec)
     groups = int(np.prod(scales))
     stored = unpack_codes(cursor.take(packed_size(numel, _levels(spec))), numel, _levels(spec))
-    codes, zero_point = torch.from_numpy(stored).to(torch.int16), None
-    if spec.scheme == "asymmetric":
+    codes, zero_point, centroids = torch.from_numpy(stored).to(torch.int16), None, None
+    if spec.scheme == "mulaw":
+        centroids = torch.from_numpy(np.frombuffer(cursor.take(2**bits), dtype=np.int8).copy())
+    elif spec.scheme == "asymmetric":
         zero_points = unpack_codes(cursor.take(packed_size(groups, 2**bits)), groups, 2**bits)
         zero_point = torch.from_numpy(zero_points).reshape(scales)
     else:
         codes = codes * 2 - 1 if bits == 1 else codes + code_range(spec)[0]
     scale = _floats(cursor.take(groups * np.dtype(spec.scale_dtype).itemsize), scales, spec.scale_dtype)
-    return dequantize(Quantized(codes.reshape(shape), scale, zero_point), spec)
+    return dequantize(Quantized(codes.reshape(shape), scale, zero_point, centroids), spec)
 
 
 def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:

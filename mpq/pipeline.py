@@ -196,7 +196,7 @@ def _check(recipe: Recipe, device: str) -> None:
 def _storage(recipe: Recipe) -> Storage:
     """Returns the quantizer of a recipe."""
     options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
-    return Storage.from_json({"rounding": "gptq"} | options)
+    return Storage.from_options(options)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -75,7 +75,7 @@ def sensitivity(
         data,
         bits,
         out,
-        Storage.from_json({"rounding": "gptq"} | given(quantizer)),
+        Storage.from_options(given(quantizer)),
         method=method,
         output=output,
         max_seconds=seconds_or_all(seconds, METHODS[method]),

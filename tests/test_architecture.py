@@ -11,11 +11,11 @@ PACKAGE = Path(__file__).resolve().parents[1] / "mpq"
 LAYERS = [
     {"errors"},
     {"files", "validation", "options", "config"},
-    {"records", "scores", "journal", "audio", "recipes"},
+    {"records", "scores", "journal", "audio", "recipes", "mu_law"},
     {"pareto", "significance", "packing", "grids", "features", "text", "decoding", "runtime", "pitch", "optimization"},
     {"metrics", "gptq"},
     {"quantizers"},
-    {"manifests", "decisions"},
+    {"manifests", "decisions", "general_quantizer"},
     {"models", "augment"},
     {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
     {"calibration", "fisher", "training_data", "training_record"},
