@@ -85,7 +85,6 @@ class Storage:
         options = known | dict(quantizer)
         return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
 
-
     @classmethod
     def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "Storage":
         """Returns what options say; without a "rounding" it is gptq where there are data and the scheme has it.

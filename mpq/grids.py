@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.mu_law import MUS, centroid_levels, mu_law_centroids, nearest_centroids
+from mpq.mu_law import MUS, mu_law_centroids, nearest_centroids, nearest_levels
 from mpq.records import QuantSpec
 
 CLIP_RATIOS = tuple(ratio / 40 for ratio in range(40, 3, -1))
@@ -80,7 +80,8 @@ def split_groups(matrix: Tensor, spec: QuantSpec) -> list[Tensor]:
 def choose_centroids(parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
     """Returns the (2^bits,) int8 mu-law centroids, of all `MUS`, that give a weight the smallest squared error.
 
-    The scales are those before any search: to choose mu again after it was measured not to pay (docs/quantizers.md).
+    mu is chosen with the scales before the search, and where there is one, once more with those that it finds: that
+    comes close to a search of both together (docs/quantizers.md).
 
     Args:
         parts: The weight as groups of one size, (C, G, size) each.
@@ -89,16 +90,22 @@ def choose_centroids(parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
     Raises:
         MpqError: A scale does not fit into the spec's scale_dtype.
     """
-    spec = replace(spec, clip="none") if spec.percentile is None else spec
     candidates = [mu_law_centroids(spec.bits, mu).to(parts[0].device) for mu in MUS]
     if spec.bits == 1:
         return candidates[0]  # of the poles alone, whatever mu is
-    grids = [choose_grid(part, spec) for part in parts]
-    errors = [
-        sum(float(_error(part, *grid, spec, one).double().sum()) for part, grid in zip(parts, grids, strict=True))
-        for one in candidates
-    ]
-    return candidates[errors.index(min(errors))]
+    squared = replace(spec, clip="mse")
+    chosen = candidates[0]
+    is_searched = spec.clip in ("mse", "mae")
+    for step in [replace(spec, clip="none"), spec] if is_searched else [spec]:
+        grids = [choose_grid(part, step, chosen) for part in parts]
+        errors = [
+            sum(
+                float(_error(part, *grid, squared, one).double().sum()) for part, grid in zip(parts, grids, strict=True)
+            )
+            for one in candidates
+        ]
+        chosen = candidates[errors.index(min(errors))]
+    return chosen
 
 
 def choose_grid(groups: Tensor, spec: QuantSpec, centroids: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -206,10 +213,10 @@ def _divisor(scale: Tensor, spec: QuantSpec) -> Tensor:
 def _error(
     groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, centroids: Tensor | None = None
 ) -> Tensor:
-    """Returns the (..., C, G) absolute ("mae") or else squared error of each group, for scales (..., C, G)."""
+    """Returns the (..., C, G) squared ("mse") or absolute ("mae") error of each group, for scales (..., C, G)."""
     if centroids is not None:
-        levels = centroid_levels(nearest_centroids(normalised(groups, scale), centroids), centroids)
+        levels = nearest_levels(normalised(groups, scale), centroids)
     else:
         levels = nearest_codes(groups, scale, zero_point, spec).sub_(zero_point[..., None])
     error = levels.mul_(scale[..., None]).sub_(groups)
-    return (error.abs_() if spec.clip == "mae" else error.square_()).sum(dim=-1)
+    return (error.square_() if spec.clip == "mse" else error.abs_()).sum(dim=-1)

@@ -58,9 +58,7 @@ class Quantized:
     centroids: Tensor | None = None
 
 
-def quantize(
-    weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centroids: Tensor | None = None
-) -> Quantized:
+def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centroids: Tensor | None = None) -> Quantized:
     """Returns codes, scales, and zero points or centroids of a weight.
 
     A group of zeros gets codes that stand for zeros. Asymmetric ranges always include zero, so that a zero weight
@@ -144,9 +142,7 @@ def fake_quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None) -
     return dequantize(quantize(weight, spec, gram), spec)
 
 
-def _nearest(
-    matrix: Tensor, spec: QuantSpec, centroids: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _nearest(matrix: Tensor, spec: QuantSpec, centroids: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Returns float32 codes (C, K), scales and zero points (C, G), and centroids (2^bits,), of a matrix (C, K)."""
     parts = split_groups(matrix, spec)
     if spec.scheme == "mulaw" and centroids is None:

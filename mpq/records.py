@@ -63,7 +63,9 @@ class QuantSpec:
             if getattr(self, key) not in known:
                 raise MpqError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
         if self.scheme == "mulaw" and self.rounding == "gptq":
-            raise MpqError("rounding: scheme mulaw has no gptq, which needs evenly spaced levels; use --rounding nearest")
+            raise MpqError(
+                "rounding: scheme mulaw has no gptq, which needs evenly spaced levels; use --rounding nearest"
+            )
         if self.granularity not in ("tensor", "channel") and not re.fullmatch(r"group:[1-9]\d*", self.granularity):
             raise MpqError(f"granularity: expected tensor, channel or group:G with G >= 1, got {self.granularity!r}")
         if self.clip not in ("none", "mse", "mae") and self.percentile is None:
