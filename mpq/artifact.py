@@ -97,7 +97,7 @@ class Storage:
 
 
 def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
-    """Returns what a layer takes in the file: codes, zero points or centroids, and scales; or floats at 16 or 32 bits."""
+    """Returns what a layer takes in the file: codes, zero points or centroids, scales; its floats at 16 or 32 bits."""
     numel = int(np.prod(shape))
     if bits in FLOAT_BITS:
         return numel * bits // 8

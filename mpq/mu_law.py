@@ -1,4 +1,4 @@
-"""Levels that lie closer together near zero: the centroids of the General Quantizer (Zhen et al. 2022, section 3.2-3.3).
+"""Levels that lie closer together near zero: the centroids of the General Quantizer (Zhen et al. 2022, 3.2-3.3).
 
 m = 2^bits numbers, linearly spaced from -1 to 1, are warped by mu-law expansion, which leaves the poles where they are
 and draws the rest towards zero, the more the larger mu is. Each is then rounded to a multiple of 1/128, so that the

@@ -67,8 +67,8 @@ quantizer_options = _together(
     click.option(
         "--rounding",
         type=click.Choice(["nearest", "gptq"]),
-        help="gptq makes up for errors by what the layers see of the data. Default: gptq; mulaw, and pack without data: "
-        "nearest.",
+        help="gptq makes up for errors by what the layers see of the data, and is the default; without data, and for "
+        "mulaw, nearest is.",
     ),
     click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
     click.option(

@@ -3,7 +3,9 @@
     python tests/bench_quantizers.py MODEL.nemo DEV.jsonl [--bits 4,3] [--scheme mulaw]
     python tests/bench_quantizers.py MODEL.nemo [--bits 4,3,2]
 
-Without data: the errors of the weights, not those of the transcripts. The defaults of mpq were chosen from this table (docs/quantizers.md). Choose on development data, never on test data.
+Without data: the errors of the weights, not those of the transcripts.
+
+The defaults of mpq were chosen from this table (docs/quantizers.md). Choose on development data, never on test data.
 """
 
 import itertools

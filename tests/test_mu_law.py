@@ -160,5 +160,5 @@ def test_sizes_whose_squares_are_no_floats(size: float) -> None:
 
 
 def test_gptq_is_refused_with_the_remedy() -> None:
-    with pytest.raises(MpqError, match="mulaw has no gptq.*use --rounding nearest"):
+    with pytest.raises(MpqError, match=r"mulaw has no gptq.*use --rounding nearest"):
         QuantSpec(4, "mulaw", rounding="gptq")
