@@ -319,6 +319,19 @@ def test_before_the_end_the_latent_weights_are_kept() -> None:
     assert again.kernels["2.weight"].alpha == 255
 
 
+def test_the_end_is_hard_however_small_alpha_was() -> None:
+    model = net()
+    general_quantizer = GeneralQuantizer(model, BITS, "group:3", start_step=5, end_step=10)
+    general_quantizer.on_train_begin()
+    general_quantizer.on_step_begin(0)
+    expected = general_quantizer.quantized()
+    general_quantizer.on_train_end()
+    for name, quantized in general_quantizer.quantized().items():
+        assert torch.equal(quantized.codes, expected[name].codes)
+        spec = QuantSpec(BITS[name], "mulaw", "group:3", "none")
+        assert torch.equal(model.get_parameter(name), dequantize(quantized, spec))
+
+
 def test_mu_is_chosen_again_up_to_the_end_of_the_annealing(monkeypatch: pytest.MonkeyPatch) -> None:
     general_quantizer = GeneralQuantizer(net(), {"0.weight": 3}, start_step=0, end_step=25, mu_every=10)
     general_quantizer.on_train_begin()
