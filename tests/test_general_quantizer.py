@@ -244,6 +244,25 @@ def test_half_precision_weights() -> None:
         assert torch.equal(value, kernel(weight.half().float()).half())
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_same() -> None:
+    weight, gradient = random(40, 70) ** 3, random(40, 70, seed=1)
+    for bits, is_hard in itertools.product((1, 3, 8), (False, True)):
+        results = []
+        for device in ("cpu", "cuda"):
+            kernel = SoftToHard(QuantSpec(bits, "mulaw", "group:32", "none"), alpha=30.0).to(device)
+            leaf = weight.to(device, copy=True).requires_grad_()
+            mu = kernel.choose_mu(leaf)
+            kernel.is_hard = is_hard
+            value = kernel(leaf)
+            value.backward(gradient.to(device))
+            results.append((mu, value.detach().cpu(), leaf.grad.cpu()))
+        (mu, value, slope), (other_mu, other_value, other_slope) = results
+        assert mu == other_mu
+        torch.testing.assert_close(value, other_value, rtol=0, atol=1e-6)
+        torch.testing.assert_close(slope, other_slope, rtol=0, atol=1e-4)
+
+
 # A training
 
 
