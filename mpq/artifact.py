@@ -11,12 +11,10 @@ import hashlib
 import json
 import lzma
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,9 +23,19 @@ from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
 from mpq.models.checkpoint import FAMILIES
-from mpq.packing import pack_codes, packed_size, unpack_codes
-from mpq.quantizers import Quantized, QuantSpec, code_range, dequantize, quantize_widths, scale_shape
+from mpq.quantizers import Quantized
 from mpq.records import FLOAT_BITS
+from mpq.storage import (
+    Cursor,
+    Storage,
+    decode,
+    encode,
+    encode_floats,
+    float_bytes,
+    layer_bytes,
+    quantize_weight,
+    read_floats,
+)
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
 HEADER_SLACK = 128
@@ -35,64 +43,6 @@ HEADER_SLACK = 128
 still fits into the size that this one gave."""
 
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
-
-
-@dataclass(frozen=True)
-class Storage:
-    """How a whole model is stored.
-
-    Attributes:
-        spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
-        rest_dtype: "float16" or "float32": of whatever is not quantized.
-    """
-
-    spec: QuantSpec
-    rest_dtype: str = "float16"
-
-    def __post_init__(self) -> None:
-        if self.rest_dtype not in ("float16", "float32"):
-            raise MpqError(f"rest_dtype: expected float16 or float32, got {self.rest_dtype!r}")
-
-    @property
-    def float_bits(self) -> int:
-        """Width of a layer that is left unquantized."""
-        return 16 if self.rest_dtype == "float16" else 32
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the "quantizer" object of the sensitivity and allocation files."""
-        spec = self.spec
-        return {
-            "scheme": spec.scheme,
-            "granularity": spec.granularity,
-            "clip": spec.clip,
-            "rounding": spec.rounding,
-            "scale_dtype": spec.scale_dtype,
-            "rest_dtype": self.rest_dtype,
-        }
-
-    @classmethod
-    def from_json(cls, quantizer: Mapping[str, Any]) -> "Storage":
-        """Returns what a "quantizer" object says; keys that it lacks have their default.
-
-        Raises:
-            MpqError: An unknown key or value.
-        """
-        known = cls(QuantSpec(8)).to_json()
-        if unknown := set(quantizer) - set(known):
-            raise MpqError(f"quantizer: unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
-        options = known | dict(quantizer)
-        return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
-
-
-def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
-    """Returns what a layer takes in the file: codes, zero points and scales, or its floats when bits is 16 or 32."""
-    numel = int(np.prod(shape))
-    if bits in FLOAT_BITS:
-        return numel * bits // 8
-    spec = replace(storage.spec, bits=bits)
-    groups = int(np.prod(scale_shape(shape, spec)))
-    zero_points = packed_size(groups, 2**bits) if spec.scheme == "asymmetric" else 0
-    return packed_size(numel, _levels(spec)) + zero_points + groups * np.dtype(spec.scale_dtype).itemsize
 
 
 def fixed_bytes(model: AsrModel, storage: Storage) -> int:
@@ -139,11 +89,11 @@ def write_artifact(
     for ref in refs:
         width, weight = bits[ref.name], state[ref.name]
         if width in FLOAT_BITS:
-            payloads.append(_encode_floats(ref.name, weight, width))
+            payloads.append(encode_floats(ref.name, weight, width))
         elif quantized and ref.name in quantized:
-            payloads.append(_encode(quantized[ref.name], width, storage))
+            payloads.append(encode(quantized[ref.name], width, storage))
         else:
-            payloads.append(_encode(*quantize_weight(ref.name, weight, storage, [width], grams or {}), width, storage))
+            payloads.append(encode(*quantize_weight(ref.name, weight, storage, [width], grams or {}), width, storage))
         on_layer(1)
         assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
     parts["weights"] = b"".join(payloads)
@@ -173,16 +123,16 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
     model = FAMILIES[manifest["model"]["family"]].from_config(manifest["model"], parts["tokenizer"])
     refs = {ref.name: ref for ref in model.weights()}
     state: dict[str, Tensor] = {}
-    cursor = _Cursor(parts["weights"])
+    cursor = Cursor(parts["weights"])
     for name, width in zip(manifest["weights"], parts["bits"], strict=True):
         shape = refs[name].shape
-        state[name] = _decode(cursor.take(layer_bytes(shape, width, storage)), shape, width, storage)
+        state[name] = decode(cursor.take(layer_bytes(shape, width, storage)), shape, width, storage)
     own = model.state_dict()
     for blob, dtype in (("rest", manifest["quantizer"]["rest_dtype"]), ("exact", "float32")):
-        cursor = _Cursor(parts[blob] if blob == "rest" else lzma.decompress(parts[blob]))
+        cursor = Cursor(parts[blob] if blob == "rest" else lzma.decompress(parts[blob]))
         for name in manifest[blob]:
             size = own[name].numel() * np.dtype(dtype).itemsize
-            state[name] = _floats(cursor.take(size), tuple(own[name].shape), dtype)
+            state[name] = read_floats(cursor.take(size), tuple(own[name].shape), dtype)
     load_state(model, state)
     model.quantized_bits = dict(zip(manifest["weights"], parts["bits"], strict=True))
     model.quantized_bytes = {
@@ -210,86 +160,6 @@ def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
             raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
 
 
-def quantize_layer(
-    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
-) -> list[Tensor]:
-    """Returns what the file gives back of a weight stored at each of several widths.
-
-    Args:
-        name: Of the weight.
-        weight: Of any shape.
-        storage: How it is stored.
-        widths: 1 to 8.
-        grams: {weight name: statistics} (`mpq.calibration.input_grams`); not looked at when rounding is "nearest".
-
-    Raises:
-        MpqError: The weight cannot be quantized; the message names it.
-    """
-    return [dequantize(one, storage.spec) for one in quantize_weight(name, weight, storage, widths, grams)]
-
-
-def quantize_weight(
-    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
-) -> list[Quantized]:
-    """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
-
-    Raises:
-        MpqError: As `quantize_layer`.
-    """
-    if storage.spec.rounding == "gptq" and name not in grams:
-        raise MpqError(
-            f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
-        )
-    try:
-        return quantize_widths(weight, storage.spec, widths, grams.get(name))
-    except MpqError as error:
-        raise MpqError(f"{name}: {error}") from None
-
-
-def _levels(spec: QuantSpec) -> int:
-    """Returns how many codes the spec uses, for `packing`."""
-    q_min, q_max = code_range(spec)
-    return 2 if spec.bits == 1 else q_max - q_min + 1
-
-
-def _encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
-    """Returns the floats of a weight that is left unquantized."""
-    try:
-        return _float_bytes(weight, f"float{bits}")
-    except MpqError as error:
-        raise MpqError(f"{name}: {error}") from None
-
-
-def _encode(quantized: Quantized, bits: int, storage: Storage) -> bytes:
-    """Returns codes, zero points and scales of a weight."""
-    spec = replace(storage.spec, bits=bits)
-    codes = quantized.codes.flatten().to(torch.int16).cpu()
-    codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
-    encoded = pack_codes(codes.numpy(), _levels(spec))
-    if quantized.zero_point is not None:
-        encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), 2**bits)
-    return encoded + _float_bytes(quantized.scale, spec.scale_dtype)
-
-
-def _decode(data: bytes, shape: tuple[int, ...], bits: int, storage: Storage) -> Tensor:
-    """Returns the float32 weight that `_encode` stored."""
-    if bits in FLOAT_BITS:
-        return _floats(data, shape, f"float{bits}")
-    spec = replace(storage.spec, bits=bits)
-    cursor = _Cursor(data)
-    numel, scales = int(np.prod(shape)), scale_shape(shape, spec)
-    groups = int(np.prod(scales))
-    stored = unpack_codes(cursor.take(packed_size(numel, _levels(spec))), numel, _levels(spec))
-    codes, zero_point = torch.from_numpy(stored).to(torch.int16), None
-    if spec.scheme == "asymmetric":
-        zero_points = unpack_codes(cursor.take(packed_size(groups, 2**bits)), groups, 2**bits)
-        zero_point = torch.from_numpy(zero_points).reshape(scales)
-    else:
-        codes = codes * 2 - 1 if bits == 1 else codes + code_range(spec)[0]
-    scale = _floats(cursor.take(groups * np.dtype(spec.scale_dtype).itemsize), scales, spec.scale_dtype)
-    return dequantize(Quantized(codes.reshape(shape), scale, zero_point), spec)
-
-
 def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
     """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length."""
     names = [ref.name for ref in model.weights()]
@@ -301,9 +171,9 @@ def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
             continue
         is_trained = name in parameters or name.endswith(("running_mean", "running_var"))
         if is_trained and (storage.rest_dtype == "float32" or _survives_half(name, tensor)):
-            rest[name] = _float_bytes(tensor, storage.rest_dtype)
+            rest[name] = float_bytes(tensor, storage.rest_dtype)
         else:
-            exact[name] = _float_bytes(tensor, "float32")
+            exact[name] = float_bytes(tensor, "float32")
     config, tokenizer = model.to_config()
     manifest = {
         "model": config,
@@ -386,28 +256,3 @@ def _check_format(path: Path, format: str | None) -> None:
             f"({FORMAT_NAME}{FORMAT_VERSION}); update mpq"
         )
     raise MpqError(f"{path}: expected format {FORMAT_NAME}{FORMAT_VERSION}, got {format!r}: not written by `mpq pack`")
-
-
-def _float_bytes(tensor: Tensor, dtype: str) -> bytes:
-    stored = tensor.detach().cpu().to(getattr(torch, dtype))
-    if not stored.isfinite().all():
-        raise MpqError(f"a value of {float(tensor.abs().max()):g} does not fit into {dtype}; use --rest-dtype float32")
-    return stored.numpy().astype(f"<f{stored.element_size()}").tobytes()
-
-
-def _floats(data: bytes, shape: tuple[int, ...], dtype: str) -> Tensor:
-    values = np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(np.float32)
-    return torch.from_numpy(values).reshape(shape)
-
-
-class _Cursor:
-    """Reads a blob from front to back."""
-
-    def __init__(self, data: bytes) -> None:
-        self.data, self.position = data, 0
-
-    def take(self, size: int) -> bytes:
-        self.position += size
-        if self.position > len(self.data):
-            raise MpqError("a part is shorter than the manifest says")
-        return self.data[self.position - size : self.position]

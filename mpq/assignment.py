@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mpq.artifact import HEADER_SLACK, Storage, check_names, fixed_bytes, layer_bytes
+from mpq.artifact import HEADER_SLACK, check_names, fixed_bytes
 from mpq.calibration import CalibrationData, cached_statistics, redraw, statistics
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import memory_for
+from mpq.storage import Storage, layer_bytes
 
 
 @dataclass(frozen=True)

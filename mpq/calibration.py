@@ -30,7 +30,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mpq.artifact import Storage
 from mpq.audio import pad_batch
 from mpq.data import batches, calibration_subset, prepare_data, read_batch
 from mpq.divergence import StageTree
@@ -39,6 +38,7 @@ from mpq.files import atomic_path
 from mpq.manifests import Utterance
 from mpq.models.base import AsrModel, WeightRef
 from mpq.runtime import progress
+from mpq.storage import Storage
 
 BATCH_SECONDS = 40.0
 """Padded audio in a batch of calibration data."""

@@ -23,10 +23,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from mpq.artifact import Storage, quantize_weight
-from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, storable_scale
+from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, split_groups, storable_scale
 from mpq.quantizers import Quantized, QuantSpec
 from mpq.records import FLOAT_BITS
+from mpq.storage import Storage, quantize_weight
 
 Scales = Literal["learned", "recomputed", "frozen"]
 SCALES: tuple[Scales, ...] = ("learned", "recomputed", "frozen")
@@ -65,7 +65,7 @@ class StraightThrough(nn.Module):
     def search(self, latent: Tensor) -> None:
         """Searches the clip ratio for the latent as it is, where scales are recomputed."""
         if self.scales == "recomputed":
-            for groups, part in _groups(latent * self._per_column(self.unit), self.size):
+            for groups, part in _groups(self._exact(latent), self.spec):
                 self.clip_ratio[:, part] = choose_clip(groups, self.spec)
             self._recompute(latent)
 
@@ -76,7 +76,7 @@ class StraightThrough(nn.Module):
             self._recompute(latent)
         scale = self.current_scale()
         codes = torch.empty_like(latent)
-        for (groups, part), (into, _) in zip(_groups(latent, self.size), _groups(codes, self.size), strict=True):
+        for (groups, part), (into, _) in zip(_groups(latent, self.spec), _groups(codes, self.spec), strict=True):
             into.copy_(self._codes(groups, scale[:, part], part))
         symmetric = self.spec.scheme == "symmetric"
         return Quantized(
@@ -87,13 +87,7 @@ class StraightThrough(nn.Module):
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""
-        return (latent * self._per_column(self.unit)).reshape(self.shape)
-
-    @property
-    def size(self) -> int:
-        """Columns of a group."""
-        columns = matrix_shape(self.shape, self.spec)[1]
-        return min(self.spec.group_size or columns, columns)
+        return self._exact(latent).reshape(self.shape)
 
     def current_scale(self) -> Tensor:
         """Returns the (C, G) scales as they would be stored now."""
@@ -108,13 +102,16 @@ class StraightThrough(nn.Module):
     def _recompute(self, latent: Tensor) -> None:
         grids = [
             clipped_grid(groups, self.spec, self.clip_ratio[:, part])
-            for groups, part in _groups(latent * self._per_column(self.unit), self.size)
+            for groups, part in _groups(self._exact(latent), self.spec)
         ]
         self.scale, self.zero_point = (torch.cat(values, dim=1) for values in zip(*grids, strict=True))
 
-    def _per_column(self, values: Tensor) -> Tensor:
-        columns = matrix_shape(self.shape, self.spec)[1]
-        return values.repeat_interleave(self.size, dim=1)[:, :columns]
+    def _exact(self, latent: Tensor) -> Tensor:
+        """Returns the (C, K) weight that a latent stands for."""
+        weight = latent.detach().clone()
+        for groups, part in _groups(weight, self.spec):
+            groups.mul_(self.unit[:, part, None])
+        return weight
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -125,12 +122,12 @@ class _RoundThrough(torch.autograd.Function):
         scale = quantizer.current_scale()
         weight = torch.empty_like(latent)
         for (groups, part), (into, _) in zip(
-            _groups(latent, quantizer.size), _groups(weight, quantizer.size), strict=True
+            _groups(latent, quantizer.spec), _groups(weight, quantizer.spec), strict=True
         ):
             codes = quantizer._codes(groups, scale[:, part], part)
             torch.mul(codes.sub_(quantizer.zero_point[:, part, None]), scale[:, part, None], out=into)
         ctx.save_for_backward(latent, weight, scale, quantizer.unit)
-        ctx.size, ctx.is_sign, ctx.learned = quantizer.size, is_sign(quantizer.spec), log_scale is not None
+        ctx.spec, ctx.learned = quantizer.spec, log_scale is not None
         return weight
 
     @staticmethod
@@ -140,8 +137,8 @@ class _RoundThrough(torch.autograd.Function):
         to_latent = torch.empty_like(latent)
         to_scale = torch.empty_like(scale) if ctx.learned else None
         # a weight is outside where it is farther from its level than half the distance of levels, so beyond the last
-        reach = (1.0 if ctx.is_sign else 0.5) * (1 + 1e-5)
-        for found in zip(*(_groups(one, ctx.size) for one in (latent, weight, gradient, to_latent)), strict=True):
+        reach = (1.0 if is_sign(ctx.spec) else 0.5) * (1 + 1e-5)
+        for found in zip(*(_groups(one, ctx.spec) for one in (latent, weight, gradient, to_latent)), strict=True):
             (x, part), (rounded, _), (g, _), (into, _) = found
             steps, units = scale[:, part, None], unit[:, part, None]
             exact = x * units
@@ -149,21 +146,19 @@ class _RoundThrough(torch.autograd.Function):
             kept = g * inside
             if to_scale is not None:
                 along = g * rounded
-                if not ctx.is_sign:  # sign(w) * scale: which sign does not depend on the scale
+                if not is_sign(ctx.spec):  # sign(w) * scale: which sign does not depend on the scale
                     along.sub_(kept * exact)
                 to_scale[:, part] = along.sum(dim=-1)
             torch.mul(kept, units, out=into)
         return to_latent, to_scale, None
 
 
-def _groups(matrix: Tensor, size: int) -> Iterator[tuple[Tensor, slice]]:
-    """Yields views (C, G', size) of a (C, K) matrix, and which groups they are; the last group may be shorter."""
-    columns = matrix.shape[1]
-    whole = columns // size
-    if whole:
-        yield matrix[:, : whole * size].unflatten(1, (whole, size)), slice(0, whole)
-    if columns > whole * size:
-        yield matrix[:, None, whole * size :], slice(whole, whole + 1)
+def _groups(matrix: Tensor, spec: QuantSpec) -> Iterator[tuple[Tensor, slice]]:
+    """Yields views (C, G', size) of a (C, K) matrix, and which groups they are."""
+    start = 0
+    for part in split_groups(matrix, spec):
+        yield part, slice(start, start + part.shape[1])
+        start += part.shape[1]
 
 
 class QuantizedWeights(nn.Module):
@@ -173,7 +168,7 @@ class QuantizedWeights(nn.Module):
         weights: {name: trained weight}, of every weight of the model.
         allocations: {name: bits} each; 16 and 32 leave a weight as it is. The first one's grids give the units.
         storage: How the weights are stored.
-        grams: For the rounding "gptq" at the start, as in `mpq.artifact.quantize_layer`.
+        grams: For the rounding "gptq" at the start, as in `mpq.storage.quantize_layer`.
         scales: As in `StraightThrough`.
 
     Raises:
@@ -262,10 +257,9 @@ class QuantizedWeights(nn.Module):
 def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor, keep_codes: bool) -> Tensor:
     """Returns the (C, K) latent in units: the weight, moved into the interval of its code where it has to keep it."""
     rows, columns = matrix_shape(tuple(weight.shape), spec)
-    size = min(spec.group_size or columns, columns)
     levels = start.codes.reshape(rows, columns).to(torch.float32)
     latent = weight.detach().to(torch.float32).reshape(rows, columns).clone()
-    for (groups, part), (level, _) in zip(_groups(latent, size), _groups(levels, size), strict=True):
+    for (groups, part), (level, _) in zip(_groups(latent, spec), _groups(levels, spec), strict=True):
         if start.zero_point is not None:
             level.sub_(start.zero_point[:, part, None])
         groups.div_(unit[:, part, None])

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from mpq.artifact import Storage
 from mpq.assignment import assign, recall, recalled_statistics
 from mpq.config import Recipe
 from mpq.errors import MpqError
@@ -28,6 +27,7 @@ from mpq.models.base import AsrModel
 from mpq.models.loading import PACKED_FILE
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, processes
+from mpq.storage import Storage
 from mpq.training_data import TrainingSet, read_set
 from mpq.training_folder import NEUTRAL, check_folder, clean_up, data_identity
 from mpq.training_loop import Job, NotFiniteError

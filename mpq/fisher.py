@@ -27,10 +27,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mpq.artifact import Storage, quantize_layer
 from mpq.divergence import StageTree
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
+from mpq.storage import Storage, quantize_layer
 
 DRAWS = 2
 """Sets of signs for each utterance; the forward pass is shared, the backward pass is not."""

@@ -63,13 +63,14 @@ decode_options = _together(
     click.option("--length-bonus", default=0.0, show_default=True, help="Of the joint search, nats for each token."),
 )
 quantizer_options = _together(
-    click.option("--scheme", type=click.Choice(["symmetric", "asymmetric"]), help="Default: asymmetric."),
+    click.option("--scheme", type=click.Choice(["symmetric", "asymmetric", "mulaw"]), help="Default: asymmetric."),
     click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
     click.option("--clip", metavar="none|mse|mae|percentile:P", help="How the range is chosen. Default: mse."),
     click.option(
         "--rounding",
         type=click.Choice(["nearest", "gptq"]),
-        help="gptq makes up for errors by what the layers see of the data. Default: gptq; pack without data: nearest.",
+        help="gptq makes up for errors by what the layers see of the data, and is the default; without data, and for "
+        "mulaw, nearest is.",
     ),
     click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
     click.option(

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mpq.artifact import Storage, read_artifact, write_artifact
+from mpq.artifact import read_artifact, write_artifact
 from mpq.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.calibration import (
     BATCH_SECONDS,
@@ -30,6 +30,7 @@ from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.records import Allocation
 from mpq.runtime import choose_device, memory_for, progress
+from mpq.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,7 @@ def pack(
         allocation: The bit-width of every layer, the quantizer and the audio that it was made for.
         bits: One width for all layers instead, 1 to 8; with neither, the weights stay in `rest_dtype`.
         options: Quantizer options ("scheme", ...) that were asked for; they may not contradict the allocation's.
-            Without an allocation, "rounding" is "gptq" by default if there is `data`.
+            Without an allocation, "rounding" is "gptq" by default if there is `data` and the scheme has it.
         device: As in `mpq.runtime.choose_device`.
         data: Calibration audio; with an allocation it need not be given where the file that this names is still there,
             and has to be the same audio.
@@ -173,7 +174,7 @@ def pack(
 def _storage(allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None) -> Storage:
     """Returns the quantizer: the allocation's, or what the options say."""
     if allocation is None:
-        return Storage.from_json({"rounding": "gptq" if data and bits else "nearest"} | options)
+        return Storage.from_options(options, has_data=bool(data and bits))
     for key, value in options.items():
         if key in allocation.quantizer and allocation.quantizer[key] != value:
             raise MpqError(

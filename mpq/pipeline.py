@@ -22,7 +22,6 @@ from typing import Any
 
 from mpq import __version__
 from mpq.allocation import allocate
-from mpq.artifact import Storage
 from mpq.compare import compare, read_evaluations
 from mpq.config import Recipe
 from mpq.decoding import DecodeOptions
@@ -40,6 +39,7 @@ from mpq.records import Allocation, SensitivityTable
 from mpq.run_record import RUN_FORMAT, RunResult, StageReport
 from mpq.runtime import choose_device
 from mpq.sensitivity import METHODS, measure_sensitivity
+from mpq.storage import Storage
 from mpq.training import train
 from mpq.training_folder import NEUTRAL, weight_options
 from mpq.training_record import TRAINING_FORMAT
@@ -154,7 +154,7 @@ def _check(recipe: Recipe, device: str) -> None:
 def _storage(recipe: Recipe) -> Storage:
     """Returns the quantizer of a recipe."""
     options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
-    return Storage.from_json({"rounding": "gptq"} | options)
+    return Storage.from_options(options)
 
 
 def _read_record(path: Path) -> dict[str, Any]:

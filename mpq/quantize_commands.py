@@ -66,16 +66,16 @@ def sensitivity(
     Example:
       mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
     """
-    from mpq.artifact import Storage
     from mpq.report import sensitivity_view
     from mpq.sensitivity import METHODS, measure_sensitivity
+    from mpq.storage import Storage
 
     table = measure_sensitivity(
         checkpoint,
         data,
         bits,
         out,
-        Storage.from_json({"rounding": "gptq"} | given(quantizer)),
+        Storage.from_options(given(quantizer)),
         method=method,
         output=output,
         max_seconds=seconds_or_all(seconds, METHODS[method]),

@@ -21,7 +21,7 @@ MIN_BITS, MAX_BITS = 1, 8
 FLOAT_BITS = (16, 32)
 """Widths of a layer that is left unquantized: IEEE half and single precision."""
 
-SCHEMES = ("symmetric", "asymmetric")
+SCHEMES = ("symmetric", "asymmetric", "mulaw")
 SCALE_DTYPES = ("float16", "float32")
 ROUNDINGS = ("nearest", "gptq")
 
@@ -37,6 +37,7 @@ class QuantSpec:
         bits: Width of a code, 1 to 8.
         scheme: "symmetric": levels scale * {-(2^(n-1)-1) ... 2^(n-1)-1}; at 1 bit scale * {-1, 1}.
             "asymmetric": levels scale * ({0 ... 2^n-1} - zero_point) with an integer zero point.
+            "mulaw": levels scale * 2^n centroids that lie closer together near zero (mpq.mu_law); "nearest" only.
         granularity: What shares a scale: "tensor", "channel" (a row), or "group:G" (G consecutive columns of a row;
             the last group of a row is shorter when G does not divide K).
         clip: How the range is chosen: "none" (all weights inside), "mse" or "mae" (searched for the smallest squared
@@ -61,6 +62,10 @@ class QuantSpec:
         for key, known in (("scheme", SCHEMES), ("rounding", ROUNDINGS), ("scale_dtype", SCALE_DTYPES)):
             if getattr(self, key) not in known:
                 raise MpqError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
+        if self.scheme == "mulaw" and self.rounding == "gptq":
+            raise MpqError(
+                "rounding: scheme mulaw has no gptq, which needs evenly spaced levels; use --rounding nearest"
+            )
         if self.granularity not in ("tensor", "channel") and not re.fullmatch(r"group:[1-9]\d*", self.granularity):
             raise MpqError(f"granularity: expected tensor, channel or group:G with G >= 1, got {self.granularity!r}")
         if self.clip not in ("none", "mse", "mae") and self.percentile is None:

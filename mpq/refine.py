@@ -30,7 +30,7 @@ from scipy import stats
 from torch import Tensor
 
 from mpq.allocation import allocate, chosen_bits, one_budget, rounded_up, totals, weighted_average, with_answer
-from mpq.artifact import Storage, check_names, quantize_layer
+from mpq.artifact import check_names
 from mpq.calibration import BATCH_SECONDS, HELD_OUT_SECONDS, CalibrationData, further, in_batches, redraw, statistics
 from mpq.decisions import Decision, list_decisions
 from mpq.divergence import BOUND, JointDivergence
@@ -41,6 +41,7 @@ from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.records import Allocation, SensitivityTable
 from mpq.runtime import choose_device, memory_for, progress
+from mpq.storage import Storage, quantize_layer
 
 MOST_PROMISING = 24
 """Raises, and cuts, that are measured one by one in a round."""

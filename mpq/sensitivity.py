@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from mpq import __version__
-from mpq.artifact import Storage, fixed_bytes, layer_bytes, quantize_layer
+from mpq.artifact import fixed_bytes
 from mpq.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,
@@ -49,6 +49,7 @@ from mpq.models.base import AsrModel
 from mpq.quantizers import QuantSpec
 from mpq.records import LayerSensitivity, SensitivityTable
 from mpq.runtime import Processes, choose_device, memory_for, processes, progress
+from mpq.storage import Storage, layer_bytes, quantize_layer
 
 Point = tuple[str, int]
 """(layer name, bits)."""

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from mpq.artifact import Storage
 from mpq.calibration import draw, in_batches, input_grams, one_by_one
 from mpq.fisher import fisher_scores, rounding_errors
 from mpq.models import load_model
 from mpq.quantizers import QuantSpec
 from mpq.sensitivity import measure_kl
+from mpq.storage import Storage
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

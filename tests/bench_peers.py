@@ -61,7 +61,7 @@ from modelopt.torch.quantization.nn import QuantLinearConvBase, register_quant_b
 from torch import Tensor, nn
 
 from mpq.allocation import allocate
-from mpq.artifact import Storage, fixed_bytes, layer_bytes
+from mpq.artifact import fixed_bytes
 from mpq.data import batches, calibration_subset, prepare_data, read_batch
 from mpq.evaluate import evaluate
 from mpq.files import sha256_file
@@ -70,6 +70,7 @@ from mpq.models.base import AsrModel, Stage
 from mpq.pack import pack
 from mpq.quantizers import fake_quantize
 from mpq.records import FLOAT_BITS, Allocation, SensitivityTable
+from mpq.storage import Storage, layer_bytes
 
 METHODS, GRIDS = ("gradient", "kl_div"), ("modelopt", "mpq")
 

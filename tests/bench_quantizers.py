@@ -1,6 +1,9 @@
 """What the quantizer options do to a real model: WER and size with every weight at one width.
 
-    python tests/bench_quantizers.py MODEL.nemo DEV.jsonl [--bits 4,3]
+    python tests/bench_quantizers.py MODEL.nemo DEV.jsonl [--bits 4,3] [--scheme mulaw]
+    python tests/bench_quantizers.py MODEL.nemo [--bits 4,3,2]
+
+Without data: the errors of the weights, not those of the transcripts.
 
 The defaults of mpq were chosen from this table (docs/quantizers.md). Choose on development data, never on test data.
 """
@@ -10,11 +13,14 @@ import itertools
 import click
 import torch
 
-from mpq.artifact import Storage, fixed_bytes, layer_bytes
+from mpq.artifact import fixed_bytes
 from mpq.data import batches, prepare_data, read_batch
 from mpq.metrics import measure
 from mpq.models import load_model
+from mpq.models.base import AsrModel
 from mpq.quantizers import QuantSpec, fake_quantize
+from mpq.records import SCHEMES
+from mpq.storage import Storage, layer_bytes
 
 OPTIONS = [
     ("symmetric", "tensor", "none"),
@@ -31,15 +37,41 @@ OPTIONS = [
     ("asymmetric", "group:64", "mse"),
     ("asymmetric", "group:32", "mse"),
     ("asymmetric", "group:16", "mse"),
+    ("mulaw", "channel", "none"),
+    ("mulaw", "channel", "mse"),
+    ("mulaw", "group:64", "none"),
+    ("mulaw", "group:64", "mse"),
 ]
+
+
+def weight_errors(model: AsrModel, widths: list[int]) -> None:
+    """Prints ||quantized - w|| / ||w|| of each scheme: the root of the mean over all weight tensors of its square."""
+    state = model.state_dict()
+    weights = [state[ref.name] for ref in model.weights()]
+    print(f"| granularity | clip | bits | {' | '.join(SCHEMES)} |\n|---|---|---|{'---|' * len(SCHEMES)}")
+    for granularity, clip, width in itertools.product(("channel", "group:64"), ("none", "mse"), widths):
+        cells = []
+        for scheme in SCHEMES:
+            spec = QuantSpec(width, scheme, granularity, clip)
+            squares = [
+                float((fake_quantize(weight, spec) - weight).square().sum() / weight.square().sum())
+                for weight in weights
+            ]
+            cells.append(f"{100 * (sum(squares) / len(squares)) ** 0.5:.1f} %")
+        print(f"| {granularity} | {clip} | {width} | {' | '.join(cells)} |", flush=True)
 
 
 @click.command()
 @click.argument("checkpoint")
-@click.argument("data")
+@click.argument("data", required=False)
 @click.option("--bits", default="4,3")
-def main(checkpoint: str, data: str, bits: str) -> None:
+@click.option("--scheme", help="Of the quantized rows; default: all.")
+def main(checkpoint: str, data: str | None, bits: str, scheme: str | None) -> None:
     model = load_model(checkpoint)
+    widths = [int(width) for width in bits.split(",")]
+    if data is None:
+        weight_errors(model, widths)
+        return
     checked = prepare_data(data, model, need_text=True)
     groups = batches(checked.utterances, checked.durations, 60)
     waveforms = [read_batch(group, model.sample_rate) for group in groups]
@@ -77,17 +109,19 @@ def main(checkpoint: str, data: str, bits: str) -> None:
         }
     )
     row("32, the rest (biases, norms) 16 | | | | ", fixed_bytes(model, half) + sum(4 * ref.numel for ref in refs))
-    for width, (scheme, granularity, clip) in itertools.product(map(int, bits.split(",")), OPTIONS):
+    for width, (kind, granularity, clip) in itertools.product(widths, OPTIONS):
+        if scheme not in (None, kind):
+            continue
         scales = ["float16", "float32"] if (granularity, clip) == ("group:64", "mse") else ["float16"]
         for scale_dtype in scales:
-            spec = QuantSpec(width, scheme, granularity, clip, scale_dtype=scale_dtype)
+            spec = QuantSpec(width, kind, granularity, clip, scale_dtype=scale_dtype)
             storage = Storage(spec)
             state = dict(original)
             for ref in refs:
                 state[ref.name] = fake_quantize(original[ref.name], spec)
             model.load_state_dict(state)
             size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, width, storage) for ref in refs)
-            row(f"{width} | {scheme} | {granularity} | {clip} | {scale_dtype}", size)
+            row(f"{width} | {kind} | {granularity} | {clip} | {scale_dtype}", size)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,11 @@ import time
 import click
 import torch
 
-from mpq.artifact import Storage
 from mpq.data import batches, calibration_subset, prepare_data, read_batch
 from mpq.models import load_model
 from mpq.quantizers import QuantSpec, fake_quantize
 from mpq.sensitivity import mean_kl, measure_kl
+from mpq.storage import Storage
 
 
 def whole_forwards(model, data, points, spec: QuantSpec) -> dict:

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
-from mpq.artifact import Storage, fixed_bytes, layer_bytes, read_artifact, write_artifact
+from mpq.artifact import fixed_bytes, read_artifact, write_artifact
 from mpq.errors import MpqError
 from mpq.models import load_model
 from mpq.packing import packed_size
 from mpq.quantizers import QuantSpec, fake_quantize
+from mpq.storage import Storage, layer_bytes
 from mpq.text import SentencePieceTokenizer, tokenizer_from_config
 
 MODEL = tiny_model()
@@ -35,7 +36,7 @@ def storages() -> list[Storage]:
     return [
         Storage(QuantSpec(8, scheme, granularity, "none", scale_dtype=scale_dtype), rest_dtype)
         for scheme, granularity, scale_dtype, rest_dtype in itertools.product(
-            ("symmetric", "asymmetric"),
+            ("symmetric", "asymmetric", "mulaw"),
             ("tensor", "channel", "group:16", "group:5"),
             ("float16", "float32"),
             ("float16", "float32"),
@@ -91,7 +92,7 @@ def test_transcripts_of_a_packed_file_are_those_of_the_fake_quantized_model(tmp_
 @given(
     st.lists(st.integers(1, 40), min_size=1, max_size=4),
     st.integers(1, 8),
-    st.sampled_from(["symmetric", "asymmetric"]),
+    st.sampled_from(["symmetric", "asymmetric", "mulaw"]),
     st.sampled_from(["tensor", "channel", "group:3", "group:64"]),
 )
 def test_layer_bytes_by_hand(shape: list[int], bits: int, scheme: str, granularity: str) -> None:
@@ -105,13 +106,37 @@ def test_layer_bytes_by_hand(shape: list[int], bits: int, scheme: str, granulari
     }[granularity]
     codes = -(-numel // 5) if (bits, scheme) == (2, "symmetric") else -(-numel * bits // 8)
     zero_points = -(-groups * bits // 8) if scheme == "asymmetric" else 0
-    expected = codes + zero_points + 2 * groups
+    centroids = 2**bits if scheme == "mulaw" else 0
+    expected = codes + zero_points + centroids + 2 * groups
     assert layer_bytes(tuple(shape), bits, Storage(QuantSpec(8, scheme, granularity))) == expected
     assert layer_bytes(tuple(shape), 16, Storage(QuantSpec(8))) == 2 * numel
 
 
 def test_four_bits_take_half_a_byte() -> None:
     assert packed_size(1000, 16) == 500
+
+
+def test_the_bytes_of_a_mulaw_layer(tmp_path: Path) -> None:
+    """Two bits, by hand: rows of 6 with a scale each, codes four to a byte, then the centroids, then the scales."""
+    model = tiny_model()
+    name = "encoder.pre_encode.conv.0.weight"  # the first weight, (6, 1, 3, 3)
+    weight = model.state_dict()[name]
+    weight.copy_(torch.tensor([-4.0, -1.34, 1.34, 4.0, 1.3, -1.3, 1.4, -1.4, -4.0]).reshape(3, 3))
+    weight[5] = 0
+    storage = Storage(QuantSpec(8, "mulaw", "channel", "none"))
+    bits = {ref.name: 2 for ref in REFS}
+    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, 2, storage) for ref in REFS)
+    write_artifact(tmp_path / "m", model, bits, storage, size)
+    # codes 0 1 2 3 2 1 2 1 0 for each of five rows; zeros are nearest to 0.336 and -0.336, and the upper one is taken
+    codes = [*[0, 1, 2, 3, 2, 1, 2, 1, 0] * 5, *[2] * 9, 0, 0]
+    packed = [64 * a + 16 * b + 4 * c + d for a, b, c, d in zip(*[iter(codes)] * 4, strict=True)]
+    centroids = [0x80, 0x100 - 43, 43, 127]  # mu = 0: a third of 128
+    scales = [0x00, 0x44] * 5 + [0, 0]  # 4.0 is 0x4400 in half precision
+    stored = load_file(tmp_path / "m")["weights"]
+    assert stored[: len(packed) + 16].tolist() == [*packed, *centroids, *scales]
+    read = read_artifact(tmp_path / "m").state_dict()[name]
+    row = [-4, -4 * 43 / 128, 4 * 43 / 128, 4 * 127 / 128, 1.34375, -1.34375, 1.34375, -1.34375, -4]
+    assert read[0].flatten().tolist() == row and bool((read[5] == 0).all())
 
 
 def test_the_file_is_a_function_of_its_content(tmp_path: Path) -> None:
@@ -248,6 +273,20 @@ def test_quantizer_of_a_file_from_elsewhere() -> None:
     with pytest.raises(MpqError, match="rest_dtype"):
         Storage.from_json({"rest_dtype": "int8"})
     json.dumps(Storage(QuantSpec(8)).to_json())
+
+
+def test_the_rounding_that_was_not_asked_for() -> None:
+    for options, has_data, rounding in (
+        ({}, True, "gptq"),
+        ({}, False, "nearest"),
+        ({"scheme": "symmetric"}, True, "gptq"),
+        ({"scheme": "mulaw"}, True, "nearest"),
+        ({"rounding": "nearest"}, True, "nearest"),
+        ({"rounding": "gptq"}, False, "gptq"),
+    ):
+        assert Storage.from_options(options, has_data).spec.rounding == rounding
+    with pytest.raises(MpqError, match="use --rounding nearest"):
+        Storage.from_options({"scheme": "mulaw", "rounding": "gptq"})
 
 
 def test_sentencepiece_tokenizer_survives(shared: Path) -> None:

@@ -17,11 +17,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mpq import calibration
-from mpq.artifact import Storage
 from mpq.calibration import draw, further, in_batches, input_grams, one_by_one, redraw, statistics
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel, Stage
 from mpq.quantizers import QuantSpec
+from mpq.storage import Storage
 
 GPTQ = Storage(QuantSpec(8, rounding="gptq"))
 NEAREST = Storage(QuantSpec(8))

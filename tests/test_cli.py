@@ -10,10 +10,13 @@ from pathlib import Path
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from tiny_training import write_recipe, write_speech
 
 from mpq.cli import main
+from mpq.models import load_model
+from mpq.quantizers import QuantSpec, fake_quantize
 
 COMMANDS = sorted(main.commands)
 
@@ -263,6 +266,28 @@ def test_other_methods_and_roundings(tmp_path: Path, tiny_archive: Path, tiny_ma
     assert result_json(*command, "--seconds", "2.5")["data"]["max_seconds"] == 2.5
     everything = result_json(*command, "--seconds", "all")["data"]
     assert everything["max_seconds"] is None and everything["utterances"] == 6
+
+
+def test_mulaw_from_end_to_end(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    sens, alloc, small = tmp_path / "s.json", tmp_path / "a.json", tmp_path / "m.safetensors"
+    data = ["--data", tiny_manifest]
+    command = ["sensitivity", tiny_archive, *data, "--bits", "1,2,4", "--scheme", "mulaw"]
+    table = result_json(*command, "--granularity", "channel", "--out", sens)
+    assert (table["quantizer"]["scheme"], table["quantizer"]["rounding"]) == ("mulaw", "nearest")
+    target = table["fixed_bytes"] + sum(layer["bytes"]["2"] for layer in table["layers"])
+    allocation = result_json("allocate", sens, "--target-mb", target / 2**20, "--out", alloc)
+    packed = result_json("pack", tiny_archive, "--allocation", alloc, "--out", small)
+    assert small.stat().st_size == packed["size_bytes"] == allocation["predicted_bytes"] <= target
+    inspection = result_json("inspect", small)
+    assert sum(layer["bytes"] for layer in inspection["layers"]) == small.stat().st_size - table["fixed_bytes"]
+    state, original = load_model(small).state_dict(), load_model(tiny_archive).state_dict()
+    assert {layer["bits"] for layer in allocation["layers"]} == {1, 2, 4}
+    for layer in allocation["layers"]:
+        spec = QuantSpec(layer["bits"], "mulaw", "channel")
+        assert torch.equal(state[layer["name"]], fake_quantize(original[layer["name"]], spec))
+    uniform = result_json("pack", tiny_archive, *data, "--bits", 2, "--scheme", "mulaw", "--out", small)
+    assert uniform["rounding"] == "nearest" and uniform["measured_kl"] > 0
+    fails(*command, "--rounding", "gptq", "--out", sens, words="use --rounding nearest")
 
 
 @pytest.fixture(scope="module")

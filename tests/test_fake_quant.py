@@ -1,6 +1,5 @@
 """Straight-through quantizers: forward and gradient against torch's operators; what is stored is what is seen."""
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -9,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq.artifact import Storage, quantize_weight
 from mpq.fake_quant import MARGIN, QuantizedWeights, StraightThrough
 from mpq.grids import matrix_shape
 from mpq.quantizers import dequantize, fake_quantize, quantize
 from mpq.records import QuantSpec
+from mpq.storage import Storage, quantize_weight
 
 CHANNELS = QuantSpec(3, "asymmetric", "channel", "none", scale_dtype="float32")
 
@@ -22,7 +21,7 @@ def started(weight: Tensor, spec: QuantSpec, scales: str) -> tuple[StraightThrou
     """Returns a quantizer whose unit is its scale at the start, and the latent that is the weight itself."""
     start = quantize(weight, spec)
     quantizer = StraightThrough(spec, start.scale, start, scales)
-    latent = weight.reshape(matrix_shape(tuple(weight.shape), spec)) / quantizer._per_column(start.scale)
+    latent = weight.reshape(matrix_shape(tuple(weight.shape), spec)) / start.scale  # one group a row
     return quantizer, latent.requires_grad_()
 
 
@@ -123,10 +122,8 @@ def test_the_start_keeps_the_codes_of_gptq(bits: int) -> None:
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
     nearest = quantize(weight, replace(storage.spec, bits=bits, rounding="nearest"))
     assert not torch.equal(found.codes, nearest.codes)  # the case is there
-    away = (
-        weights.latents[0].detach()
-        - (found.codes.float() - weights.quantizers[f"0:{bits}"]._per_column(found.zero_point.float())).reshape(8, 30)
-    ).abs()
+    levels = found.codes.float() - found.zero_point.float().repeat_interleave(16, dim=1)[:, :30]
+    away = (weights.latents[0].detach() - levels).abs()
     assert float(away.max()) <= 0.5 - MARGIN + 1e-5
 
 
@@ -139,7 +136,7 @@ def test_recomputed_scales_follow_the_weights_and_their_clip_is_searched_on_requ
     moved = weights.floats()["w"]
     ranged = weights()["w"]
     assert not torch.equal(ranged, fake_quantize(moved, spec))  # the old clip ratios of the new range
-    assert float(ranged.max()) > 2 * float(weight.max())
+    assert float(ranged.detach().max()) > 2 * float(drawn(4, 64).max())
     weights.search()
     assert torch.equal(weights()["w"], fake_quantize(moved, spec))
 
@@ -201,20 +198,15 @@ def test_parameter_groups_share_the_rate() -> None:
     assert [[one.shape for one in group["params"]] for group in groups] == [[(4, 32)], [(4, 1)], [(4, 32)]]
 
 
-@pytest.fixture
-def learned() -> Callable[[], QuantizedWeights]:
-    return lambda: QuantizedWeights({"w": drawn(4, 32)}, [{"w": 2}], Storage(QuantSpec(2)), {}, "learned")
-
-
-def test_training_lowers_the_error_below_that_of_the_start(learned: Callable[[], QuantizedWeights]) -> None:
-    weights, inputs = learned(), drawn(64, 32, seed=3)
-    wanted = inputs @ drawn(4, 32).t()
-    optimizer = torch.optim.Adam(weights.parameters(), lr=0.03)
+def test_training_makes_up_for_the_rounding() -> None:
+    weight, inputs = drawn(4, 32), drawn(400, 8, seed=3) @ drawn(8, 32, seed=4)  # inputs that have much in common
+    weights = QuantizedWeights({"w": weight}, [{"w": 2}], Storage(QuantSpec(2)), {}, "learned")
+    optimizer = torch.optim.Adam(weights.parameters(), lr=0.01)
     errors = []
-    for _ in range(300):
-        error = (inputs @ weights()["w"].t() - wanted).square().mean()
+    for _ in range(200):
+        error = (inputs @ (weights()["w"] - weight).t()).square().mean()
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
-        errors.append(float(error))
-    assert min(errors) < 0.7 * errors[0]
+        errors.append(float(error.detach()))
+    assert errors[-1] < 0.5 * errors[0]

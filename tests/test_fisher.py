@@ -10,12 +10,12 @@ from conftest import tiny_model
 from torch import Tensor, nn
 
 from mpq import fisher
-from mpq.artifact import Storage
 from mpq.calibration import input_grams
 from mpq.errors import MpqError
 from mpq.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.models.base import AsrModel
 from mpq.quantizers import QuantSpec, fake_quantize
+from mpq.storage import Storage
 
 NEAREST = Storage(QuantSpec(8))
 WIDTHS = (2, 4)

@@ -14,7 +14,7 @@ from click.testing import CliRunner
 from conftest import drawn_parts, tiny_model
 from torch import Tensor, nn
 
-from mpq.artifact import Storage, fixed_bytes, layer_bytes, write_artifact
+from mpq.artifact import fixed_bytes, write_artifact
 from mpq.audio import pad_batch
 from mpq.calibration import cache_folder, input_grams
 from mpq.cli import main
@@ -32,6 +32,7 @@ from mpq.models.hybrid import HybridConformer
 from mpq.quantizers import QuantSpec, fake_quantize
 from mpq.records import Allocation, SensitivityTable
 from mpq.sensitivity import measure_kl
+from mpq.storage import Storage, layer_bytes
 from mpq.text import CharTokenizer
 
 LABELS = [" ", *"adeforsw"]

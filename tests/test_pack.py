@@ -13,13 +13,14 @@ from torch import Tensor
 
 from mpq import pack, refine
 from mpq.allocation import allocate
-from mpq.artifact import Storage, fixed_bytes, layer_bytes
+from mpq.artifact import fixed_bytes
 from mpq.calibration import draw, input_grams, one_by_one
 from mpq.errors import MpqError
 from mpq.models import load_model
 from mpq.quantizers import QuantSpec, dequantize, quantize
 from mpq.records import Allocation
 from mpq.sensitivity import measure_sensitivity
+from mpq.storage import Storage, layer_bytes
 
 SEEN, FRESH = 2.0, 3.0
 """Seconds of audio for the statistics, and to measure the file on."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from mpq import refine
 from mpq.allocation import allocate
-from mpq.artifact import Storage
 from mpq.calibration import draw, input_grams, one_by_one
 from mpq.divergence import JointDivergence
 from mpq.errors import MpqError
@@ -25,6 +24,7 @@ from mpq.quantizers import QuantSpec, fake_quantize
 from mpq.records import Allocation, SensitivityTable
 from mpq.refine import allocate_measured
 from mpq.sensitivity import measure_sensitivity
+from mpq.storage import Storage
 
 SEEN, USED, FRESH = 1.5, 4.0, 4.0
 """Seconds of the three parts of the audio: for the sensitivities, the moves, the verdict."""

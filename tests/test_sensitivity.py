@@ -10,12 +10,13 @@ import pytest
 import torch
 from conftest import tiny_model
 
-from mpq.artifact import Storage, fixed_bytes, layer_bytes
+from mpq.artifact import fixed_bytes
 from mpq.audio import pad_batch
 from mpq.errors import MpqError
 from mpq.quantizers import QuantSpec, fake_quantize
 from mpq.records import SensitivityTable
 from mpq.sensitivity import mean_kl, measure_kl, measure_sensitivity
+from mpq.storage import Storage, layer_bytes
 
 STORAGE = Storage(QuantSpec(8))
 

@@ -19,7 +19,6 @@ from torch import Tensor
 
 import mpq
 from mpq.allocation import allocate
-from mpq.artifact import Storage, quantize_layer
 from mpq.calibration import draw, one_by_one
 from mpq.calibration import statistics as input_statistics
 from mpq.data import batches, prepare_data, read_batch
@@ -33,6 +32,7 @@ from mpq.models.base import AsrModel
 from mpq.quantizers import QuantSpec
 from mpq.records import LayerSensitivity, SensitivityTable
 from mpq.significance import align
+from mpq.storage import Storage, quantize_layer
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SIZES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
