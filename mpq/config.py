@@ -162,20 +162,18 @@ class FinetuneConfig(LoopConfig):
     select: Literal["wer", "loss", "last"] = Field(
         "wer", description="Which epochs: lowest dev WER, lowest divergence (loss), or last; 0 is the start."
     )
-    quantizer: Literal["ste", "gq"] = Field(
-        "ste", description="ste: straight-through; gq: General Quantizer (Zhen 2022), for the scheme mulaw."
-    )
     scales: Literal["learned", "recomputed", "frozen"] = Field(
-        "learned", description="Of ste: learned (LSQ), from the weights in each pass, or as at the start."
+        "learned", description="learned (LSQ), recomputed from the weights in each pass, or frozen; not of mulaw."
     )
     search_every: Whole = Field(
-        50, description="Updates between two searches for the clip ratios (recomputed scales) and for mu (gq)."
+        50, description="Updates between two searches: for clip ratios (recomputed scales), for mu (mulaw)."
     )
     alpha: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
-        (10.0, 500.0), description="Of gq: sharpness of the assignment, first and last."
+        (10.0, 500.0),
+        description="Of mulaw (General Quantizer): sharpness of the assignment, first and last.",
     )
     anneal: tuple[Fraction, Fraction] = Field(
-        (0.0, 0.8), description="Of gq: from which to which part of all updates it rises; after that, hard."
+        (0.0, 0.8), description="From which to which part of all updates it rises; after that, weights are rounded."
     )
     bound: Annotated[float, Field(ge=0)] = Field(
         1.0, description="Nats at which the distillation of one frame saturates; 0: it does not."

@@ -13,6 +13,8 @@ Scales are frozen, or recomputed from the latents in each pass with the clip rat
 2023), or learned (LSQ, Esser et al. 2020): scale = start * exp(log_scale), a parameter for each group, whose gradient
 is that of LSQ, sum of (code - zero point - [inside] * weight / scale), times the scale. Zero points are not learned.
 
+The scheme mulaw is trained by the General Quantizer instead (`mpq.general_quantizer`): from soft to hard.
+
 Legend: C rows (output channels), K columns, G groups of `size` columns a row, as in `mpq.grids`.
 """
 
@@ -23,8 +25,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from mpq.general_quantizer import SoftToHard
 from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, split_groups, storable_scale
-from mpq.quantizers import Quantized, QuantSpec
+from mpq.quantizers import Quantized, QuantSpec, dequantize
 from mpq.records import FLOAT_BITS
 from mpq.storage import Storage, quantize_weight
 
@@ -114,6 +117,44 @@ class StraightThrough(nn.Module):
         return weight
 
 
+class Annealed(nn.Module):
+    """The General Quantizer (Zhen et al. 2022) of one weight at one bit-width, with the interface of `StraightThrough`.
+
+    Weights are normalised by max|w|, as in the paper, whatever the clip of the spec is.
+
+    Args:
+        spec: The quantizer, of the scheme "mulaw".
+        unit: (1, 1): what a latent of 1 stands for.
+        shape: Of the weight.
+    """
+
+    log_scale = None
+
+    def __init__(self, spec: QuantSpec, unit: Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.kernel, self.shape = SoftToHard(replace(spec, clip="none")), shape
+        self.register_buffer("unit", unit.clone())
+
+    def forward(self, latent: Tensor) -> Tensor:
+        """Returns the weight, on its way to the centroids, of a (C, K) latent."""
+        return self.kernel((latent * self.unit).reshape(self.shape))
+
+    @torch.no_grad()
+    def search(self, latent: Tensor) -> None:
+        """Chooses mu for the latent as it is, while the assignment is soft."""
+        if not self.kernel.is_hard:
+            self.kernel.choose_mu(self.as_weight(latent))
+
+    @torch.no_grad()
+    def quantized(self, latent: Tensor) -> Quantized:
+        """Returns codes, scales and centroids of the rounded weight."""
+        return self.kernel.quantized(self.as_weight(latent))
+
+    def as_weight(self, latent: Tensor) -> Tensor:
+        """Returns a latent in the weight's own units and shape."""
+        return (latent.detach() * self.unit).reshape(self.shape)
+
+
 class _RoundThrough(torch.autograd.Function):
     """The rounding of a latent, and the straight-through gradient."""
 
@@ -195,13 +236,18 @@ class QuantizedWeights(nn.Module):
             keep_codes = len(widths) == 1 and scales != "recomputed"
             starts = quantize_weight(name, weight, storage if keep_codes else nearest, widths, grams) if widths else []
             latent = weight.detach().float().clone()
-            if starts:
+            if starts and storage.spec.scheme == "mulaw":
+                unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
+                latent = latent.reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
+                for spec in specs:
+                    self.quantizers[f"{index}:{spec.bits}"] = Annealed(spec, unit, tuple(weight.shape))
+            elif starts:
                 unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
                 if not keep_codes:
                     unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
                 latent = _start(weight, specs[0], starts[0], unit, keep_codes)
-            for spec, start in zip(specs, starts, strict=True):
-                self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
+                for spec, start in zip(specs, starts, strict=True):
+                    self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
             self.latents.append(nn.Parameter(latent))
         self.search()
 
@@ -217,8 +263,22 @@ class QuantizedWeights(nn.Module):
             if bits not in FLOAT_BITS
         }
 
+    def rounded(self, allocation: int = 0) -> dict[str, Tensor]:
+        """Returns {name: weight as the packed file gives it back} at the widths of an allocation."""
+        stored = self.quantized(allocation)
+        return {
+            name: dequantize(stored[name], self.storage.spec) if name in stored else self._seen(index, bits).detach()
+            for index, (name, bits) in enumerate(self._widths(allocation))
+        }
+
+    def anneal(self, alpha: float, is_hard: bool) -> None:
+        """Sets how hard the assignment of the General Quantizer is."""
+        for quantizer in self.quantizers.values():
+            if isinstance(quantizer, Annealed):
+                quantizer.kernel.alpha, quantizer.kernel.is_hard = alpha, is_hard
+
     def search(self) -> None:
-        """Searches the clip ratios anew, where scales are recomputed."""
+        """Searches anew: the clip ratios where scales are recomputed, mu of the General Quantizer while it is soft."""
         for key, quantizer in self.quantizers.items():
             quantizer.search(self.latents[int(key.split(":")[0])])
 
@@ -252,6 +312,12 @@ class QuantizedWeights(nn.Module):
             return latent + (stored - latent.detach())  # as it will be stored, and the gradient straight through
         quantizer = self.quantizers[f"{index}:{bits}"]
         return quantizer(latent).reshape(quantizer.shape)
+
+
+def _mean_step(start: Quantized, spec: QuantSpec) -> Tensor:
+    """Returns the (1, 1) mean distance of neighbouring levels."""
+    tiny = torch.finfo(torch.float32).tiny
+    return (start.scale.mean() * 2 / (2**spec.bits - 1)).clamp(min=tiny).reshape(1, 1)
 
 
 def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor, keep_codes: bool) -> Tensor:

@@ -144,12 +144,6 @@ def _targets(
                 f"allocations {found[0].name} and {target.name}: expected one quantizer, got {quantizers[0]} and "
                 f"{quantizers[1]}; allocate both from one sensitivity file"
             )
-    is_mulaw = found[0].assigned.storage.spec.scheme == "mulaw"
-    if is_mulaw != (recipe.finetune.quantizer == "gq"):
-        raise MpqError(
-            f"finetune.quantizer: {recipe.finetune.quantizer} does not train the scheme "
-            f"{found[0].assigned.storage.spec.scheme} of the allocation; gq goes with mulaw, ste with the others"
-        )
     return sorted(found, key=lambda target: -target.assigned.size_bytes)
 
 

@@ -27,6 +27,7 @@ from mpq.distillation import Distillation, DistillationLosses
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import atomic_path, write_json
 from mpq.finetune_record import FinetunedSize, FinetuneResult
+from mpq.general_quantizer import annealed_alpha
 from mpq.held_out import changed_errors
 from mpq.learning_curve import draw_learning_curve
 from mpq.models.base import AsrModel, is_counter
@@ -130,6 +131,8 @@ class Finetuner(TrainingLoop):
         for module in self.student.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.train(self.tuning.batch_norm == "updated")
+        start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
+        self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
         if self.step and self.step % self.tuning.search_every == 0:
             self.weights.search()
 
@@ -208,7 +211,7 @@ class Finetuner(TrainingLoop):
     def _bake(self, allocation: int) -> None:
         """Gives the student the rounded weights of an allocation, and puts it in eval mode."""
         parameters = dict(self.student.named_parameters())
-        for name, weight in self.weights(allocation).items():
+        for name, weight in self.weights.rounded(allocation).items():
             parameters[name].copy_(weight)
         self.student.eval()
 
