@@ -147,7 +147,9 @@ class Finetuner(TrainingLoop):
         return 1 + int(random.integers(len(self.targets) - 1))
 
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        known = torch.tensor([item.text is not None for item in batch.items], device=batch.frames.device)
+        # with a weight of 0 transcripts are ignored: the decoder is given what the teacher recognises
+        told = [self.tuning.transcript_weight > 0 and item.text is not None for item in batch.items]
+        known = torch.tensor(told, device=batch.frames.device)
         heard = batch.clean if self.tuning.teacher_hears == "clean" else batch.features
         found = DistillationLosses(
             *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
