@@ -90,7 +90,8 @@ class StraightThrough(nn.Module):
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""
-        return self._exact(latent).reshape(self.shape)
+        parts = [groups * self.unit[:, part, None] for groups, part in _groups(latent, self.spec)]
+        return torch.cat([part.reshape(len(latent), -1) for part in parts], dim=1).reshape(self.shape)
 
     def current_scale(self) -> Tensor:
         """Returns the (C, G) scales as they would be stored now."""
@@ -137,7 +138,7 @@ class Annealed(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Returns the weight, on its way to the centroids, of a (C, K) latent."""
-        return self.kernel((latent * self.unit).reshape(self.shape))
+        return self.kernel(self.as_weight(latent))
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
@@ -152,7 +153,7 @@ class Annealed(nn.Module):
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""
-        return (latent.detach() * self.unit).reshape(self.shape)
+        return (latent * self.unit).reshape(self.shape)
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -233,7 +234,7 @@ class QuantizedWeights(nn.Module):
             widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
             specs = [replace(storage.spec, bits=bits) for bits in widths]
             # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
-            keep_codes = len(widths) == 1 and scales != "recomputed"
+            keep_codes = len({bits[name] for bits in allocations}) == 1 and scales != "recomputed"
             starts = quantize_weight(name, weight, storage if keep_codes else nearest, widths, grams) if widths else []
             latent = weight.detach().float().clone()
             if starts and storage.spec.scheme == "mulaw":
@@ -286,8 +287,7 @@ class QuantizedWeights(nn.Module):
         """Returns {name: the latent as a weight}: what the codes are rounded from."""
         found = {}
         for index, name in enumerate(self.names):
-            latent = self.latents[index].detach()
-            quantizer = next((one for key, one in self.quantizers.items() if key.startswith(f"{index}:")), None)
+            latent, quantizer = self.latents[index].detach(), self._quantizer(index)
             found[name] = latent if quantizer is None else quantizer.as_weight(latent)
         return found
 
@@ -305,11 +305,17 @@ class QuantizedWeights(nn.Module):
     def _widths(self, allocation: int) -> Iterator[tuple[str, int]]:
         return ((name, self.allocations[allocation][name]) for name in self.names)
 
+    def _quantizer(self, index: int) -> "StraightThrough | Annealed | None":
+        """Returns one of the quantizers of a weight, which all have one unit; None if no allocation quantizes it."""
+        return next((one for key, one in self.quantizers.items() if key.startswith(f"{index}:")), None)
+
     def _seen(self, index: int, bits: int) -> Tensor:
         latent = self.latents[index]
         if bits in FLOAT_BITS:
-            stored = latent.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
-            return latent + (stored - latent.detach())  # as it will be stored, and the gradient straight through
+            quantizer = self._quantizer(index)  # of another allocation, which counts the latent in its units
+            weight = latent if quantizer is None else quantizer.as_weight(latent)
+            stored = weight.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
+            return weight + (stored - weight.detach())  # as it will be stored, and the gradient straight through
         quantizer = self.quantizers[f"{index}:{bits}"]
         return quantizer(latent).reshape(quantizer.shape)
 
