@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpq.artifact import read_artifact, write_artifact
+from mpq.artifact import read_artifact, survives_half, write_artifact
 from mpq.assignment import Assignment
 from mpq.augment import generator
 from mpq.config import Recipe
@@ -286,17 +286,23 @@ class Finetuner(TrainingLoop):
         return epochs
 
     def _pack(self) -> None:
+        # what the float model's file has in half precision stays so, or the file would not have the size that is
+        # promised: biases that began at 0 are too small for the full precision of half
+        names = [name for name, one in self.rest.items() if survives_half(name, self.teacher.get_parameter(name))]
+        halved = [self.rest[name] for name in names]
         for index, target in enumerate(self.targets):
             self._bake(index)
             assigned = target.assigned
-            write_artifact(
-                target.path,
-                self.student,
-                assigned.bits,
-                assigned.storage,
-                assigned.size_bytes,
-                quantized=self.weights.quantized(index),
-            )
+            rounded = [one.detach().half().float() for one in halved] if assigned.storage.float_bits == 16 else []
+            with _swapped(halved, rounded):
+                write_artifact(
+                    target.path,
+                    self.student,
+                    assigned.bits,
+                    assigned.storage,
+                    assigned.size_bytes,
+                    quantized=self.weights.quantized(index),
+                )
 
     def keep_best(self) -> str:
         """Packs the best weights so far; returns what was kept."""
