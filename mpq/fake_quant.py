@@ -19,12 +19,14 @@ Legend: C rows (output channels), K columns, G groups of `size` columns a row, a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mpq.errors import MpqError
 from mpq.general_quantizer import SoftToHard
 from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, split_groups, storable_scale
 from mpq.quantizers import Quantized, QuantSpec, dequantize
@@ -253,16 +255,25 @@ class QuantizedWeights(nn.Module):
         self.search()
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
-        """Returns {name: weight as the model sees it} at the widths of an allocation."""
+        """Returns {name: weight as the model sees it} at the widths of an allocation.
+
+        Raises:
+            MpqError: A weight or scale went astray; the message names the weight.
+        """
         return {name: self._seen(index, bits) for index, (name, bits) in enumerate(self._widths(allocation))}
 
     def quantized(self, allocation: int = 0) -> dict[str, Quantized]:
-        """Returns {name: what is stored} of all weights that the allocation quantizes."""
-        return {
-            name: self.quantizers[f"{index}:{bits}"].quantized(self.latents[index])
-            for index, (name, bits) in enumerate(self._widths(allocation))
-            if bits not in FLOAT_BITS
-        }
+        """Returns {name: what is stored} of all weights that the allocation quantizes.
+
+        Raises:
+            MpqError: As `forward`.
+        """
+        found = {}
+        for index, (name, bits) in enumerate(self._widths(allocation)):
+            if bits not in FLOAT_BITS:
+                with _named(name):
+                    found[name] = self.quantizers[f"{index}:{bits}"].quantized(self.latents[index])
+        return found
 
     def rounded(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the packed file gives it back} at the widths of an allocation."""
@@ -317,7 +328,17 @@ class QuantizedWeights(nn.Module):
             stored = weight.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
             return weight + (stored - weight.detach())  # as it will be stored, and the gradient straight through
         quantizer = self.quantizers[f"{index}:{bits}"]
-        return quantizer(latent).reshape(quantizer.shape)
+        with _named(self.names[index]):
+            return quantizer(latent).reshape(quantizer.shape)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says in an error which weight it is about."""
+    try:
+        yield
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
 
 
 def _mean_step(start: Quantized, spec: QuantSpec) -> Tensor:
