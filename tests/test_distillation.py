@@ -183,7 +183,9 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_teacher(case: Ca
     assert all(parameter.grad is None for parameter in case.teacher.parameters())
     own = {name for name, _ in loss.named_parameters()}
     assert not any("teacher" in name for name in own)
-    assert {name for name, _ in case.student.named_parameters()} <= {name.removeprefix("outputs.model.") for name in own}
+    assert {name for name, _ in case.student.named_parameters()} <= {
+        name.removeprefix("outputs.model.") for name in own
+    }
 
 
 def test_a_silent_teacher_gives_finite_errors() -> None:

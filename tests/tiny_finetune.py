@@ -1,13 +1,15 @@
 """Tiny models to fine-tune, allocations for them, and the command's recipe for it."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from tiny_training import recipe as training_recipe
+from tiny_training import write_speech
 from torch import Tensor
 
 from mpq.assignment import planned_bytes
@@ -29,7 +31,7 @@ OPTIONS = {
     "epochs": 2,
     "batch_frames": 260,
     "warmup_steps": 1,
-    "learning_rate": 0.05,
+    "learning_rate": 0.3,
     "scale_rate": 0.01,
     "rest_rate": 0.001,
     "workers": 0,
@@ -37,6 +39,33 @@ OPTIONS = {
     "select": "last",
 }
 """Of the section finetune: rates at which a few updates change the codes."""
+
+
+TRAINED = ("abc", "bad", "deed", "bed cab")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl, dev.jsonl and the checkpoint `hybrid`."""
+    folder = tmp_path_factory.mktemp("speech")
+    write_speech(folder, TRAINED)
+    write_speech(folder, ("abed", "a bee"), "dev.jsonl")
+    write_hybrid(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def four(speech: Path) -> Path:
+    """An allocation of 4 bits to every layer."""
+    return write_allocation(speech / "four.json", speech / "hybrid", 4)
 
 
 def disturbed(model: torch.nn.Module, seed: int = 7) -> None:
@@ -92,6 +121,10 @@ def tuning_recipe(train: Path, dev: Path, **options: Any) -> Recipe:
             table[key] = options.pop(key)
     table["finetune"] = OPTIONS | options
     return make_recipe(table, [], "test")
+
+
+def with_data(folder: Path, **options: Any) -> Recipe:
+    return tuning_recipe(folder / "train.jsonl", folder / "dev.jsonl", **options)
 
 
 class Spy:
