@@ -26,6 +26,7 @@ from mpq.augment import generator
 from mpq.config import Recipe
 from mpq.data import read_batch
 from mpq.distillation import Distillation, DistillationLosses
+from mpq.divergence import OutputBatch, StageTree
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import atomic_path, write_json
@@ -205,17 +206,16 @@ class Finetuner(TrainingLoop):
         if batch is None:
             faulty = [name for name, one in self._named() if one.grad is not None and not one.grad.isfinite().all()]
             return f" (of {faulty[-1]}, the last of {len(faulty)} tensors)" if faulty else ""
-        try:
-            self._bake(0)
-        except MpqError as error:
-            return f" ({error})"
+        self.student.load_state_dict(self.weights(0), strict=False)  # not what is rounded: codes are always finite
+        self.student.eval()
         return self._overflow(batch.features, batch.frames)
 
     def _overflow(self, features: Tensor, frames: Tensor) -> str:
         """Returns which layer of the student is the first whose output is not finite; "" if none is."""
-        context, hidden = self.student.context(frames, features.shape[1]), features
-        for stage in (*self.student.stages, self.student.head):
-            hidden = stage.run(hidden, context)
+        tree, batch = StageTree(self.student), OutputBatch(self.student, features, frames)
+        states = tree.run({0: features}, range(len(tree.stages)), batch.context)
+        for index, stage in enumerate(tree.stages):
+            *_, hidden = states[index + 1] if isinstance(states[index + 1], tuple) else (states[index + 1],)
             if not hidden.isfinite().all():
                 return f" (from the layer {stage.prefixes[0].rstrip('.')} on)"
         return ""
