@@ -160,7 +160,7 @@ class FinetuneConfig(LoopConfig):
     betas: tuple[Momentum, Momentum] = Field((0.9, 0.99), description="Of Adam.")
     average: Whole = Field(1, description="Epochs whose weights are averaged in the end.")
     select: Literal["wer", "loss", "last"] = Field(
-        "wer", description="Which epochs: lowest dev WER, lowest divergence (loss), or last; 0 is the start."
+        "loss", description="Which epochs: lowest dev divergence (loss), lowest WER, or last; epoch 0 is the start."
     )
     scales: Literal["learned", "recomputed", "frozen"] = Field(
         "learned", description="learned (LSQ), recomputed from the weights in each pass, or frozen; not of mulaw."
@@ -291,20 +291,20 @@ def sections() -> dict[str, type[BaseModel]]:
 def describe() -> Iterable[tuple[str, str, list[tuple[str, str, str, str]]]]:
     """Yields (section, what it is, [(key, type, default, description)]) of the whole schema, for the documentation."""
     for name, section in ({"": Recipe} | sections()).items():
-        rows = [row for row in describe_section(section) if name or row[0] not in sections()]
-        yield name, (section.__doc__ or "").strip(), rows
+        yield name, (section.__doc__ or "").strip(), describe_section(section)
 
 
 def describe_section(section: type[BaseModel]) -> list[tuple[str, str, str, str]]:
-    """Returns [(key, type, default, description)] of a section."""
+    """Returns [(key, type, default, description)] of a section, or of the keys of a recipe that are in none."""
     return [
         (
             key,
-            _type_name(field.annotation) if key not in sections() else "",
+            _type_name(field.annotation),
             _toml(field.get_default(call_default_factory=True)),
             field.description or "",
         )
         for key, field in section.model_fields.items()
+        if section is not Recipe or key not in sections()
     ]
 
 

@@ -1,0 +1,180 @@
+"""The table of fine-tuning: word errors before and after, by size, on three test sets.
+
+    python recipes/read_speech/finetune.py MODEL.nemo READ_SPEECH DIGITS RUN_FOLDER [--row NAME ...] [--epochs 8]
+
+READ_SPEECH has train.jsonl, dev.jsonl and test.jsonl; DIGITS is what recipes/digits/prepare.py made (dev_clean and
+test_clean, 8 kHz, which the model hears resampled): other speakers, another recording, nothing of it trained on.
+Every choice was made on the development part of the read speech; each row evaluates the test sets once. Finished steps
+are kept in RUN_FOLDER, so that a run that was cut off goes on, and rows can be made one at a time (`--row`).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import click
+
+from mpq.allocation import allocate
+from mpq.compare import compare, read_evaluations
+from mpq.evaluate import evaluate
+from mpq.finetune import finetune
+from mpq.models.loading import PACKED_FILE
+from mpq.pack import pack
+from mpq.quantizers import QuantSpec
+from mpq.recipes import make_recipe
+from mpq.records import Allocation, SensitivityTable
+from mpq.scores import Comparison
+from mpq.sensitivity import measure_sensitivity
+from mpq.storage import Storage
+
+WIDTHS = [1, 2, 3, 4, 5, 6, 8]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model.
+
+    Attributes:
+        name: Of the row.
+        bits: Code bits a weight.
+        is_uniform: All layers at that width, instead of an allocation.
+        scheme, rounding: The quantizer.
+        options: Of the fine-tuning, "key=value"; None: not fine-tuned.
+    """
+
+    name: str
+    bits: float
+    is_uniform: bool = False
+    scheme: str = "asymmetric"
+    rounding: str = "gptq"
+    options: tuple[str, ...] | None = None
+
+    @property
+    def start(self) -> str:
+        """Which allocation it has."""
+        return f"{self.scheme}-{self.rounding}-{'uniform' if self.is_uniform else 'mixed'}-{self.bits:g}"
+
+
+PRECISION = (
+    "finetune.precision=bfloat16",
+)  # on this processor half the time of float32; the scores did not tell them apart
+STE: dict[float, tuple[str, ...]] = {}
+GQ: dict[float, tuple[str, ...]] = {}
+
+ROWS = (
+    Row("float32", 32),
+    *(Row(f"uniform {bits}, nearest", bits, True, rounding="nearest") for bits in (4, 2)),
+    *(Row(f"uniform {bits}, gptq", bits, True) for bits in (4, 2)),
+    *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
+    *(Row(f"mixed {bits:g}, fine-tuned", bits, options=options) for bits, options in STE.items()),
+    *(Row(f"mulaw mixed {bits:g}", bits, scheme="mulaw", rounding="nearest") for bits in GQ),
+    *(
+        Row(f"mulaw mixed {bits:g}, GQ", bits, scheme="mulaw", rounding="nearest", options=options)
+        for bits, options in GQ.items()
+    ),
+)
+
+
+class Table:
+    """Makes rows in a folder.
+
+    Args:
+        checkpoint: The model.
+        speech, digits: The data.
+        run: The folder.
+        extra: More audio to train on.
+        epochs: Of a fine-tuning.
+    """
+
+    def __init__(self, checkpoint: Path, speech: Path, digits: Path, run: Path, extra: Sequence[Path], epochs: int):
+        self.checkpoint, self.run, self.epochs = checkpoint, run, epochs
+        self.train, self.dev = [speech / "train.jsonl", *extra], speech / "dev.jsonl"
+        self.tests = {"dev": self.dev, "test": speech / "test.jsonl", "digits": digits / "test_clean.jsonl"}
+
+    def allocation(self, row: Row) -> Path:
+        """Returns the allocation file of a row."""
+        path = self.run / f"{row.start}.json"
+        if path.exists():
+            return path
+        table = self.run / f"{row.scheme}-{row.rounding}.sensitivity.json"
+        if not table.exists():
+            storage = Storage(QuantSpec(8, scheme=row.scheme, rounding=row.rounding))
+            measure_sensitivity(self.checkpoint, self.train[0], WIDTHS, table, storage)
+        allocate(SensitivityTable.load(table), average_bits=row.bits).save(path)
+        return path
+
+    def model(self, row: Row) -> Path:
+        """Returns the file of a row's model, which is made if it is not there."""
+        if row.name == "float32":
+            return self.checkpoint
+        if row.options is not None:
+            paths = {"train": [str(path.absolute()) for path in self.train], "dev": str(self.dev.absolute())}
+            settings = [f"finetune.epochs={self.epochs}", *PRECISION, *row.options]
+            recipe = make_recipe({"data": paths}, settings, "finetune.py")
+            finetune(self.checkpoint, [self.allocation(row)], recipe, self.run / row.name)
+            return self.run / row.name / PACKED_FILE
+        path = self.run / f"{row.name}.safetensors"
+        if path.exists():
+            return path
+        if row.is_uniform:
+            calibration = self.train[0] if row.rounding == "gptq" else None
+            pack(self.checkpoint, path, bits=int(row.bits), data=calibration)
+        else:
+            pack(self.checkpoint, path, Allocation.load(self.allocation(row)))
+        return path
+
+    def scores(self, row: Row) -> tuple[int, dict[str, Comparison]]:
+        """Returns the size of a row's file, and on each set its errors and the test against float32."""
+        model, found = self.model(row), {}
+        for name, data in self.tests.items():
+            folders = [self.run / "evaluations" / one / name for one in ("float32", row.name)]
+            for path, folder in zip((self.checkpoint, model), folders, strict=True):
+                if not (folder / "metrics.json").exists():
+                    folder.parent.mkdir(parents=True, exist_ok=True)
+                    evaluate(path, data, folder)
+            found[name] = compare(*read_evaluations(*folders), names=("float32", row.name))
+        return model.stat().st_size, found
+
+
+@click.command()
+@click.argument("checkpoint", type=click.Path(path_type=Path))
+@click.argument("speech", type=click.Path(path_type=Path))
+@click.argument("digits", type=click.Path(path_type=Path))
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--row", "names", multiple=True, help="Only these.")
+@click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="More audio to train on.")
+@click.option("--epochs", default=8, show_default=True)
+def main(
+    checkpoint: Path,
+    speech: Path,
+    digits: Path,
+    run: Path,
+    names: tuple[str, ...],
+    extra: tuple[Path, ...],
+    epochs: int,
+) -> None:
+    run.mkdir(parents=True, exist_ok=True)
+    table = Table(checkpoint, speech, digits, run, extra, epochs)
+    heads = "".join(f" {name} WER % (S D I) | p |" for name in table.tests)
+    print(f"| model | bytes | times smaller |{heads}\n|---{'|---' * (2 + 2 * len(table.tests))}|")
+    full = 0
+    for row in ROWS:
+        if names and row.name not in names:
+            continue
+        size, found = table.scores(row)
+        if not full:
+            from mpq.models import load_model
+
+            full = 4 * load_model(checkpoint).parameter_counts()["total"]
+        cells = ""
+        for comparison in found.values():
+            b, p = comparison.b, comparison.mapsswe.p
+            verdict = (
+                "" if row.name == "float32" else "" if p is None else f"{p:.3f}{'' if comparison.lossless else ' *'}"
+            )
+            cells += f" {100 * b.wer:.2f} ({b.substitutions} {b.deletions} {b.insertions}) | {verdict} |"
+        print(f"| {row.name} | {size} | {full / size:.2f} |{cells}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
