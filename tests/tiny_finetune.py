@@ -1,6 +1,8 @@
 """Tiny models to fine-tune, allocations for them, and the command's recipe for it."""
 
 import json
+import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -204,3 +206,27 @@ def assert_holds(path: Path, weights: Mapping[str, Tensor]) -> None:
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path)
+
+
+def run_as_process(rank: int, port: int, arguments: list[str]) -> None:
+    """Runs a command as one of the two processes that torchrun would start, and exits as the command line does."""
+    from mpq.cli import main
+
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    main(arguments)
+
+
+def two_processes(arguments: list[object]) -> list[int | None]:
+    """Returns the exit statuses of two processes that run a command together."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tiny_finetune", "torch._dynamo"])
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    words = list(map(str, arguments))
+    running = [context.Process(target=run_as_process, args=(rank, store.port, words)) for rank in range(2)]
+    for process in running:
+        process.start()
+    for process in running:
+        process.join(120)
+    return [process.exitcode for process in running]
