@@ -146,12 +146,12 @@ class AugmentConfig(_Section):
 class FinetuneConfig(LoopConfig):
     """Quantization-aware fine-tuning (`mpq finetune`)."""
 
-    epochs: Whole = Field(4, description="Passes over the training data.")
+    epochs: Whole = Field(6, description="Passes over the training data.")
     batch_frames: Whole = Field(2400, description="Feature frames in a batch, padding counted, over all processes.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        0.004, description="The highest; of the weights, in steps of their grid at the start."
+        0.006, description="The highest; of the weights, in steps of their grid at the start."
     )
-    scale_rate: Annotated[float, Field(ge=0)] = Field(0.002, description="Of learned scales, relative to themselves.")
+    scale_rate: Annotated[float, Field(ge=0)] = Field(0.001, description="Of learned scales, relative to themselves.")
     rest_rate: Annotated[float, Field(ge=0)] = Field(5e-5, description="Of biases, norms and unquantized weights.")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(20, description="Updates in which the rates rise from 0.")
     schedule: Literal["inverse_sqrt", "cosine", "linear", "constant"] = Field(
@@ -179,7 +179,7 @@ class FinetuneConfig(LoopConfig):
         1.0, description="Nats at which the distillation of one frame saturates; 0: it does not."
     )
     hidden_weight: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="Of the relative squared error of the encoder's hidden states, beside the distillation."
+        100.0, description="Of the relative squared error of the encoder's hidden states, beside the distillation."
     )
     transcript_weight: Fraction = Field(
         0.0, description="Share of the transcripts' loss; the rest is distillation. 0 needs no transcripts."
