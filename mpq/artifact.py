@@ -170,7 +170,7 @@ def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
         if name in names or is_counter(name):
             continue
         is_trained = name in parameters or name.endswith(("running_mean", "running_var"))
-        if is_trained and (storage.rest_dtype == "float32" or _survives_half(name, tensor)):
+        if is_trained and (storage.rest_dtype == "float32" or survives_half(name, tensor)):
             rest[name] = float_bytes(tensor, storage.rest_dtype)
         else:
             exact[name] = float_bytes(tensor, "float32")
@@ -191,7 +191,7 @@ def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
     }
 
 
-def _survives_half(name: str, tensor: Tensor) -> bool:
+def survives_half(name: str, tensor: Tensor) -> bool:
     """Returns whether half precision keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
     error = (tensor.half().float() - tensor).abs()
     reference = tensor.abs() if name.endswith("running_var") else tensor.abs().amax()

@@ -19,12 +19,14 @@ Legend: C rows (output channels), K columns, G groups of `size` columns a row, a
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from mpq.errors import MpqError
 from mpq.general_quantizer import SoftToHard
 from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, split_groups, storable_scale
 from mpq.quantizers import Quantized, QuantSpec, dequantize
@@ -90,7 +92,8 @@ class StraightThrough(nn.Module):
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""
-        return self._exact(latent).reshape(self.shape)
+        parts = [groups * self.unit[:, part, None] for groups, part in _groups(latent, self.spec)]
+        return torch.cat([part.reshape(len(latent), -1) for part in parts], dim=1).reshape(self.shape)
 
     def current_scale(self) -> Tensor:
         """Returns the (C, G) scales as they would be stored now."""
@@ -137,7 +140,7 @@ class Annealed(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Returns the weight, on its way to the centroids, of a (C, K) latent."""
-        return self.kernel((latent * self.unit).reshape(self.shape))
+        return self.kernel(self.as_weight(latent))
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
@@ -152,7 +155,7 @@ class Annealed(nn.Module):
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""
-        return (latent.detach() * self.unit).reshape(self.shape)
+        return (latent * self.unit).reshape(self.shape)
 
 
 class _RoundThrough(torch.autograd.Function):
@@ -233,7 +236,7 @@ class QuantizedWeights(nn.Module):
             widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
             specs = [replace(storage.spec, bits=bits) for bits in widths]
             # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
-            keep_codes = len(widths) == 1 and scales != "recomputed"
+            keep_codes = len({bits[name] for bits in allocations}) == 1 and scales != "recomputed"
             starts = quantize_weight(name, weight, storage if keep_codes else nearest, widths, grams) if widths else []
             latent = weight.detach().float().clone()
             if starts and storage.spec.scheme == "mulaw":
@@ -252,16 +255,25 @@ class QuantizedWeights(nn.Module):
         self.search()
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
-        """Returns {name: weight as the model sees it} at the widths of an allocation."""
+        """Returns {name: weight as the model sees it} at the widths of an allocation.
+
+        Raises:
+            MpqError: A weight or scale went astray; the message names the weight.
+        """
         return {name: self._seen(index, bits) for index, (name, bits) in enumerate(self._widths(allocation))}
 
     def quantized(self, allocation: int = 0) -> dict[str, Quantized]:
-        """Returns {name: what is stored} of all weights that the allocation quantizes."""
-        return {
-            name: self.quantizers[f"{index}:{bits}"].quantized(self.latents[index])
-            for index, (name, bits) in enumerate(self._widths(allocation))
-            if bits not in FLOAT_BITS
-        }
+        """Returns {name: what is stored} of all weights that the allocation quantizes.
+
+        Raises:
+            MpqError: As `forward`.
+        """
+        found = {}
+        for index, (name, bits) in enumerate(self._widths(allocation)):
+            if bits not in FLOAT_BITS:
+                with _named(name):
+                    found[name] = self.quantizers[f"{index}:{bits}"].quantized(self.latents[index])
+        return found
 
     def rounded(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the packed file gives it back} at the widths of an allocation."""
@@ -286,8 +298,7 @@ class QuantizedWeights(nn.Module):
         """Returns {name: the latent as a weight}: what the codes are rounded from."""
         found = {}
         for index, name in enumerate(self.names):
-            latent = self.latents[index].detach()
-            quantizer = next((one for key, one in self.quantizers.items() if key.startswith(f"{index}:")), None)
+            latent, quantizer = self.latents[index].detach(), self._quantizer(index)
             found[name] = latent if quantizer is None else quantizer.as_weight(latent)
         return found
 
@@ -305,13 +316,29 @@ class QuantizedWeights(nn.Module):
     def _widths(self, allocation: int) -> Iterator[tuple[str, int]]:
         return ((name, self.allocations[allocation][name]) for name in self.names)
 
+    def _quantizer(self, index: int) -> "StraightThrough | Annealed | None":
+        """Returns one of the quantizers of a weight, which all have one unit; None if no allocation quantizes it."""
+        return next((one for key, one in self.quantizers.items() if key.startswith(f"{index}:")), None)
+
     def _seen(self, index: int, bits: int) -> Tensor:
         latent = self.latents[index]
         if bits in FLOAT_BITS:
-            stored = latent.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
-            return latent + (stored - latent.detach())  # as it will be stored, and the gradient straight through
+            quantizer = self._quantizer(index)  # of another allocation, which counts the latent in its units
+            weight = latent if quantizer is None else quantizer.as_weight(latent)
+            stored = weight.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
+            return weight + (stored - weight.detach())  # as it will be stored, and the gradient straight through
         quantizer = self.quantizers[f"{index}:{bits}"]
-        return quantizer(latent).reshape(quantizer.shape)
+        with _named(self.names[index]):
+            return quantizer(latent).reshape(quantizer.shape)
+
+
+@contextmanager
+def _named(name: str) -> Iterator[None]:
+    """Says in an error which weight it is about."""
+    try:
+        yield
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
 
 
 def _mean_step(start: Quantized, spec: QuantSpec) -> Tensor:

@@ -167,7 +167,11 @@ def _weights(
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
     allocations = [target.assigned.bits for target in targets]
-    return QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
+    weights = QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
+    if storage.spec.scheme == "mulaw":
+        weights.anneal(recipe.finetune.alpha[0], is_hard=False)
+        weights.search()  # mu for this alpha
+    return weights
 
 
 def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> str:

@@ -8,6 +8,7 @@ With several allocations one training serves them all: in each update the larges
 the same latent weights through their own grids ("sandwich" training, Yu and Huang 2019).
 """
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -19,11 +20,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpq.artifact import read_artifact, write_artifact
+from mpq.artifact import read_artifact, survives_half, write_artifact
 from mpq.assignment import Assignment
 from mpq.augment import generator
 from mpq.config import Recipe
+from mpq.data import read_batch
 from mpq.distillation import Distillation, DistillationLosses
+from mpq.divergence import OutputBatch, StageTree
+from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import atomic_path, write_json
 from mpq.finetune_record import FinetunedSize, FinetuneResult
@@ -34,7 +38,7 @@ from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
 from mpq.training_data import TrainingSet
 from mpq.training_folder import claim_folder, clean_up
-from mpq.training_loop import Batch, Job, TrainingLoop
+from mpq.training_loop import Batch, Job, NotFiniteError, TrainingLoop
 from mpq.training_record import EpochResult
 
 FLOAT_FILE = "float.safetensors"
@@ -147,11 +151,14 @@ class Finetuner(TrainingLoop):
         return 1 + int(random.integers(len(self.targets) - 1))
 
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        known = torch.tensor([item.text is not None for item in batch.items], device=batch.frames.device)
+        # with a weight of 0 transcripts are ignored: the decoder is given what the teacher recognises
+        told = [self.tuning.transcript_weight > 0 and item.text is not None for item in batch.items]
+        known = torch.tensor(told, device=batch.frames.device)
         heard = batch.clean if self.tuning.teacher_hears == "clean" else batch.features
-        found = DistillationLosses(
-            *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
-        )
+        with self._astray(f"epoch {self.epoch + 1}, update {self.step + 1}"):
+            found = DistillationLosses(
+                *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
+            )
         counts = torch.stack([found.frames.sum(), found.tokens.sum()]).detach().double().cpu()
         self.workers.add_up(counts)
         rows, tokens = counts.clamp(min=1).tolist()
@@ -167,6 +174,14 @@ class Finetuner(TrainingLoop):
         }
         each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
         return self._mixed(values), torch.stack([values[name] for name in self.logged]), each
+
+    @contextmanager
+    def _astray(self, what: str) -> Iterator[None]:
+        """Turns the error of a weight that can no longer be quantized into that of a training that diverged."""
+        try:
+            yield
+        except MpqError as error:
+            raise NotFiniteError(f"{what}: {error}; lower learning_rate or scale_rate") from None
 
     def _mixed(self, values: dict[str, Any]) -> Any:
         """Returns the loss that its parts make up."""
@@ -191,12 +206,26 @@ class Finetuner(TrainingLoop):
         if batch is None:
             faulty = [name for name, one in self._named() if one.grad is not None and not one.grad.isfinite().all()]
             return f" (of {faulty[-1]}, the last of {len(faulty)} tensors)" if faulty else ""
-        self._bake(0)
-        context, hidden = self.student.context(batch.frames, batch.features.shape[1]), batch.features
-        for stage in (*self.student.stages, self.student.head):
-            hidden = stage.run(hidden, context)
+        self.student.load_state_dict(self.weights(0), strict=False)  # not what is rounded: codes are always finite
+        self.student.eval()
+        return self._overflow(batch.features, batch.frames)
+
+    def _overflow(self, features: Tensor, frames: Tensor) -> str:
+        """Returns which layer of the student is the first whose output is not finite; "" if none is."""
+        tree, batch = StageTree(self.student), OutputBatch(self.student, features, frames)
+        states = tree.run({0: features}, range(len(tree.stages)), batch.context)
+        for index, stage in enumerate(tree.stages):
+            *_, hidden = states[index + 1] if isinstance(states[index + 1], tuple) else (states[index + 1],)
             if not hidden.isfinite().all():
                 return f" (from the layer {stage.prefixes[0].rstrip('.')} on)"
+        return ""
+
+    def _overflow_on_dev(self) -> str:
+        for item in self.dev.utterances:
+            waveforms, lengths = read_batch([item], self.student.sample_rate, self.job.channel)
+            features = self.student.features(waveforms.to(self.device), lengths.to(self.device))
+            if found := self._overflow(*features):
+                return found
         return ""
 
     def _named(self) -> list[tuple[str, Tensor]]:
@@ -220,8 +249,14 @@ class Finetuner(TrainingLoop):
         figures = []
         with _swapped(self._trained(), self.shadow):
             for index in range(len(self.targets)):
-                self._bake(index)
+                with self._astray(f"after update {self.step}"):
+                    self._bake(index)
                 found = changed_errors(self.teacher, self.student, self.dev, self.job.channel, self.workers)
+                if not math.isfinite(found[0]):
+                    raise NotFiniteError(
+                        f"after update {self.step}: the divergence on the held-out data is not finite"
+                        f"{self._overflow_on_dev()}; lower learning_rate, scale_rate or rest_rate"
+                    )
                 figures.append(found)
         self.dev_figures.append(figures)
         wers = [wer for _, wer in figures if wer is not None]
@@ -284,17 +319,23 @@ class Finetuner(TrainingLoop):
         return epochs
 
     def _pack(self) -> None:
+        # what the float model's file has in half precision stays so, or the file would not have the size that is
+        # promised: biases that began at 0 are too small for the full precision of half
+        names = [name for name, one in self.rest.items() if survives_half(name, self.teacher.get_parameter(name))]
+        halved = [self.rest[name] for name in names]
         for index, target in enumerate(self.targets):
             self._bake(index)
             assigned = target.assigned
-            write_artifact(
-                target.path,
-                self.student,
-                assigned.bits,
-                assigned.storage,
-                assigned.size_bytes,
-                quantized=self.weights.quantized(index),
-            )
+            rounded = [one.detach().half().float() for one in halved] if assigned.storage.float_bits == 16 else []
+            with _swapped(halved, rounded):
+                write_artifact(
+                    target.path,
+                    self.student,
+                    assigned.bits,
+                    assigned.storage,
+                    assigned.size_bytes,
+                    quantized=self.weights.quantized(index),
+                )
 
     def keep_best(self) -> str:
         """Packs the best weights so far; returns what was kept."""

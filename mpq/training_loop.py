@@ -300,11 +300,13 @@ class TrainingLoop(ABC):
         self.workers.add_up(sums)
         self.scaler.unscale_(self.optimizer)
         trained = [one for parameters in self.optimizer.param_groups for one in parameters["params"]]
-        norm = float(nn.utils.clip_grad_norm_(trained, self.options.clip_norm))
+        total = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
+        norm = float(total)
         if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE):
             items = [self.data.utterances[index] for index in together]
             what = f"gradient of epoch {self.epoch + 1}, update {self.step + 1}"
             raise NotFiniteError(self._not_finite(what, items, None))
+        nn.utils.clip_grads_with_norm_(trained, self.options.clip_norm, total)  # a norm of NaN would spoil them all
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.finish_update()

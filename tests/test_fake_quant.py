@@ -174,6 +174,29 @@ def test_allocations_share_latents_and_the_grids_of_equal_widths() -> None:
     assert torch.equal(small["b"], fake_quantize(weights.floats()["b"], QuantSpec(2)))
 
 
+@pytest.mark.parametrize("order", [(16, 3), (3, 16), (32, 3)])
+@pytest.mark.parametrize("scheme", ["asymmetric", "symmetric", "mulaw"])
+def test_a_layer_that_only_one_allocation_quantizes(scheme: str, order: tuple[int, int]) -> None:
+    """The other one sees the weight itself, though the latent is counted in units, and starts at the weight."""
+    weight, pulled = drawn(4, 6, 5), drawn(4, 6, 5, seed=1)  # 30 columns: groups of 8, and one of 6
+    spec = QuantSpec(8, scheme, "channel" if scheme == "mulaw" else "group:8", rounding="nearest")
+    rounding = replace(spec, rounding="nearest" if scheme == "mulaw" else "gptq")
+    grams = {"w": torch.eye(30)[None]}
+    weights = QuantizedWeights({"w": weight}, [{"w": bits} for bits in order], Storage(rounding), grams, "learned")
+    index = order.index(3)
+    seen = weights(1 - index)["w"]
+    expected = weight.half().float() if 16 in order else weight
+    assert torch.equal(seen, expected) and torch.equal(weights.rounded(1 - index)["w"], expected)
+    (seen * pulled).sum().backward()
+    moved = weights.latents[0].detach() + weights.latents[0].grad
+    (quantizer,) = weights.quantizers.values()
+    with torch.no_grad():  # one step along the gradient, in units: unit^2 of the weight's
+        along = quantizer.as_weight(moved) - quantizer.as_weight(weights.latents[0])
+    units = quantizer.as_weight(torch.ones_like(weights.latents[0]))
+    assert torch.allclose(along, pulled * units**2, rtol=1e-4, atol=1e-6)
+    assert weights(index)["w"].shape == weight.shape and torch.equal(weights.floats()["w"], weight)
+
+
 @pytest.mark.parametrize("scales", ["learned", "recomputed", "frozen"])
 def test_a_saved_state_brings_back_the_same_weights(scales: str) -> None:
     def made() -> QuantizedWeights:
