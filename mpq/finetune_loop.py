@@ -232,6 +232,9 @@ class Finetuner(TrainingLoop):
         """Returns the trained tensors in the model's order, under the names of the weights that they belong to."""
         order = {name: place for place, name in enumerate(self.student.state_dict())}
         named = [*zip(self.weights.names, self.weights.latents, strict=True), *self.rest.items()]
+        for key, quantizer in self.weights.quantizers.items():
+            if quantizer.log_scale is not None:
+                named.append((self.weights.names[int(key.split(":")[0])], quantizer.log_scale))
         return sorted(named, key=lambda pair: order[pair[0]])
 
     # ---- held-out data
