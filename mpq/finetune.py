@@ -66,6 +66,10 @@ def finetune(
         raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
     if not teacher.decoder_stages and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
+    names = [path.stem for path in allocations]
+    for path in allocations:
+        if names.count(path.stem) > 1:
+            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
@@ -124,10 +128,7 @@ def _targets(
 ) -> list[Target]:
     """Returns what the allocations say, the largest first."""
     found = []
-    names = [path.stem for path in loaded]
     for path, allocation in loaded.items():
-        if names.count(path.stem) > 1:
-            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
         storage = Storage.from_json(allocation.quantizer)
         packed = out / (PACKED_FILE if len(loaded) == 1 else f"packed-{path.stem}.safetensors")
         try:
