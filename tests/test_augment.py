@@ -159,7 +159,7 @@ def test_noise_without_a_recording_is_refused(is_there: bool, tmp_path: Path, ut
     if is_there:
         folder.mkdir()
         (folder / "readme.txt").write_text("")
-    with pytest.raises(MpqError, match=r"augment\.noise: .*noise: no recording; expected \.wav, \.flac"):
+    with pytest.raises(MpqError, match=r"^noise: .*noise: no recording; expected \.wav, \.flac"):
         NoiseSource(["white", str(folder)], utterances, RATE, "error")
 
 
