@@ -105,7 +105,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
     root = tmp_path.resolve()
     assert set(faults(path)) == {
         '[data] max_seconds: expected a number, got "x"',
-        "[data] epochs: unknown key; did you mean that of [train]? known: " + known("data"),
+        "[data] epochs: unknown key; did you mean that of [train] or [finetune]? known: " + known("data"),
         "[model] laers: unknown key; did you mean layers? known: " + known("model"),
         '[model] ffn_width[1]: expected a whole number, got "x"',
         "[model] ffn_width[2]: expected 1 or more, got -1",
