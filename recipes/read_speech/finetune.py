@@ -40,6 +40,7 @@ class Row:
         is_uniform: All layers at that width, instead of an allocation.
         scheme, rounding: The quantizer.
         epochs: Of the fine-tuning; None: not fine-tuned.
+        options: Its other options, "section.key=value".
     """
 
     name: str
@@ -48,6 +49,7 @@ class Row:
     scheme: str = "asymmetric"
     rounding: str = "gptq"
     epochs: int | None = None
+    options: tuple[str, ...] = ()
 
     @property
     def start(self) -> str:
@@ -60,13 +62,16 @@ OPTIONS = (
     "finetune_augment.speed=[0.9,1.0,1.1]",
 )
 """Beside the defaults, for every fine-tuned row."""
+FASTER = ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")
+"""Where there is much to win back."""
 
 ROWS = (
     Row("float32", 32),
     *(Row(f"uniform {bits}, nearest", bits, True, rounding="nearest") for bits in (4, 2)),
     *(Row(f"uniform {bits}, gptq", bits, True) for bits in (4, 2)),
     *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
-    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs) for bits, epochs in ((4, 3), (3, 6), (2.5, 6), (2, 6))),
+    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs) for bits, epochs in ((4, 3), (3, 6))),
+    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=6, options=FASTER) for bits in (2.5, 2)),
     Row("mulaw mixed 3", 3, scheme="mulaw", rounding="nearest"),
     Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=6),
 )
@@ -105,7 +110,9 @@ class Table:
             return self.checkpoint
         if row.epochs is not None:
             paths = {"train": [str(path.absolute()) for path in self.train], "dev": str(self.dev.absolute())}
-            recipe = make_recipe({"data": paths}, [f"finetune.epochs={row.epochs}", *OPTIONS], "finetune.py")
+            recipe = make_recipe(
+                {"data": paths}, [f"finetune.epochs={row.epochs}", *OPTIONS, *row.options], "finetune.py"
+            )
             finetune(self.checkpoint, [self.allocation(row)], recipe, self.run / row.name)
             return self.run / row.name / PACKED_FILE
         path = self.run / f"{row.name}.safetensors"
