@@ -196,6 +196,32 @@ def test_other_commands_take_the_folder(done: tuple[Result, Path], speech: Path,
     assert json.loads(found.stdout)["wer"] == FinetuneResult.load(done[1] / "finetune.json").sizes[0].wer
 
 
+def test_little_and_faulty_data(speech: Path, four: Path, tmp_path: Path) -> None:
+    """No utterance, one, several manifests, one without words, and what is left out and counted."""
+    empty, one, wordless = (tmp_path / f"{name}.jsonl" for name in ("empty", "one", "wordless"))
+    empty.write_text("")
+    entry = {"audio_filepath": str(speech / "train-0.wav")}
+    one.write_text(json.dumps(entry) + "\n")
+    wordless.write_text(json.dumps(entry | {"text": ""}) + "\n")
+    lacking = tmp_path / "lacking.jsonl"
+    lacking.write_text(json.dumps({"audio_filepath": str(tmp_path / "gone.wav")}) + "\n")
+
+    def run(*more: object, train: Path = one, dev: Path = speech / "dev.jsonl", out: str = "out") -> Result:
+        words = ["finetune", speech / "hybrid", "--allocation", four, "--train", train, "--dev", dev]
+        words += ["--out", tmp_path / out, *options(epochs=1), "--json", "--quiet", *more]
+        return CliRunner().invoke(main, list(map(str, words)))
+
+    assert "empty.jsonl: " in refusal(run(train=empty)) and "empty.jsonl: " in refusal(run(dev=empty))
+    single = json.loads(run(out="single").stdout)
+    assert single["utterances"] == 1 and single["transcribed"] == 0 and single["epochs"][-1]["step"] == 1
+    several = json.loads(run("--train", speech / "train.jsonl", "--train", lacking, "--skip-bad", out="b").stdout)
+    assert several["utterances"] == 5 and several["skipped"] == 1 and several["transcribed"] == 4
+    short = run("--set", "data.max_seconds=1", train=speech / "train.jsonl", out="c")
+    assert json.loads(short.stdout)["too_long"] == 1  # "bed cab", 1.4 s
+    quiet = run("--select", "wer", dev=wordless, out="d")
+    assert quiet.exit_code == 0 and json.loads(quiet.stdout)["sizes"][0]["wer"] is None
+
+
 def test_divergence_is_one_line_and_exit_status_2(
     speech: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_finetune import (
-    NEAREST,
     OPTIONS,
     TRAINED,
     Spy,
@@ -28,6 +28,7 @@ from tiny_finetune import (
 from tiny_training import log_of, write_speech
 
 from mpq import held_out
+from mpq.allocation import allocate
 from mpq.audio import read_audio
 from mpq.divergence import output_divergence
 from mpq.errors import MpqError
@@ -38,8 +39,10 @@ from mpq.held_out import changed_errors
 from mpq.models import load_model
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerEncoder
+from mpq.pack import pack
 from mpq.records import Allocation, QuantSpec
 from mpq.runtime import Processes
+from mpq.sensitivity import measure_sensitivity
 from mpq.storage import Storage
 from mpq.training_data import plan_epoch, read_set
 
@@ -272,4 +275,24 @@ def test_a_gptq_start_needs_its_audio_or_the_cache(
     with pytest.raises(MpqError, match="rounding gptq needs calibration data: no calibration data are known; --data"):
         tune(speech / "hybrid", path, with_data(speech), tmp_path / "out")
     tune(speech / "hybrid", path, with_data(speech, scales="recomputed", epochs=1), tmp_path / "recomputed")
-    assert NEAREST.spec.rounding == "nearest"
+
+
+def test_calibration_audio_that_was_moved(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by --data, and then the start is that of the audio where it was."""
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
+    audio = write_speech(tmp_path / "here", ("bad", "cede", "dad"))
+    storage = Storage(QuantSpec(8, rounding="gptq"))
+    table = measure_sensitivity(
+        speech / "hybrid", audio, (3, 4), tmp_path / "s.json", storage, output="decoder", quiet=True
+    )
+    allocate(table, average_bits=3).save(tmp_path / "a.json")
+    pack(speech / "hybrid", tmp_path / "packed.safetensors", Allocation.load(tmp_path / "a.json"), quiet=True)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "other"))
+    recipe, spy = with_data(speech, epochs=1), Spy().watch(monkeypatch)
+    with pytest.raises(MpqError, match="--data says where they are now"):
+        tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out")
+    with pytest.raises(MpqError, match=r"train\.jsonl"):
+        tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out", calibration=speech / "train.jsonl")
+    tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out", calibration=tmp_path / "there/train.jsonl")
+    assert_holds(tmp_path / "packed.safetensors", spy.seen[0][0])
