@@ -219,6 +219,18 @@ def test_divergence_names_update_and_layer_and_keeps_the_best(
         assert_same_training(tmp_path / "out", tmp_path / "whole")
 
 
+def test_divergence_keeps_the_best_epoch_rather_than_the_last(
+    speech: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out(monkeypatch, (1, 0.5), (1, 0.3), (1, 0.4))
+    spy = Spy().watch(monkeypatch)
+    spoilt(monkeypatch, PLACES[1], "nan", 2)
+    recipe = with_data(speech, epochs=3, select="wer", average=2, batch_frames=10000)
+    with pytest.raises(MpqError, match=r"epoch 3, update 3, .*until then \(epoch 1, dev WER 30\.00%\)"):
+        tune(speech / "hybrid", four, recipe, tmp_path)
+    assert_holds(tmp_path, spy.seen[1][0])
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [

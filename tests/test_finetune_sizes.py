@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,8 @@ def test_one_training_serves_several_sizes(
     assert [step for step, _ in drawn] == [step for step in range(steps) for _ in range(2)]
     others = [index for _, index in drawn[1::2]]
     assert set(others) == {1, 2} and len(set(map(tuple, (others[:4], others[4:8], others[8:12])))) > 1
+    per_epoch = [others[before.step : after.step] for before, after in pairwise(result.epochs)]
+    assert any(len(set(some)) == 2 for some in per_epoch)  # drawn for each update, not for each epoch
     assert [size.name for size in result.sizes] == ["large", "middle", "small"]
     for index, size in enumerate(result.sizes):
         path = tmp_path / f"packed-{size.name}.safetensors"
@@ -175,6 +178,23 @@ def test_two_processes_have_the_losses_of_one(count: int, three: list[Path], spe
         assert second.dev_loss == pytest.approx(first.dev_loss, rel=5e-3)
         assert second.dev_wer == first.dev_wer
     assert [size.size_bytes for size in one.sizes] == [size.size_bytes for size in two.sizes]
+
+
+def test_a_fault_in_one_process_stops_both_and_the_best_is_kept(
+    four: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that writes is not the one with the fault; the third update is the first of the second epoch."""
+    command: list[object] = ["finetune", speech / "hybrid", "--allocation", four, "--train", speech / "train.jsonl"]
+    command += ["--dev", speech / "dev.jsonl", "--out", tmp_path / "two", "--device", "cpu", "--quiet"]
+    for key, value in (OPTIONS | {"batch_frames": 300}).items():
+        command += [f"--{key.replace('_', '-')}", value]
+    assert two_processes(command, spoilt=1) == [2, 2]
+    assert [line["step"] for line in updates(tmp_path / "two")] == [1, 2]
+    spy = Spy().watch(monkeypatch)
+    tune(speech / "hybrid", four, with_data(speech, batch_frames=300), tmp_path / "one")
+    packed = load_model(tmp_path / "two").state_dict()
+    close = [(packed[name] - weight).abs().max() < 1e-3 for name, weight in spy.seen[1][0].items()]
+    assert sum(close) > 0.8 * len(close) and not (tmp_path / "two/finetune.json").exists()
 
 
 # ---- BatchNorm and dropout
