@@ -20,10 +20,11 @@ from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import sha256_file
-from mpq.finetune_loop import RESULT_FILE, Finetuner, Target
+from mpq.finetune_loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetune_record import FINETUNE_FORMAT, FinetuneResult
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
+from mpq.models.checkpoint import MODEL_FILE
 from mpq.models.loading import PACKED_FILE
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, processes
@@ -90,7 +91,8 @@ def finetune(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
-    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, PACKED_FILE)
+    models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
+    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, models)
     with processes(where) as workers:
         if (out / RESULT_FILE).exists() and all(target.path.exists() for target in targets):
             if workers.rank == 0:
