@@ -6,7 +6,9 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile
 import torch
 from click.testing import CliRunner, Result
 from tiny_finetune import OPTIONS, Spy, four, one_thread, speech, tune, with_data
@@ -220,6 +222,38 @@ def test_little_and_faulty_data(speech: Path, four: Path, tmp_path: Path) -> Non
     assert json.loads(short.stdout)["too_long"] == 1  # "bed cab", 1.4 s
     quiet = run("--select", "wer", dev=wordless, out="d")
     assert quiet.exit_code == 0 and json.loads(quiet.stdout)["sizes"][0]["wer"] is None
+
+
+def test_speed_and_channel_reach_the_data(speech: Path, four: Path, tmp_path: Path) -> None:
+    """A text that fits its audio, but not at the highest speed; files with two channels, of which one is taken."""
+    long = tmp_path / "long.jsonl"
+    long.write_text(json.dumps({"audio_filepath": str(speech / "train-0.wav"), "text": "abcabcabcabc"}) + "\n")
+    told = [*options(epochs=1, transcript_weight=0.5), "--quiet", "--json"]
+    recipe = ["finetune", speech / "hybrid", "--allocation", four, "--dev", speech / "dev.jsonl"]
+
+    def run(out: str, *more: object) -> Result:
+        return CliRunner().invoke(main, list(map(str, [*recipe, "--out", tmp_path / out, *more])))
+
+    assert run("slow", "--train", long, *told).exit_code == 0
+    done = run("fast", "--train", long, *told, "--set", "finetune_augment.speed=[1.0,2.0]")
+    assert done.exit_code == 2 and "too long a text" in done.stderr and "at the highest speed" in done.stderr
+    folder = tmp_path / "stereo"
+    folder.mkdir()
+    for name in ("train.jsonl", "dev.jsonl"):
+        (folder / name).write_text((speech / name).read_text())
+    for path in speech.glob("*.wav"):
+        samples, rate = soundfile.read(path, dtype="int16")
+        soundfile.write(folder / path.name, np.stack((samples[::-1], samples), axis=1), rate)
+    recipe[-1] = folder / "dev.jsonl"
+    quiet = [*options(epochs=1), "--quiet", "--json", "--train", folder / "train.jsonl"]
+    assert "channel" in run("error", *quiet).stderr
+    found = json.loads(run("second", *quiet, "--channel", "1").stdout)
+    plain = command(speech, four, tmp_path / "plain", *options(epochs=1), "--quiet", "--json")
+    for name in ("sizes", "epochs"):
+        for one, other in zip(found[name], json.loads(plain.stdout)[name], strict=True):
+            assert {key: one[key] for key in one if key not in ("seconds", "path")} == {
+                key: other[key] for key in other if key not in ("seconds", "path")
+            }
 
 
 def test_divergence_is_one_line_and_exit_status_2(
