@@ -59,7 +59,7 @@ class NoiseSource:
         for name in names:
             files = [name] if name in SYNTHETIC_NOISE else _recordings(Path(name))
             if not files:
-                raise MpqError(f"augment.noise: {name}: no recording; expected {', '.join(_SUFFIXES)} files")
+                raise MpqError(f"noise: {name}: no recording; expected {', '.join(_SUFFIXES)} files")
             self.sources.append(files)
 
     def draw(self, samples: int, random: np.random.Generator) -> Tensor:

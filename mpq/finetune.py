@@ -20,10 +20,11 @@ from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import sha256_file
-from mpq.finetune_loop import RESULT_FILE, Finetuner, Target
+from mpq.finetune_loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetune_record import FINETUNE_FORMAT, FinetuneResult
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
+from mpq.models.checkpoint import MODEL_FILE
 from mpq.models.loading import PACKED_FILE
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, processes
@@ -66,6 +67,10 @@ def finetune(
         raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
     if not teacher.decoder_stages and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
+    names = [path.stem for path in allocations]
+    for path in allocations:
+        if names.count(path.stem) > 1:
+            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
@@ -86,7 +91,8 @@ def finetune(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
-    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, PACKED_FILE)
+    models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
+    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, models)
     with processes(where) as workers:
         if (out / RESULT_FILE).exists() and all(target.path.exists() for target in targets):
             if workers.rank == 0:
@@ -124,10 +130,7 @@ def _targets(
 ) -> list[Target]:
     """Returns what the allocations say, the largest first."""
     found = []
-    names = [path.stem for path in loaded]
     for path, allocation in loaded.items():
-        if names.count(path.stem) > 1:
-            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
         storage = Storage.from_json(allocation.quantizer)
         packed = out / (PACKED_FILE if len(loaded) == 1 else f"packed-{path.stem}.safetensors")
         try:

@@ -159,10 +159,12 @@ class Finetuner(TrainingLoop):
             found = DistillationLosses(
                 *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
             )
-        counts = torch.stack([found.frames.sum(), found.tokens.sum()]).detach().double().cpu()
+        each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
+        counts = torch.stack([found.frames.sum(), found.tokens.sum(), each.sum()]).detach().double().cpu()
         self.workers.add_up(counts)
-        rows, tokens = counts.clamp(min=1).tolist()
-        share = 1 / (self.passes() * batch.of)
+        rows, tokens = counts[:2].clamp(min=1).tolist()
+        # what is not finite in one process stops all of them, or the others would wait for it for ever
+        share = 1 / (self.passes() * batch.of) if counts.isfinite().all() else math.nan
         spoken = [len(self.data.tokens[i]) for i in batch.update_indices if self.data.utterances[i].text is not None]
         ends = sum(spoken) + len(spoken)
         values = {
@@ -172,7 +174,6 @@ class Finetuner(TrainingLoop):
             "ctc": found.ctc.sum() / max(1, sum(spoken)) / self.passes(),
             "attention": found.attention.sum() / max(1, ends) / self.passes(),
         }
-        each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
         return self._mixed(values), torch.stack([values[name] for name in self.logged]), each
 
     @contextmanager
@@ -232,6 +233,9 @@ class Finetuner(TrainingLoop):
         """Returns the trained tensors in the model's order, under the names of the weights that they belong to."""
         order = {name: place for place, name in enumerate(self.student.state_dict())}
         named = [*zip(self.weights.names, self.weights.latents, strict=True), *self.rest.items()]
+        for key, quantizer in self.weights.quantizers.items():
+            if quantizer.log_scale is not None:
+                named.append((self.weights.names[int(key.split(":")[0])], quantizer.log_scale))
         return sorted(named, key=lambda pair: order[pair[0]])
 
     # ---- held-out data

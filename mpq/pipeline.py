@@ -13,6 +13,7 @@ The folder: `train/` (checkpoint), `float/SET/`, `packed/SET/` and `finetuned/SE
 import hashlib
 import json
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -54,6 +55,7 @@ class _Stage:
         inputs: All that its result depends on, as JSON; files of earlier stages may not be there yet.
         outputs: The files that are there when it is complete.
         act: Does it and returns its figures.
+        folder: What is removed where another one's result, or a spoilt one, is in it; None: nothing.
     """
 
     name: str
@@ -61,6 +63,7 @@ class _Stage:
     inputs: Callable[[], Any]
     outputs: tuple[Path, ...]
     act: Callable[[], dict[str, Any]]
+    folder: Path | None = None
 
 
 def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto", quiet: bool = False) -> RunResult:
@@ -87,7 +90,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             reports.append(StageReport(stage.name, "run", f"reads what {' and '.join(anew)} will write", None, {}))
             say(f"{stage.name}: {reports[-1].reason}")
             continue
-        version = [] if stage.name == "train" else [__version__]  # a week of training outlives an upgrade
+        version = [] if stage.name in ("train", "finetune") else [__version__]  # a week of training outlives an upgrade
         fingerprint = _fingerprint([version, stage.inputs()])
         known = record.get(stage.name, {})
         action, reason = _decide(known, fingerprint, stage, out)
@@ -97,6 +100,8 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             reports.append(StageReport(stage.name, action, reason, seconds, result))
             continue
         say(f"{stage.name}: {reason}")
+        if stage.folder and known and action == "run":
+            shutil.rmtree(stage.folder, ignore_errors=True)
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -143,6 +148,13 @@ def _check(recipe: Recipe, device: str) -> None:
             read_data(recipe.path(name))
         except MpqError as error:
             faults.append(str(error))
+    tuning = recipe.finetune
+    wanted = [("transcript_weight", data.train)] if tuning.transcript_weight else []
+    wanted += [("select", [data.dev])] if tuning.select == "wer" else []
+    for key, some in wanted if "finetune" in stages and not faults else []:
+        if all(item.text is None for name in some if name for item in read_data(recipe.path(name))):
+            value = json.dumps(getattr(tuning, key))
+            faults.append(f"[finetune] {key}: {value} needs transcripts in {', '.join(map(str, some))}, which has none")
     try:
         _storage(recipe)
     except MpqError as error:
@@ -351,6 +363,7 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
             finetune_inputs,
             (tuned / PACKED_FILE, tuned / RESULT_FILE),
             act_finetune,
+            tuned,
         ),
         _Stage("compare", ("evaluate", "pack", "finetune"), compare_inputs, tuple(compared), act_compare),
     ]

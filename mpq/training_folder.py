@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,11 @@ def data_identity(*sets: TrainingSet | None) -> list[tuple[Any, ...]]:
 
 
 def check_folder(
-    out: Path, fingerprint: str, result: str = "training.json", format: str = TRAINING_FORMAT, model: str = MODEL_FILE
+    out: Path,
+    fingerprint: str,
+    result: str = "training.json",
+    format: str = TRAINING_FORMAT,
+    models: Sequence[str] = (MODEL_FILE,),
 ) -> None:
     """Raises MpqError if a folder holds a training of other data or with other options, or something else.
 
@@ -51,10 +56,10 @@ def check_folder(
         out: The folder.
         fingerprint: Of the training that is to use it.
         result, format: The file that a finished training leaves, and its format.
-        model: The file with the weights.
+        models: Files with weights that the folder will have, or that would be taken for them.
     """
     ours = any((out / name).exists() for name in (result, "started.json"))
-    for name in (model, "log.jsonl", "state.pt", "recipe.json"):
+    for name in (*models, "log.jsonl", "state.pt", "recipe.json"):
         if not ours and (out / name).exists():
             raise MpqError(f"{out / name}: is in the way, and not of a training; choose another --out")
     for name in (result, "started.json"):

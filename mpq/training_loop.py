@@ -293,7 +293,8 @@ class TrainingLoop(ABC):
                                 for item, value in zip(items, each.tolist(), strict=True)
                                 if not math.isfinite(value)
                             ]
-                            raise NotFiniteError(self._not_finite(what, bad or items, one))
+                            every = [self.data.utterances[index] for index in plan[batch]]  # another process's too
+                            raise NotFiniteError(self._not_finite(what, bad or every, one))
                         self.scaler.scale(loss * self.workers.count).backward()
                     sums[:-1] += values.detach().double().cpu()
         sums[-1] = stopped()

@@ -159,7 +159,7 @@ def test_noise_without_a_recording_is_refused(is_there: bool, tmp_path: Path, ut
     if is_there:
         folder.mkdir()
         (folder / "readme.txt").write_text("")
-    with pytest.raises(MpqError, match=r"augment\.noise: .*noise: no recording; expected \.wav, \.flac"):
+    with pytest.raises(MpqError, match=r"^noise: .*noise: no recording; expected \.wav, \.flac"):
         NoiseSource(["white", str(folder)], utterances, RATE, "error")
 
 
@@ -202,6 +202,30 @@ def test_speeds_noise_and_ratios_are_drawn_as_the_recipe_says(utterances: list[U
     ]
     counts = {length: lengths.count(length) for length in set(lengths)}
     assert counts.keys() == {640, 800, 1000} and min(counts.values()) > 70
+
+
+def test_the_level_is_drawn_in_decibels_and_changes_nothing_else(utterances: list[Utterance]) -> None:
+    """Even over its range, the same for the whole utterance, after the noise, whose ratio it leaves."""
+    speech, config = tone(500, 0.1), AugmentConfig(level_db=(-12.0, 6.0))
+    gains = []
+    for epoch in range(300):
+        found = augmented(speech, config, None, RATE, generator(0, epoch, "a", "audio"))
+        gain = float(found.abs().max() / speech.abs().max())
+        torch.testing.assert_close(found, speech * gain)
+        gains.append(20 * np.log10(gain))
+    assert -12 <= min(gains) < -11.5 and 5.5 < max(gains) <= 6
+    counts, _ = np.histogram(gains, bins=6, range=(-12, 6))
+    assert counts.min() > 30
+    noise = NoiseSource(["white"], utterances, RATE, "error")
+    options = {"noise": ["white"], "noise_probability": 1.0, "snr_db": (3.0, 3.0)}
+    for epoch in range(5):  # the level is drawn last, so the rest is as without it
+        plain, louder = (
+            augmented(speech, AugmentConfig(**options, **more), noise, RATE, generator(0, epoch, "a", "audio"))
+            for more in ({}, {"level_db": (6.0206, 6.0206)})
+        )
+        torch.testing.assert_close(louder, 2 * plain, rtol=1e-4, atol=1e-5)
+    still = augmented(speech, AugmentConfig(level_db=(0.0, 0.0)), None, RATE, generator(0, 0, "a", "audio"))
+    assert torch.equal(still, speech)
 
 
 # ---- SpecAugment

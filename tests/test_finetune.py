@@ -22,6 +22,7 @@ from tiny_finetune import (
     write_allocation,
 )
 from tiny_training import log_of, write_speech
+from torch import Tensor
 
 from mpq.allocation import allocate
 from mpq.audio import read_audio
@@ -30,6 +31,7 @@ from mpq.config import Recipe
 from mpq.distillation import Distillation, DistillationLosses
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
+from mpq.finetune_loop import Finetuner
 from mpq.losses import Targets
 from mpq.models import load_model
 from mpq.models.checkpoint import write_checkpoint
@@ -92,6 +94,10 @@ def test_a_nemo_archive_and_a_float_checkpoint_that_can_be_quantized_again(
     recipe = tuning_recipe(tiny_manifest, tiny_manifest, batch_frames=500)
     result = tune(tiny_archive, allocation, recipe, tmp_path / "out")
     assert_holds(tmp_path / "out", spy.seen[2][0])
+    for line in updates(tmp_path / "out"):  # without a decoder the CTC has the whole weight
+        assert "attention_kl" not in line and line["hidden"] > 0
+        assert line["loss"] == pytest.approx(line["ctc_kl"] + recipe.finetune.hidden_weight * line["hidden"])
+    assert json.loads((tmp_path / "out/recipe.json").read_text())["finetune"]["ctc_weight"] == 1
     assert os.path.getsize(tmp_path / "out/packed.safetensors") == Allocation.load(allocation).predicted_bytes
     # the start is what mpq pack writes
     pack(tiny_archive, tmp_path / "plain.safetensors", Allocation.load(allocation), quiet=True)
@@ -222,6 +228,52 @@ def test_first_update_by_hand(speech: Path, four: Path, tmp_path: Path) -> None:
     tune(speech / "hybrid", four, masked, tmp_path / "masked")
     (other,) = updates(tmp_path / "masked")
     assert other["ctc"] == found["ctc"] and other["ctc_kl"] < found["ctc_kl"]
+
+
+def test_updates_are_those_of_adam_with_a_rate_for_each_kind(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights in steps of their grid, learned scales, and the rest with the layers that are left unquantized."""
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", mixed_bits)
+    gradients: list[list[Tensor]] = []
+    finish = Finetuner.finish_update
+
+    def watched(tuner: Finetuner) -> None:
+        gradients.append([one.grad.double() for one in tuner._trained()])
+        finish(tuner)
+
+    monkeypatch.setattr(Finetuner, "finish_update", watched)
+    spy = Spy().watch(monkeypatch)
+    options = {"learning_rate": 0.2, "scale_rate": 0.03, "rest_rate": 0.004, "betas": [0.8, 0.95], "clip_norm": 0.3}
+    recipe = with_data(speech, **options, schedule="constant", warmup_steps=2, epochs=3)
+    tune(speech / "hybrid", path, recipe, tmp_path / "out")
+    bits = load_model(tmp_path / "out").quantized_bits
+    widths = [bits[name] for name in spy.tuner.weights.names]
+    kinds = []
+    for name, _ in spy.tuner.weights.named_parameters():
+        is_float = name.startswith("latents.") and widths[int(name.split(".")[1])] == 16
+        kinds.append("scale_rate" if name.endswith("log_scale") else "rest_rate" if is_float else "learning_rate")
+    kinds += ["rest_rate"] * len(spy.tuner.rest)
+    assert {kind: kinds.count(kind) > 1 for kind in set(kinds)} == dict.fromkeys(
+        ("learning_rate", "scale_rate", "rest_rate"), True
+    )
+    now = [one.double() for one in spy.updates[0]]
+    moments = [[torch.zeros_like(one), torch.zeros_like(one)] for one in now]
+    log = updates(tmp_path / "out")
+    assert len(log) == len(gradients) >= 6
+    for step, found in enumerate(gradients, start=1):
+        norm = float(torch.stack([one.square().sum() for one in found]).sum().sqrt())
+        assert norm == pytest.approx(min(log[step - 1]["norm"], 0.3), rel=1e-3)
+        assert log[step - 1]["rate"] == pytest.approx(0.2 * min(1.0, step / 2))
+        for index, (gradient, kind) in enumerate(zip(found, kinds, strict=True)):
+            mean, square = moments[index]
+            mean.mul_(0.8).add_(0.2 * gradient)
+            square.mul_(0.95).add_(0.05 * gradient**2)
+            unbiased, root = mean / (1 - 0.8**step), (square / (1 - 0.95**step)).sqrt()
+            now[index] = now[index] - options[kind] * min(1.0, step / 2) * unbiased / (root + 1e-8)
+            expected = spy.updates[step][index].double()
+            torch.testing.assert_close(now[index], expected, rtol=1e-4, atol=1e-5, msg=f"{step} {index} {kind}")
+            now[index] = expected
 
 
 def arguments_of(recipe: Recipe, folder: Path) -> dict[str, Any]:

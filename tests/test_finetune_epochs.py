@@ -151,6 +151,26 @@ def test_running_average_by_hand(speech: Path, four: Path, tmp_path: Path, monke
         assert torch.equal(seen[2][name], packed[name]) and torch.equal(seen[-1][name], packed[name])
 
 
+def test_averages_of_the_running_average_are_judged_by_themselves(
+    speech: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not by the running average at the end: both candidates are seen on dev, and the one that is kept is packed."""
+    seen, evaluated = [], finetune_loop.changed_errors
+
+    def watched(teacher: Any, student: Any, *others: Any) -> Any:
+        seen.append({name: one.clone() for name, one in student.named_parameters()})
+        return evaluated(teacher, student, *others)
+
+    monkeypatch.setattr(finetune_loop, "changed_errors", watched)
+    result = tune(speech / "hybrid", four, with_data(speech, ema=0.35, average=2), tmp_path)
+    packed = load_model(tmp_path).state_dict()
+    assert len(seen) == 6 and any(not torch.equal(seen[3][name], seen[4][name]) for name in seen[3])
+    names = [ref.name for ref in load_model(tmp_path).weights()]
+    for name in names:
+        assert torch.equal(seen[4][name], seen[2][name])  # the best alone is the last epoch
+        assert torch.equal(packed[name], seen[3 if result.averaged == (1, 2) else 4][name])
+
+
 # ---- divergence
 
 
@@ -197,6 +217,18 @@ def test_divergence_names_update_and_layer_and_keeps_the_best(
         tune(speech / "hybrid", four, recipe, tmp_path / "out")
         tune(speech / "hybrid", four, recipe, tmp_path / "whole")
         assert_same_training(tmp_path / "out", tmp_path / "whole")
+
+
+def test_divergence_keeps_the_best_epoch_rather_than_the_last(
+    speech: Path, four: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out(monkeypatch, (1, 0.5), (1, 0.3), (1, 0.4))
+    spy = Spy().watch(monkeypatch)
+    spoilt(monkeypatch, PLACES[1], "nan", 2)
+    recipe = with_data(speech, epochs=3, select="wer", average=2, batch_frames=10000)
+    with pytest.raises(MpqError, match=r"epoch 3, update 3, .*until then \(epoch 1, dev WER 30\.00%\)"):
+        tune(speech / "hybrid", four, recipe, tmp_path)
+    assert_holds(tmp_path, spy.seen[1][0])
 
 
 @pytest.mark.parametrize(

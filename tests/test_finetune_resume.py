@@ -198,7 +198,9 @@ def test_a_finished_folder_is_left_as_it_is(
     assert lost.read_bytes() == before["packed.safetensors"][0]
 
 
-@pytest.mark.parametrize("name", ["packed.safetensors", "log.jsonl", "state.pt", "recipe.json"])
+@pytest.mark.parametrize(
+    "name", ["packed.safetensors", "float.safetensors", "model.safetensors", "log.jsonl", "state.pt"]
+)
 def test_files_of_somebody_else_are_left_alone(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"somebody's")
     with pytest.raises(MpqError, match=f"{name}: is in the way, and not of a training; choose another --out"):

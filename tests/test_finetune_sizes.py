@@ -2,15 +2,16 @@
 
 import json
 import os
+import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_finetune import (
-    NEAREST,
     OPTIONS,
     TRAINED,
     Spy,
@@ -28,6 +29,7 @@ from tiny_finetune import (
 from tiny_training import log_of, write_speech
 
 from mpq import held_out
+from mpq.allocation import allocate
 from mpq.audio import read_audio
 from mpq.divergence import output_divergence
 from mpq.errors import MpqError
@@ -38,8 +40,10 @@ from mpq.held_out import changed_errors
 from mpq.models import load_model
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerEncoder
+from mpq.pack import pack
 from mpq.records import Allocation, QuantSpec
 from mpq.runtime import Processes
+from mpq.sensitivity import measure_sensitivity
 from mpq.storage import Storage
 from mpq.training_data import plan_epoch, read_set
 
@@ -84,6 +88,8 @@ def test_one_training_serves_several_sizes(
     assert [step for step, _ in drawn] == [step for step in range(steps) for _ in range(2)]
     others = [index for _, index in drawn[1::2]]
     assert set(others) == {1, 2} and len(set(map(tuple, (others[:4], others[4:8], others[8:12])))) > 1
+    per_epoch = [others[before.step : after.step] for before, after in pairwise(result.epochs)]
+    assert any(len(set(some)) == 2 for some in per_epoch)  # drawn for each update, not for each epoch
     assert [size.name for size in result.sizes] == ["large", "middle", "small"]
     for index, size in enumerate(result.sizes):
         path = tmp_path / f"packed-{size.name}.safetensors"
@@ -172,6 +178,23 @@ def test_two_processes_have_the_losses_of_one(count: int, three: list[Path], spe
         assert second.dev_loss == pytest.approx(first.dev_loss, rel=5e-3)
         assert second.dev_wer == first.dev_wer
     assert [size.size_bytes for size in one.sizes] == [size.size_bytes for size in two.sizes]
+
+
+def test_a_fault_in_one_process_stops_both_and_the_best_is_kept(
+    four: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one that writes is not the one with the fault; the third update is the first of the second epoch."""
+    command: list[object] = ["finetune", speech / "hybrid", "--allocation", four, "--train", speech / "train.jsonl"]
+    command += ["--dev", speech / "dev.jsonl", "--out", tmp_path / "two", "--device", "cpu", "--quiet"]
+    for key, value in (OPTIONS | {"batch_frames": 300}).items():
+        command += [f"--{key.replace('_', '-')}", value]
+    assert two_processes(command, spoilt=1) == [2, 2]
+    assert [line["step"] for line in updates(tmp_path / "two")] == [1, 2]
+    spy = Spy().watch(monkeypatch)
+    tune(speech / "hybrid", four, with_data(speech, batch_frames=300), tmp_path / "one")
+    packed = load_model(tmp_path / "two").state_dict()
+    close = [(packed[name] - weight).abs().max() < 1e-3 for name, weight in spy.seen[1][0].items()]
+    assert sum(close) > 0.8 * len(close) and not (tmp_path / "two/finetune.json").exists()
 
 
 # ---- BatchNorm and dropout
@@ -272,4 +295,24 @@ def test_a_gptq_start_needs_its_audio_or_the_cache(
     with pytest.raises(MpqError, match="rounding gptq needs calibration data: no calibration data are known; --data"):
         tune(speech / "hybrid", path, with_data(speech), tmp_path / "out")
     tune(speech / "hybrid", path, with_data(speech, scales="recomputed", epochs=1), tmp_path / "recomputed")
-    assert NEAREST.spec.rounding == "nearest"
+
+
+def test_calibration_audio_that_was_moved(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is found by --data, and then the start is that of the audio where it was."""
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
+    audio = write_speech(tmp_path / "here", ("bad", "cede", "dad"))
+    storage = Storage(QuantSpec(8, rounding="gptq"))
+    table = measure_sensitivity(
+        speech / "hybrid", audio, (3, 4), tmp_path / "s.json", storage, output="decoder", quiet=True
+    )
+    allocate(table, average_bits=3).save(tmp_path / "a.json")
+    pack(speech / "hybrid", tmp_path / "packed.safetensors", Allocation.load(tmp_path / "a.json"), quiet=True)
+    shutil.move(tmp_path / "here", tmp_path / "there")
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "other"))
+    recipe, spy = with_data(speech, epochs=1), Spy().watch(monkeypatch)
+    with pytest.raises(MpqError, match="--data says where they are now"):
+        tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out")
+    with pytest.raises(MpqError, match=r"train\.jsonl"):
+        tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out", calibration=speech / "train.jsonl")
+    tune(speech / "hybrid", tmp_path / "a.json", recipe, tmp_path / "out", calibration=tmp_path / "there/train.jsonl")
+    assert_holds(tmp_path / "packed.safetensors", spy.seen[0][0])

@@ -14,8 +14,9 @@ from tiny_training import TEXTS, write_recipe, write_speech
 from mpq import evaluate as evaluate_module
 from mpq import training
 from mpq.cli import main
-from mpq.config import STAGES
+from mpq.config import Recipe
 
+STAGES = tuple(Recipe().stages)
 TARGET_MB = 0.0105
 FILES = (
     *("train/model.safetensors", "train/training.json", "train/recipe.json", "train/log.jsonl"),

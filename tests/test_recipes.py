@@ -105,7 +105,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
     root = tmp_path.resolve()
     assert set(faults(path)) == {
         '[data] max_seconds: expected a number, got "x"',
-        "[data] epochs: unknown key; did you mean that of [train]? known: " + known("data"),
+        "[data] epochs: unknown key; did you mean that of [train] or [finetune]? known: " + known("data"),
         "[model] laers: unknown key; did you mean layers? known: " + known("model"),
         '[model] ffn_width[1]: expected a whole number, got "x"',
         "[model] ffn_width[2]: expected 1 or more, got -1",
@@ -177,6 +177,12 @@ def known(section: str) -> str:
         (["model.subsampling_factor=6"], ["[model] subsampling_factor: expected 2, 4, 8, ..., got 6"]),
         (["model.ffn_width=[8,8]"], ["[model] ffn_width: expected one number for each of the 12 blocks, got 2"]),
         (["augment.speed=[]"], ["[augment] speed: expected one factor or more"]),
+        (["augment.level_db=[2,1]"], ["[augment] level_db: expected lowest and highest, got [2.0, 1.0]"]),
+        (["finetune_augment.level_db=[2,1]"], ["[finetune_augment] level_db: expected lowest and highest, got"]),
+        (["finetune.alpha=[9,1]"], ["[finetune] alpha: expected first and last, rising, got [9.0, 1.0]"]),
+        (["finetune.anneal=[0.9,0.1]"], ["[finetune] anneal: expected first and last, rising, got [0.9, 0.1]"]),
+        (["finetune.select=best"], ["[finetune] select: expected 'wer', 'loss' or 'last', got"]),
+        (['stages=["train","finetune"]'], ["stages: finetune needs allocate before it"]),
         (["augment.snr_db=[1,2,3]"], ["[augment] snr_db: expected 2 items, got [1, 2, 3]"]),
         (["sensitivity.bits=[4,4]"], ["[sensitivity] bits: expected different widths, got [4, 4]"]),
         (["allocate={}"], ["[allocate] target_mb: expected exactly one of"]),

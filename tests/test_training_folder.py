@@ -1,9 +1,12 @@
 """A checkpoint folder is never taken for another's, never lost to a kill, and not overwritten."""
 
+import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
+import soundfile
 import torch
 from tiny_training import TEXTS, log_of, recipe, write_speech
 
@@ -67,6 +70,28 @@ def test_a_log_that_is_shorter_than_the_state_says_gets_no_zeros(tmp_path: Path)
     with log.opened(size=500, step=40):
         log.add_update(41, 1, {"loss": 1.0})
     assert [line.get("step") for line in log_of(tmp_path)] == [1, 41]
+
+
+def test_an_option_that_is_new_and_not_used_leaves_the_fingerprint(tiny: Recipe, tmp_path: Path) -> None:
+    """That of a training from before `augment.level_db`, written down again: it goes on."""
+    result = train(tiny, tmp_path / "out", quiet=True)
+    sections = json.loads((tmp_path / "out/recipe.json").read_text())
+    del sections["augment"]["level_db"]
+    for name in ("save_minutes", "workers", "tensorboard"):
+        del sections["train"][name]
+    options = {name: sections[name] for name in ("features", "tokens", "model", "augment", "train")}
+    folder = Path(tiny.data.root)
+    identity = [
+        [f"{name}-{index}", text, None, soundfile.info(path).duration, path.stat().st_size]
+        for name, texts in (("train", TEXTS[:4]), ("dev", TEXTS[4:6]))
+        for index, text in enumerate(texts)
+        for path in [folder / f"{name}-{index}.wav"]
+    ]
+    work = ["mpq.training/1", 0, "error", options, identity]
+    assert result.fingerprint == hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+    louder = tiny.model_copy(update={"augment": tiny.augment.model_copy(update={"level_db": (-1.0, 0.0)})})
+    with pytest.raises(MpqError, match="holds a finished training with other options or data"):
+        train(louder, tmp_path / "out", quiet=True)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mpq.assignment import planned_bytes
 from mpq.config import Recipe
+from mpq.distillation import Distillation, DistillationLosses
 from mpq.files import sha256_file
 from mpq.finetune import finetune
 from mpq.finetune_loop import Finetuner
@@ -208,9 +209,25 @@ def tensors_of(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def run_as_process(rank: int, port: int, arguments: list[str]) -> None:
-    """Runs a command as one of the two processes that torchrun would start, and exits as the command line does."""
+def run_as_process(rank: int, port: int, arguments: list[str], is_spoilt: bool) -> None:
+    """Runs a command as one of the two processes that torchrun would start, and exits as the command line does.
+
+    Args:
+        rank: 0 or 1.
+        port: Where a TCPStore listens.
+        arguments: The command.
+        is_spoilt: Whether this process's losses are not finite from the third update on.
+    """
     from mpq.cli import main
+
+    losses = Distillation.forward
+
+    def spoilt(self: Distillation, *inputs: Any) -> DistillationLosses:
+        found, self.calls = losses(self, *inputs), getattr(self, "calls", 0) + 1
+        return found._replace(ctc_kl=found.ctc_kl * float("nan")) if self.calls > 2 else found
+
+    if is_spoilt:
+        Distillation.forward = spoilt
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
@@ -218,13 +235,15 @@ def run_as_process(rank: int, port: int, arguments: list[str]) -> None:
     main(arguments)
 
 
-def two_processes(arguments: list[object]) -> list[int | None]:
-    """Returns the exit statuses of two processes that run a command together."""
+def two_processes(arguments: list[object], spoilt: int | None = None) -> list[int | None]:
+    """Returns the exit statuses of two processes that run a command together; the losses of one may be spoilt."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tiny_finetune", "torch._dynamo"])
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     words = list(map(str, arguments))
-    running = [context.Process(target=run_as_process, args=(rank, store.port, words)) for rank in range(2)]
+    running = [
+        context.Process(target=run_as_process, args=(rank, store.port, words, rank == spoilt)) for rank in range(2)
+    ]
     for process in running:
         process.start()
     for process in running:
