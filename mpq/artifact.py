@@ -63,6 +63,7 @@ def write_artifact(
     grams: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[float], None] = lambda amount: None,
     quantized: Mapping[str, Quantized] | None = None,
+    like: AsrModel | None = None,
 ) -> None:
     """Quantizes and packs a model; the file appears under its name when it is whole.
 
@@ -75,6 +76,8 @@ def write_artifact(
         grams: For the rounding "gptq": {weight name: statistics} (`mpq.calibration.input_grams`).
         on_layer: Told 1 with each finished layer.
         quantized: Of weights that are quantized already, which are stored as they are.
+        like: The model that the size was planned for, if the values have changed since: what its file would have in
+            half precision is in half precision.
 
     Raises:
         MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into
@@ -82,7 +85,7 @@ def write_artifact(
     """
     refs = model.weights()
     check_names(refs, bits)
-    parts = _parts(model, storage)
+    parts = _parts(model, storage, like)
     state = model.state_dict()
     parts["bits"] = bytes(bits[ref.name] for ref in refs)
     payloads = []
@@ -141,6 +144,15 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
     return model
 
 
+def exact_names(model: AsrModel, storage: Storage) -> set[str]:
+    """Returns the trained tensors that half precision would spoil, so that the file has them compressed in full.
+
+    How many bytes they take depends on their values.
+    """
+    state, weights = model.state_dict(), {ref.name for ref in model.weights()}
+    return {name for name in _trained(model) - weights if not _stays_half(name, state[name], storage)}
+
+
 def is_artifact(path: Path) -> bool:
     """Returns whether a file looks like safetensors: a header length and an opening brace."""
     with open(path, "rb") as file:
@@ -160,17 +172,17 @@ def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
             raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
 
 
-def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
+def _parts(model: AsrModel, storage: Storage, like: AsrModel | None = None) -> dict[str, bytes]:
     """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length."""
+    decides = (like or model).state_dict()
     names = [ref.name for ref in model.weights()]
-    parameters = dict(model.named_parameters())
+    trained = _trained(model)
     rest: dict[str, bytes] = {}
     exact: dict[str, bytes] = {}
     for name, tensor in model.state_dict().items():
         if name in names or is_counter(name):
             continue
-        is_trained = name in parameters or name.endswith(("running_mean", "running_var"))
-        if is_trained and (storage.rest_dtype == "float32" or survives_half(name, tensor)):
+        if name in trained and _stays_half(name, decides[name], storage):
             rest[name] = float_bytes(tensor, storage.rest_dtype)
         else:
             exact[name] = float_bytes(tensor, "float32")
@@ -191,8 +203,16 @@ def _parts(model: AsrModel, storage: Storage) -> dict[str, bytes]:
     }
 
 
-def survives_half(name: str, tensor: Tensor) -> bool:
-    """Returns whether half precision keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
+def _trained(model: AsrModel) -> set[str]:
+    """Returns the names of parameters and running statistics."""
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return statistics | {name for name, _ in model.named_parameters()}
+
+
+def _stays_half(name: str, tensor: Tensor, storage: Storage) -> bool:
+    """Returns whether rest_dtype keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
+    if storage.rest_dtype == "float32":
+        return True
     error = (tensor.half().float() - tensor).abs()
     reference = tensor.abs() if name.endswith("running_var") else tensor.abs().amax()
     return bool((error <= 2**-10 * reference).all())  # false for infinity and NaN too

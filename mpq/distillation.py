@@ -100,7 +100,8 @@ class Distillation(nn.Module):
             prefixes = following = None
             if teacher.model.decoder_stages:
                 found = ctc_greedy(wanted, lengths, blank)
-                rows = [row[:count].tolist() for row, count in zip(targets.tokens, targets.lengths, strict=True)]
+                pairs = zip(targets.tokens.tolist(), targets.lengths.tolist(), strict=True)
+                rows = [row[:count] for row, count in pairs]
                 told = [
                     row if known else guess
                     for row, known, guess in zip(rows, is_transcribed.tolist(), found, strict=True)

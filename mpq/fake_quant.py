@@ -25,16 +25,25 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mpq.errors import MpqError
 from mpq.general_quantizer import SoftToHard
-from mpq.grids import choose_clip, clipped_grid, is_sign, matrix_shape, nearest_codes, split_groups, storable_scale
+from mpq.grids import (
+    choose_clip,
+    clipped_grid,
+    is_sign,
+    matrix_shape,
+    nearest_codes,
+    scale_shape,
+    split_groups,
+    storable_scale,
+)
 from mpq.quantizers import Quantized, QuantSpec, dequantize
 from mpq.records import FLOAT_BITS
 from mpq.storage import Storage, quantize_weight
 
 Scales = Literal["learned", "recomputed", "frozen"]
-SCALES: tuple[Scales, ...] = ("learned", "recomputed", "frozen")
 
 MARGIN = 0.1
 """Of a rounding step: how far from the border of its code's interval a latent starts at least."""
@@ -114,16 +123,13 @@ class StraightThrough(nn.Module):
 
     def _exact(self, latent: Tensor) -> Tensor:
         """Returns the (C, K) weight that a latent stands for."""
-        weight = latent.detach().clone()
-        for groups, part in _groups(weight, self.spec):
-            groups.mul_(self.unit[:, part, None])
-        return weight
+        return self.as_weight(latent.detach()).reshape(latent.shape)
 
 
 class Annealed(nn.Module):
     """The General Quantizer (Zhen et al. 2022) of one weight at one bit-width, with the interface of `StraightThrough`.
 
-    Weights are normalised by max|w|, as in the paper, whatever the clip of the spec is.
+    Weights are normalised by max|w|, as in the paper, times a clip ratio where the spec asks for a search.
 
     Args:
         spec: The quantizer, of the scheme "mulaw".
@@ -135,7 +141,7 @@ class Annealed(nn.Module):
 
     def __init__(self, spec: QuantSpec, unit: Tensor, shape: tuple[int, ...]) -> None:
         super().__init__()
-        self.kernel, self.shape = SoftToHard(replace(spec, clip="none")), shape
+        self.kernel, self.shape = SoftToHard(spec, groups=scale_shape(shape, spec)), shape
         self.register_buffer("unit", unit.clone())
 
     def forward(self, latent: Tensor) -> Tensor:
@@ -144,9 +150,10 @@ class Annealed(nn.Module):
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
-        """Chooses mu for the latent as it is, while the assignment is soft."""
-        if not self.kernel.is_hard:
-            self.kernel.choose_mu(self.as_weight(latent))
+        """Chooses mu and the clip ratios for the latent as it is."""
+        weight = self.as_weight(latent)
+        self.kernel.choose_mu(weight)
+        self.kernel.choose_clip(weight)
 
     @torch.no_grad()
     def quantized(self, latent: Tensor) -> Quantized:
@@ -175,6 +182,7 @@ class _RoundThrough(torch.autograd.Function):
         return weight
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
         latent, weight, scale, unit = ctx.saved_tensors
         gradient = gradient.contiguous()
@@ -290,7 +298,7 @@ class QuantizedWeights(nn.Module):
                 quantizer.kernel.alpha, quantizer.kernel.is_hard = alpha, is_hard
 
     def search(self) -> None:
-        """Searches anew: the clip ratios where scales are recomputed, mu of the General Quantizer while it is soft."""
+        """Searches anew: the clip ratios where scales are recomputed, those and mu of the General Quantizer."""
         for key, quantizer in self.quantizers.items():
             quantizer.search(self.latents[int(key.split(":")[0])])
 

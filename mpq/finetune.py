@@ -15,17 +15,18 @@ from pathlib import Path
 
 from torch import Tensor
 
+from mpq.artifact import exact_names
 from mpq.assignment import assign, recall, recalled_statistics
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import sha256_file
-from mpq.finetune_loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
+from mpq.finetune_loop import FLOAT_FILE, Finetuner, Target
 from mpq.finetune_record import FINETUNE_FORMAT, FinetuneResult
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE
-from mpq.models.loading import PACKED_FILE
+from mpq.models.loading import PACKED_FILE, RESULT_FILE
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, processes
 from mpq.storage import Storage
@@ -74,6 +75,12 @@ def finetune(
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
+    statistics = {name for name in exact_names(teacher, targets[0].assigned.storage) if "running_" in name}
+    if options.batch_norm == "updated" and statistics:
+        raise MpqError(
+            f'finetune.batch_norm: "updated" would change {sorted(statistics)[0]}, which half precision spoils, so '
+            'the file would not have the promised size; use "frozen", or allocate with --rest-dtype float32'
+        )
     texts = "used" if options.transcript_weight else "ignored"
     data = read_set(recipe.data.train, recipe.data, teacher, fastest, is_training=True, texts=texts)
     transcribed = sum(item.text is not None for item in data.utterances)
@@ -147,6 +154,12 @@ def _targets(
                 f"allocations {found[0].name} and {target.name}: expected one quantizer, got {quantizers[0]} and "
                 f"{quantizers[1]}; allocate both from one sensitivity file"
             )
+    audio = {json.dumps(allocation.data.get("sha256")) for allocation in loaded.values()}
+    if len(audio) > 1 and found[0].assigned.storage.spec.rounding == "gptq":
+        raise MpqError(
+            f"allocations {found[0].name} and {found[-1].name}: made with different calibration audio; allocate all "
+            "from one sensitivity file"
+        )
     return sorted(found, key=lambda target: -target.assigned.size_bytes)
 
 
@@ -163,18 +176,17 @@ def _weights(
     """Returns the weights at the start of the training."""
     storage = targets[0].assigned.storage
     grams: dict[str, Tensor] = {}
-    if any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed":
+    needed = any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed"
+    if calibration is not None and not needed:
+        raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
+    if needed:
         allocation = next(iter(loaded.values()))
         drawn, note = recall(teacher, allocation, calibration)
         grams = recalled_statistics(teacher, sha256, drawn, allocation, storage, note, out, quiet)
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
     allocations = [target.assigned.bits for target in targets]
-    weights = QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
-    if storage.spec.scheme == "mulaw":
-        weights.anneal(recipe.finetune.alpha[0], is_hard=False)
-        weights.search()  # mu for this alpha
-    return weights
+    return QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
 
 
 def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> str:

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from mpq.artifact import read_artifact, survives_half, write_artifact
+from mpq.artifact import exact_names, read_artifact, write_artifact
 from mpq.assignment import Assignment
 from mpq.augment import generator
 from mpq.config import Recipe
@@ -36,13 +36,13 @@ from mpq.held_out import changed_errors
 from mpq.learning_curve import draw_learning_curve
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
+from mpq.models.loading import RESULT_FILE
 from mpq.training_data import TrainingSet
 from mpq.training_folder import claim_folder, clean_up
 from mpq.training_loop import Batch, Job, NotFiniteError, TrainingLoop
 from mpq.training_record import EpochResult
 
 FLOAT_FILE = "float.safetensors"
-RESULT_FILE = "finetune.json"
 CURVE_FILE = "learning_curve.svg"
 
 
@@ -64,8 +64,10 @@ def _swapped(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[No
     own = [one.detach().clone() for one in tensors]
     with torch.no_grad():
         torch._foreach_copy_(list(tensors), list(others))
-        yield
-        torch._foreach_copy_(list(tensors), own)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(list(tensors), own)
 
 
 class Finetuner(TrainingLoop):
@@ -85,8 +87,9 @@ class Finetuner(TrainingLoop):
         tuning = self.tuning
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
-        quantized = set(weights.names)
-        self.rest = {name: one for name, one in self.student.named_parameters() if name not in quantized}
+        # what the file compresses stays as it is: its size, which is promised, depends on the values
+        fixed = set(weights.names) | exact_names(teacher, targets[0].assigned.storage)
+        self.rest = {name: one for name, one in self.student.named_parameters() if name not in fixed}
         if tuning.rest_rate:
             for parameter in self.rest.values():
                 parameter.requires_grad_(True)
@@ -124,6 +127,8 @@ class Finetuner(TrainingLoop):
         if self.is_chief:
             claim_folder(self.out, self.job.fingerprint)
             write_json(self.out / "recipe.json", self.recipe.model_dump())
+        self.weights.anneal(self.tuning.alpha[1], is_hard=True)
+        self.weights.search()
         loss, wer = self.evaluate()
         start = EpochResult(epoch=0, step=0, train_loss=None, dev_loss=loss, dev_wer=wer, seconds=0.0)
         self.epochs.append(start)
@@ -137,7 +142,7 @@ class Finetuner(TrainingLoop):
                 module.train(self.tuning.batch_norm == "updated")
         start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
         self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
-        if self.step and self.step % self.tuning.search_every == 0:
+        if self.step % self.tuning.search_every == 0 or self.step == end:
             self.weights.search()
 
     def passes(self) -> int:
@@ -311,7 +316,10 @@ class Finetuner(TrainingLoop):
     def _choose(self) -> list[int]:
         """Takes the average of the best epochs, or the best one where that is better; returns the epochs."""
         ranked = self.candidates()
-        choices = [ranked] if len(ranked) == 1 else [ranked, ranked[:1]]
+        if len(ranked) == 1:
+            self._load_average(ranked)
+            return ranked
+        choices = [ranked, ranked[:1]]
         results = []
         for epochs in choices:
             self._load_average(epochs)
@@ -323,23 +331,18 @@ class Finetuner(TrainingLoop):
         return epochs
 
     def _pack(self) -> None:
-        # what the float model's file has in half precision stays so, or the file would not have the size that is
-        # promised: biases that began at 0 are too small for the full precision of half
-        names = [name for name, one in self.rest.items() if survives_half(name, self.teacher.get_parameter(name))]
-        halved = [self.rest[name] for name in names]
         for index, target in enumerate(self.targets):
             self._bake(index)
             assigned = target.assigned
-            rounded = [one.detach().half().float() for one in halved] if assigned.storage.float_bits == 16 else []
-            with _swapped(halved, rounded):
-                write_artifact(
-                    target.path,
-                    self.student,
-                    assigned.bits,
-                    assigned.storage,
-                    assigned.size_bytes,
-                    quantized=self.weights.quantized(index),
-                )
+            write_artifact(
+                target.path,
+                self.student,
+                assigned.bits,
+                assigned.storage,
+                assigned.size_bytes,
+                quantized=self.weights.quantized(index),
+                like=self.teacher,
+            )
 
     def keep_best(self) -> str:
         """Packs the best weights so far; returns what was kept."""
@@ -349,6 +352,7 @@ class Finetuner(TrainingLoop):
         if self.is_chief:
             self._load_average([best])
             self._pack()
+        self.workers.barrier()  # torchrun ends all processes when one is gone
         found = next(one for one in self.epochs if one.epoch == best)
         wer = "" if found.dev_wer is None else f", dev WER {100 * found.dev_wer:.2f}%"
         kept = ", ".join(str(target.path) for target in self.targets)

@@ -16,7 +16,7 @@ Legend: a weight of shape (C, ...) in rows and groups as in `mpq.grids`; m centr
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -26,9 +26,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
 
 from mpq.errors import MpqError
-from mpq.grids import choose_grid, matrix_shape, split_groups
+from mpq.grids import choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
 from mpq.mu_law import MUS, UNIT, mu_law_centroids
-from mpq.quantizers import Quantized, QuantSpec, dequantize, quantize
+from mpq.quantizers import Quantized, QuantSpec, dequantize
 
 _AT_ONCE = 2**15 - 1
 """Weights that a processor works on at once: few enough for all temporary values to stay in its cache, and for torch
@@ -157,26 +157,29 @@ class SoftToHard(nn.Module):
         kernel(latent)  # what the packed file gives back, bit for bit
 
     Attributes:
-        spec: The quantizer, of the scheme "mulaw". With the clip "none" the scales are max|w|, at each forward pass
-            those of the weight as it is (no gradient flows into them). The clips "mse" and "mae" search at each pass.
-            At 1 bit the scale is mean|w|.
+        spec: The quantizer, of the scheme "mulaw". Scales are those of the weight as it is at each forward pass (no
+            gradient flows into them): max|w| times a clip ratio, which `choose_clip` searches. At 1 bit the scale is
+            mean|w|.
         alpha: How hard the assignment is (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
         is_hard: Whether the weight is rounded: the value is that of `dequantize(quantized(weight))`, and the gradient
             passes unchanged (straight-through estimator).
         mu: Of the mu-law. Set it by `choose_mu`.
         centroids: (2^bits,) int8 buffer, in units of 1/128.
+        clip_ratio: (C, G) float32 buffer of a weight whose clip was searched, else (1, 1) of one.
 
     All but `spec` is part of the state dict: alpha, is_hard and mu as one tensor, its extra state.
     """
 
     centroids: Tensor
+    clip_ratio: Tensor
 
-    def __init__(self, spec: QuantSpec, alpha: float = 10.0, mu: float = 0.0) -> None:
+    def __init__(self, spec: QuantSpec, alpha: float = 10.0, mu: float = 0.0, groups: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
         if spec.scheme != "mulaw":
             raise MpqError(f"scheme: expected mulaw for a soft assignment, got {spec.scheme}")
         self.spec, self.alpha, self.mu, self.is_hard = spec, alpha, mu, False
         self.register_buffer("centroids", mu_law_centroids(spec.bits, mu))
+        self.register_buffer("clip_ratio", torch.ones(groups))
 
     def forward(self, weight: Tensor) -> Tensor:
         """Returns the weight, of any shape, as the layer is to see it.
@@ -204,13 +207,18 @@ class SoftToHard(nn.Module):
             self.centroids.copy_(candidates[best])
         return self.mu
 
+    def choose_clip(self, weight: Tensor) -> None:
+        """Sets the clip ratios that the spec's clip asks for, for the current centroids."""
+        found = [choose_clip(part, self.spec, self.centroids) for part in self._parts(weight.detach())]
+        self.clip_ratio = torch.cat(found, dim=1)
+
     def quantized(self, weight: Tensor) -> Quantized:
         """Returns what is stored of a weight: rounded to the current centroids.
 
         Raises:
-            MpqError: As `mpq.quantizers.quantize`.
+            MpqError: The weight is not finite, or a scale does not fit into the spec's scale_dtype.
         """
-        return quantize(weight, self.spec, centroids=self.centroids.clone())
+        return self._quantized(weight, self.centroids)
 
     def extra_repr(self) -> str:
         return f"{self.spec}, alpha={self.alpha:g}, mu={self.mu:g}, is_hard={self.is_hard}"
@@ -222,18 +230,44 @@ class SoftToHard(nn.Module):
         self.alpha, is_hard, self.mu = state.tolist()
         self.is_hard = bool(is_hard)
 
+    def _parts(self, weight: Tensor) -> list[Tensor]:
+        """Returns a weight as groups of one size, (C, G, size) each."""
+        if not weight.isfinite().all():
+            raise MpqError(f"weight of shape {tuple(weight.shape)}: expected finite values, got NaN or infinity")
+        working = torch.promote_types(weight.dtype, torch.float32)
+        return split_groups(weight.to(working).reshape(matrix_shape(tuple(weight.shape), self.spec)), self.spec)
+
+    def _scales(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the (C, G) scales of groups."""
+        counts = [part.shape[1] for part in parts]
+        rows = len(parts[0])
+        ratios = self.clip_ratio.expand(rows, sum(counts)).split(counts, dim=1)
+        pairs = zip(parts, ratios, strict=True)
+        return [clipped_grid(part.detach().to(torch.float32), self.spec, ratio)[0] for part, ratio in pairs]
+
+    def _quantized(self, weight: Tensor, centroids: Tensor) -> Quantized:
+        parts = self._parts(weight.detach().to(torch.float32))
+        scales = self._scales(parts)
+        codes = [
+            nearest_codes(part, scale, torch.zeros_like(scale), self.spec, centroids).flatten(1)
+            for part, scale in zip(parts, scales, strict=True)
+        ]
+        return Quantized(
+            codes=torch.cat(codes, dim=1).to(torch.uint8).reshape(weight.shape),
+            scale=torch.cat(scales, dim=1),
+            zero_point=None,
+            centroids=centroids.clone(),
+        )
+
     def _rounded(self, weight: Tensor, centroids: Tensor) -> Tensor:
-        quantized = quantize(weight, self.spec, centroids=centroids)
-        return dequantize(quantized, self.spec).to(weight.dtype)
+        return dequantize(self._quantized(weight, centroids), self.spec).to(weight.dtype)
 
     def _soft(self, weight: Tensor, centroids: Tensor) -> Tensor:
-        working = torch.promote_types(weight.dtype, torch.float32)
-        matrix = weight.to(working).reshape(matrix_shape(tuple(weight.shape), self.spec))
+        parts = self._parts(weight)
         results = []
-        for part in split_groups(matrix, self.spec):
-            scale, _ = choose_grid(part.detach().to(torch.float32), self.spec, centroids)
+        for part, scale in zip(parts, self._scales(parts), strict=True):
             rows = part.reshape(-1, part.shape[-1])
-            result = _SoftAssign.apply(rows, scale.reshape(-1, 1).to(working), centroids, self.alpha)
+            result = _SoftAssign.apply(rows, scale.reshape(-1, 1).to(part.dtype), centroids, self.alpha)
             results.append(result.reshape(len(part), -1))
         whole = torch.cat(results, dim=1) if len(results) > 1 else results[0]
         return whole.reshape(weight.shape).to(weight.dtype)
@@ -288,8 +322,19 @@ class GeneralQuantizer:
                 raise MpqError(
                     f"bits: the model has no parameter {name!r}; known: {', '.join(list(parameters)[:5])} ..."
                 )
+        places = [(id(one), name) for name, one in model.named_parameters(remove_duplicate=False)]
+        for name in bits:
+            if tied := [other for key, other in places if key == id(parameters[name]) and other != name]:
+                raise MpqError(f"bits: {name} is also {tied[0]} (tied weights), which would not see its quantization")
         if not 0 <= start_step <= end_step:
             raise MpqError(f"start_step, end_step: expected 0 <= start <= end, got {start_step} and {end_step}")
+        for key, alpha in (("alpha_start", alpha_start), ("alpha_end", alpha_end)):
+            if not 0 <= alpha < math.inf:
+                raise MpqError(f"{key}: expected a finite number of at least 0, got {alpha}")
+        if alpha_start > alpha_end:
+            raise MpqError(
+                f"alpha_start, alpha_end: expected the first not above the last, got {alpha_start}, {alpha_end}"
+            )
         if mu_every < 1:
             raise MpqError(f"mu_every: expected at least 1 step, got {mu_every}")
         self.model, self.mu_every = model, mu_every

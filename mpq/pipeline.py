@@ -30,11 +30,10 @@ from mpq.errors import MpqError
 from mpq.evaluate import Evaluation, evaluate
 from mpq.files import read_json, sha256_file, write_json
 from mpq.finetune import finetune
-from mpq.finetune_loop import RESULT_FILE
 from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.checkpoint import MODEL_FILE
-from mpq.models.loading import PACKED_FILE
+from mpq.models.loading import PACKED_FILE, RESULT_FILE
 from mpq.pack import pack
 from mpq.records import Allocation, SensitivityTable
 from mpq.run_record import RUN_FORMAT, RunResult, StageReport
@@ -322,15 +321,23 @@ def _stages(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[_Stage]
     def finetune_inputs() -> Any:
         options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
         files = [checkpoint_sha256(), sha256_file(allocation)]
-        return [*files, recipe.seed, reading, options, recipe.finetune_augment.model_dump(), training_data()]
+        return [
+            *files,
+            recipe.seed,
+            reading,
+            data.max_seconds,
+            options,
+            recipe.finetune_augment.model_dump(),
+            training_data(),
+        ]
 
     def sensitivity_inputs() -> Any:
         return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
 
     def compare_inputs() -> Any:
         done = [sha256_file(out / "float" / name / file) for name in tests for file in ("ref.trn", "hyp.trn")]
-        files = [packed, *([tuned / PACKED_FILE] if is_tuned else [])]
-        return [[*map(sha256_file, files)], tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
+        files = [sha256_file(packed), *([sha256_file(tuned / PACKED_FILE)] if is_tuned else [])]
+        return [*files, tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
 
     trained = (checkpoint / MODEL_FILE, checkpoint / "training.json")
     compared = [*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests)]

@@ -122,6 +122,7 @@ def finetune(
     paths = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
     table = {"seed": seed, "data": paths | {"channel": channel, "skip_bad": skip_bad}}
     given = [f"finetune.{key}={value}" for key, value in tuning.items() if value is not None]
-    recipe = make_recipe(table, [*given, *overrides], "mpq finetune")
+    known = ("data", "finetune", "finetune_augment")
+    recipe = make_recipe(table, [*given, *overrides], "mpq finetune", known)
     result = step(checkpoint, allocations, recipe, out, calibration=data, device=device, quiet=quiet)
     print_once(result, as_json, finetune_view(result))

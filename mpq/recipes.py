@@ -41,17 +41,24 @@ def load_recipe(
     return _recipe(table, str(path), Path(path).resolve().parent, overrides, stages, need_files)
 
 
-def make_recipe(table: dict[str, Any], overrides: Sequence[str], command: str) -> Recipe:
+def make_recipe(
+    table: dict[str, Any], overrides: Sequence[str], command: str, known: Sequence[str] | None = None
+) -> Recipe:
     """Returns the recipe that a command's options make up; relative paths start at the working directory.
 
     Args:
         table: {section: {key: value}}.
         overrides: As in `load_recipe`; they win.
         command: For messages.
+        known: The sections and keys that the command reads; None: all.
 
     Raises:
-        MpqError: All faults, a line each.
+        MpqError: All faults, a line each; an override of what the command does not read.
     """
+    for text in overrides:
+        section = text.partition("=")[0].strip().split(".")[0]
+        if known is not None and section in Recipe.model_fields and section not in known:
+            raise MpqError(f"--set {text}: {command} does not read {section}; it reads {', '.join(known)}")
     return _recipe(table, command, Path.cwd(), overrides, [], need_files=False)
 
 

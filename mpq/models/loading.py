@@ -11,6 +11,8 @@ from mpq.models.nemo import read_nemo
 
 PACKED_FILE = "packed.safetensors"
 """The artifact in a folder of `mpq finetune` or `mpq run`."""
+RESULT_FILE = "finetune.json"
+"""What a finished fine-tuning leaves in its folder."""
 
 
 def model_file(path: Path | str) -> Path:
@@ -24,9 +26,10 @@ def model_file(path: Path | str) -> Path:
         raise MpqError(f"{path}: no such file")
     if not path.is_dir():
         return path
-    for name in (MODEL_FILE, PACKED_FILE):
-        if (path / name).exists():
-            return path / name
+    if (path / MODEL_FILE).exists():
+        return path / MODEL_FILE
+    if (path / RESULT_FILE).exists() and (path / PACKED_FILE).exists():
+        return path / PACKED_FILE
     if several := sorted(path.glob("packed-*.safetensors")):
         raise MpqError(f"{path}: a folder with several packed files; name one of them, such as {several[0]}")
     raise MpqError(
