@@ -96,9 +96,7 @@ def cases(speech: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, C
 POINTS = {
     "while the start is evaluated": (finetune_loop, "changed_errors", 1, False),
     "between the start's log and its candidate": (Finetuner, "write_candidate", 1, False),
-    "before the first update": (Finetuner, "losses", 1, False),
     "inside an update": (Finetuner, "losses", 4, True),
-    "between the gradient and the average": (Finetuner, "finish_update", 3, False),
     "while an epoch is evaluated": (finetune_loop, "changed_errors", 6, False),
     "between an epoch's log and its candidate": (Finetuner, "write_candidate", 3, False),
     "between a candidate and the state": (Finetuner, "write_candidate", 3, True),
