@@ -121,6 +121,13 @@ def test_a_result_that_is_gone_or_changed_is_made_again(
     assert actions(tiny, finished) == SKIPPED
 
 
+@pytest.mark.parametrize("name", ["comparison-finetuned-one.json", "finetuned/one/hyp.trn"])
+def test_a_comparison_that_is_gone_is_made_again(name: str, tiny: Path, whole: Path, finished: Path) -> None:
+    (finished / name).unlink()
+    assert actions(tiny, finished) == SKIPPED | {"compare": "run"}
+    assert (finished / name).read_bytes() == (whole / name).read_bytes()
+
+
 def test_what_was_cut_off_goes_on(tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out, finish, steps = tmp_path / "run", Finetuner.finish_update, []
 
