@@ -339,7 +339,7 @@ class TrainingLoop(ABC):
     def _not_finite(self, what: str, items: Sequence[Utterance], batch: Batch | None) -> str:
         listed = ", ".join(f'"{item.utt_id}" ({item.source})' for item in items[:5])
         more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-        kept = f"; {self.out} keeps the state before" if (self.out / "state.pt").exists() else ""
+        kept = f"; {self.out} keeps the last saved state" if (self.out / "state.pt").exists() else ""
         return (
             f"{what}: the loss or its gradient is not finite{self.blame(batch)}; utterances {listed}{more}; look at "
             f"this audio, or lower learning_rate{kept}"

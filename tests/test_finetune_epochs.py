@@ -210,7 +210,7 @@ def test_divergence_names_update_and_layer_and_keeps_the_best(
     assert "\n" not in text and f"epoch {epoch}, update {step + 1}" in text and "not finite" in text
     layer = name.rpartition(".")[0] if kind == "gradient" else name.rsplit(".", 2)[0].removesuffix(".conv")
     assert f" {layer}" in text and ("of " if kind == "gradient" else "from the layer ") in text, text
-    assert f"the best weights until then (epoch {epoch - 1}, dev WER " in text
+    assert f"the best weights until then (epoch {epoch - 1}, dev WER " in text and "keeps the last saved state" in text
     assert_holds(tmp_path / "out", spy.seen[epoch - 1][0])
     assert not (tmp_path / "out/finetune.json").exists()
     if name == PLACES[0]:
@@ -226,7 +226,9 @@ def test_divergence_keeps_the_best_epoch_rather_than_the_last(
     spy = Spy().watch(monkeypatch)
     spoilt(monkeypatch, PLACES[1], "nan", 2)
     recipe = with_data(speech, epochs=3, select="wer", average=2, batch_frames=10000)
-    with pytest.raises(MpqError, match=r"epoch 3, update 3, .*until then \(epoch 1, dev WER 30\.00%\)"):
+    with pytest.raises(
+        MpqError, match=r"epoch 3, update 3, .*last saved state.*until then \(epoch 1, dev WER 30\.00%\)"
+    ):
         tune(speech / "hybrid", four, recipe, tmp_path)
     assert_holds(tmp_path, spy.seen[1][0])
 
@@ -247,6 +249,7 @@ def test_rates_that_are_too_high(
     with pytest.raises(MpqError, match=words) as error:
         tune(speech / "hybrid", four, with_data(speech, **options), tmp_path)
     assert "the best weights until then (epoch 0, dev WER" in str(error.value) and "lower " in str(error.value)
+    assert "state" not in str(error.value)  # none was saved
     assert_holds(tmp_path, spy.seen[0][0])
     for line in (tmp_path / "log.jsonl").read_text().splitlines():
         json.loads(line, parse_constant=lambda constant: pytest.fail(constant))

@@ -13,6 +13,7 @@ from tiny_finetune import (
     one_thread,
     speech,
     tune,
+    tuning_recipe,
     with_data,
     write_allocation,
 )
@@ -95,9 +96,7 @@ def cases(speech: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, C
 POINTS = {
     "while the start is evaluated": (finetune_loop, "changed_errors", 1, False),
     "between the start's log and its candidate": (Finetuner, "write_candidate", 1, False),
-    "before the first update": (Finetuner, "losses", 1, False),
     "inside an update": (Finetuner, "losses", 4, True),
-    "between the gradient and the average": (Finetuner, "finish_update", 3, False),
     "while an epoch is evaluated": (finetune_loop, "changed_errors", 6, False),
     "between an epoch's log and its candidate": (Finetuner, "write_candidate", 3, False),
     "between a candidate and the state": (Finetuner, "write_candidate", 3, True),
@@ -191,6 +190,14 @@ def test_a_finished_folder_is_left_as_it_is(
             case.run(case.whole, seed=4)
         with pytest.raises(MpqError, match="holds a finished training with other options or data"):
             case.run(case.whole, finetune_augment={"speed": [1.1]})
+        speech, others = case.speech, write_allocation(tmp_path / "b2.json", case.checkpoint, 3)
+        for train, dev, allocations in (
+            (speech / "dev.jsonl", speech / "dev.jsonl", case.allocations),
+            (speech / "train.jsonl", speech / "train.jsonl", case.allocations),
+            (speech / "train.jsonl", speech / "dev.jsonl", [others]),
+        ):
+            with pytest.raises(MpqError, match="holds a finished training with other options or data"):
+                tune(case.checkpoint, allocations, tuning_recipe(train, dev, **case.options), case.whole)
     assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in case.whole.iterdir()}
     lost = case.whole / "packed.safetensors"
     lost.unlink()  # then it is made again

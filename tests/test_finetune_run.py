@@ -87,8 +87,7 @@ def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pyte
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
     monkeypatch.setattr("mpq.pipeline.__version__", "99.0")  # an upgrade does not train anew
-    found = actions(tiny, finished, "--dry-run")
-    assert found["evaluate"] == "run" and found["pack"] == "run"
+    assert actions(tiny, finished) == dict.fromkeys(STAGES, "run") | {"finetune": "skipped"}
 
 
 @pytest.mark.parametrize(
@@ -120,6 +119,13 @@ def test_a_result_that_is_gone_or_changed_is_made_again(
     packed = finished / "finetune/packed.safetensors"
     assert packed.read_bytes() == (whole / "finetune/packed.safetensors").read_bytes()
     assert actions(tiny, finished) == SKIPPED
+
+
+@pytest.mark.parametrize("name", ["comparison-finetuned-one.json", "finetuned/one/hyp.trn"])
+def test_a_comparison_that_is_gone_is_made_again(name: str, tiny: Path, whole: Path, finished: Path) -> None:
+    (finished / name).unlink()
+    assert actions(tiny, finished) == SKIPPED | {"compare": "run"}
+    assert (finished / name).read_bytes() == (whole / name).read_bytes()
 
 
 def test_what_was_cut_off_goes_on(tiny: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

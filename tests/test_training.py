@@ -381,20 +381,20 @@ def test_many_interruptions_in_one_training(dropping: Recipe, whole: Path, tmp_p
 
 WAITS = """
 import os, signal, sys
-import mpq.training as training
 from mpq.cli import main
+from mpq.training_log import TrainingLog
 
 read, write = os.pipe()
 os.set_blocking(write, False)
 signal.set_wakeup_fd(write)
-add_update = training.TrainingLog.add_update
+add_update = TrainingLog.add_update
 def waiting(self, step, *arguments):
     size = add_update(self, step, *arguments)
     if step == 5:
         print("ready", flush=True)
         os.read(read, 1)  # until a signal has come
     return size
-training.TrainingLog.add_update = waiting
+TrainingLog.add_update = waiting
 sys.argv = ["mpq", "train", "{recipe}", "--out", "{out}"]
 sys.argv += ["--set", "train.workers=1", "--set", "train.save_minutes=1e-9"]
 main()
