@@ -3,7 +3,8 @@
     python tests/bench_qat.py MODEL [--seconds 3] [--utterances 8] [--threads 2] [--precision float32]
 
 A step is the forward pass, the CTC loss of made-up transcripts, the backward pass and Adam. The steps take turns, so
-that whatever else the machine does meets all of them; the medians over the rounds are compared.
+that whatever else the machine does meets all of them; the medians over the rounds are compared. Searches for clip ratios
+and mu, which are made every so many steps, are timed apart and shared out.
 """
 
 import statistics
@@ -15,6 +16,7 @@ import click
 import torch
 from torch import Tensor, nn
 
+from mpq.config import FinetuneConfig
 from mpq.distillation import Distillation
 from mpq.fake_quant import QuantizedWeights
 from mpq.losses import Targets, ctc_loss
@@ -90,6 +92,7 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
         return run
 
     steps: dict[str, Callable[[], None]] = {}
+    searches: dict[str, Callable[[], None]] = {}
     plain = _Plain(load_model(path, where))
     steps["plain"] = step(plain, list(plain.parameters()), lambda: plain(features, frames, targets).sum())
     for name, scheme, scales in (
@@ -105,6 +108,8 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
         for one in module.weights.names:
             parameters[one].requires_grad_(False)
         trained = [*module.weights.parameters(), *(parameters[one] for one in rest)]
+        if name in ("straight-through, recomputed scales", "General Quantizer"):
+            searches[name] = module.weights.search
         steps[name] = step(module, trained, lambda module=module: module(features, frames, targets).sum())
     student = load_model(path, where)
     weights = quantized("asymmetric", "learned")
@@ -122,6 +127,11 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
     steps["learned scales, distillation (the teacher's forward pass too)"] = step(
         distilled, list(weights.parameters()), distillation
     )
+    search_seconds = {}
+    for name, search in searches.items():
+        start = time.perf_counter()
+        search()
+        search_seconds[name] = time.perf_counter() - start
     seconds_taken: dict[str, list[float]] = {name: [] for name in steps}
     for turn in range(rounds + 1):
         for name, run in steps.items():
@@ -133,10 +143,15 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
                 torch.cuda.synchronize()
             if turn:  # the first warms up
                 seconds_taken[name].append(time.perf_counter() - start)
+    every = FinetuneConfig().search_every
     base = statistics.median(seconds_taken["plain"])
     print(f"{path.name}, {utterances} x {seconds:g} s, {precision}, {threads} threads, {rounds} rounds")
     for name, found in seconds_taken.items():
-        print(f"{1e3 * statistics.median(found):8.0f} ms  {statistics.median(found) / base:6.2f}  {name}")
+        step_seconds, note = statistics.median(found), ""
+        if name in search_seconds:
+            step_seconds += search_seconds[name] / every
+            note = f" (with a {every}th of a search of {search_seconds[name]:.1f} s)"
+        print(f"{1e3 * step_seconds:8.0f} ms  {step_seconds / base:6.2f}  {name}{note}")
 
 
 if __name__ == "__main__":

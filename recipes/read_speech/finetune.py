@@ -62,16 +62,20 @@ OPTIONS = (
     "finetune_augment.speed=[0.9,1.0,1.1]",
 )
 """Beside the defaults, for every fine-tuned row."""
-FASTER = ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")
-"""Where there is much to win back."""
+TUNED = {
+    4: (3, ("finetune.learning_rate=0.002",)),
+    3: (3, ("finetune.learning_rate=0.002",)),
+    2.5: (6, ("finetune.learning_rate=0.004", "finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")),
+    2: (6, ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")),
+}
+"""{bits: (epochs, other options)}: the more there is to win back, the longer and faster."""
 
 ROWS = (
     Row("float32", 32),
     *(Row(f"uniform {bits}, nearest", bits, True, rounding="nearest") for bits in (4, 2)),
     *(Row(f"uniform {bits}, gptq", bits, True) for bits in (4, 2)),
     *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
-    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs) for bits, epochs in ((4, 3), (3, 6))),
-    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=6, options=FASTER) for bits in (2.5, 2)),
+    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs, options=more) for bits, (epochs, more) in TUNED.items()),
     Row("mulaw mixed 3", 3, scheme="mulaw", rounding="nearest"),
     Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=6),
 )
