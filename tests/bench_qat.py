@@ -3,8 +3,8 @@
     python tests/bench_qat.py MODEL [--seconds 3] [--utterances 8] [--threads 2] [--precision float32]
 
 A step is the forward pass, the CTC loss of made-up transcripts, the backward pass and Adam. The steps take turns, so
-that whatever else the machine does meets all of them; the medians over the rounds are compared. Searches for clip ratios
-and mu, which are made every so many steps, are timed apart and shared out.
+that whatever else the machine does meets all of them; the medians over the rounds are compared. Searches for clip
+ratios and mu, which are made every so many steps, are timed apart and shared out.
 """
 
 import statistics
