@@ -150,8 +150,12 @@ class Annealed(nn.Module):
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
-        """Chooses mu and the clip ratios for the latent as it is."""
+        """Chooses mu and the clip ratios for the latent as it is; of a rounded weight as `mpq.quantizers` does."""
         weight = self.as_weight(latent)
+        if self.kernel.is_hard:
+            self.kernel.clip_ratio.fill_(1.0)
+            self.kernel.choose_mu(weight)
+            self.kernel.choose_clip(weight)
         self.kernel.choose_mu(weight)
         self.kernel.choose_clip(weight)
 
@@ -260,7 +264,8 @@ class QuantizedWeights(nn.Module):
                 for spec, start in zip(specs, starts, strict=True):
                     self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
             self.latents.append(nn.Parameter(latent))
-        self.search()
+        if storage.spec.scheme != "mulaw":  # whose search depends on alpha
+            self.search()
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the model sees it} at the widths of an allocation.

@@ -17,16 +17,17 @@ from torch import Tensor
 
 from mpq.artifact import exact_names
 from mpq.assignment import assign, recall, recalled_statistics
+from mpq.calibration import CALIBRATION_SECONDS, draw
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
 from mpq.files import sha256_file
-from mpq.finetune_loop import FLOAT_FILE, Finetuner, Target
+from mpq.finetune_loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetune_record import FINETUNE_FORMAT, FinetuneResult
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE
-from mpq.models.loading import PACKED_FILE, RESULT_FILE
+from mpq.models.loading import PACKED_FILE
 from mpq.records import FLOAT_BITS, Allocation
 from mpq.runtime import choose_device, processes
 from mpq.storage import Storage
@@ -181,7 +182,10 @@ def _weights(
         raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
     if needed:
         allocation = next(iter(loaded.values()))
-        drawn, note = recall(teacher, allocation, calibration)
+        if calibration is not None and "sha256" not in allocation.data:  # written by hand or by another tool
+            drawn, note = draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel), ""
+        else:
+            drawn, note = recall(teacher, allocation, calibration)
         grams = recalled_statistics(teacher, sha256, drawn, allocation, storage, note, out, quiet)
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}

@@ -36,13 +36,13 @@ from mpq.held_out import changed_errors
 from mpq.learning_curve import draw_learning_curve
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
-from mpq.models.loading import RESULT_FILE
 from mpq.training_data import TrainingSet
 from mpq.training_folder import claim_folder, clean_up
 from mpq.training_loop import Batch, Job, NotFiniteError, TrainingLoop
 from mpq.training_record import EpochResult
 
 FLOAT_FILE = "float.safetensors"
+RESULT_FILE = "finetune.json"
 CURVE_FILE = "learning_curve.svg"
 
 
@@ -142,7 +142,10 @@ class Finetuner(TrainingLoop):
                 module.train(self.tuning.batch_norm == "updated")
         start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
         self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
-        if self.step % self.tuning.search_every == 0 or self.step == end:
+        is_due = self.step % self.tuning.search_every == 0
+        if self.weights.storage.spec.scheme == "mulaw":  # once more when the weights are rounded, and then no more
+            is_due = self.step == end or (is_due and self.step < end)
+        if is_due:
             self.weights.search()
 
     def passes(self) -> int:

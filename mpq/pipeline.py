@@ -30,10 +30,11 @@ from mpq.errors import MpqError
 from mpq.evaluate import Evaluation, evaluate
 from mpq.files import read_json, sha256_file, write_json
 from mpq.finetune import finetune
+from mpq.finetune_loop import RESULT_FILE
 from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.checkpoint import MODEL_FILE
-from mpq.models.loading import PACKED_FILE, RESULT_FILE
+from mpq.models.loading import PACKED_FILE, RUN_FILE
 from mpq.pack import pack
 from mpq.records import Allocation, SensitivityTable
 from mpq.run_record import RUN_FORMAT, RunResult, StageReport
@@ -80,7 +81,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
     """
     out = Path(out)
     _check(recipe, device)
-    record = _read_record(out / "run.json")
+    record = _read_record(out / RUN_FILE)
     say = _silent if quiet else _say
     reports: list[StageReport] = []
     for stage in _stages(recipe, out, device, quiet):
@@ -187,7 +188,7 @@ def _read_record(path: Path) -> dict[str, Any]:
 
 
 def _write_record(out: Path, record: dict[str, Any]) -> None:
-    write_json(out / "run.json", {"format": RUN_FORMAT, "stages": record})
+    write_json(out / RUN_FILE, {"format": RUN_FORMAT, "stages": record})
 
 
 def _say(text: str) -> None:

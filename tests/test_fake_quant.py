@@ -233,3 +233,34 @@ def test_training_makes_up_for_the_rounding() -> None:
         optimizer.step()
         errors.append(float(error.detach()))
     assert errors[-1] < 0.5 * errors[0]
+
+
+@pytest.mark.parametrize("clip", ["none", "mse", "percentile:99"])
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "group:16"])
+@pytest.mark.parametrize("bits", [1, 2, 4])
+def test_the_general_quantizer_rounds_as_packing_does(clip: str, granularity: str, bits: int) -> None:
+    spec = QuantSpec(bits, "mulaw", granularity, clip)
+    weight = drawn(6, 40) ** 3  # far from uniform, so that mu and the clip matter
+    weights = QuantizedWeights({"w": weight}, [{"w": bits}], Storage(spec), {}, "learned")
+    weights.anneal(500.0, is_hard=True)
+    weights.search()
+    assert torch.equal(weights()["w"].detach(), fake_quantize(weight, spec))
+    assert torch.equal(weights.rounded()["w"], fake_quantize(weight, spec))
+    before = weights.rounded()["w"]
+    weights.anneal(20.0, is_hard=False)
+    weights.search()
+    assert torch.equal(weights.rounded()["w"], before) == (bits == 1)  # another mu for a soft assignment
+
+
+def test_the_general_quantizers_clip_survives_a_saved_state() -> None:
+    def made() -> QuantizedWeights:
+        spec = QuantSpec(3, "mulaw", "group:16")
+        return QuantizedWeights({"w": drawn(6, 40) ** 3}, [{"w": 3}], Storage(spec), {}, "learned")
+
+    first, second = made(), made()
+    first.anneal(500.0, is_hard=True)
+    first.search()
+    assert not torch.equal(first.rounded()["w"], second.rounded()["w"])
+    second.load_state_dict(first.state_dict())
+    assert torch.equal(first.rounded()["w"], second.rounded()["w"])
+    assert float(first.quantizers["0:3"].kernel.clip_ratio.min()) < 1

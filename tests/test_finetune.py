@@ -123,13 +123,16 @@ def test_a_nemo_archive_and_a_float_checkpoint_that_can_be_quantized_again(
         tune(tmp_path / "out", allocation, recipe, tmp_path / "more")
 
 
-def test_the_size_is_kept_where_biases_are_too_small_for_half_precision(speech: Path, tmp_path: Path) -> None:
-    """Biases of 0 that move by a millionth: half precision has them with few digits, and the file has to fit."""
+@pytest.mark.parametrize("start", [0.0, 1e-7])
+def test_the_size_is_kept_where_biases_are_too_small_for_half_precision(
+    start: float, speech: Path, tmp_path: Path
+) -> None:
+    """Biases of 0 that move by a millionth are stored in half; those that half precision spoils are not trained."""
     model = load_model(speech / "hybrid")
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
-                parameter.zero_()
+                parameter.copy_(start * torch.arange(1, len(parameter) + 1))
     (tmp_path / "model").mkdir()
     write_checkpoint(tmp_path / "model/model.safetensors", model)
     path = write_allocation(tmp_path / "a.json", tmp_path / "model", 4)
@@ -137,9 +140,23 @@ def test_the_size_is_kept_where_biases_are_too_small_for_half_precision(speech: 
     assert os.path.getsize(tmp_path / "out/packed.safetensors") == Allocation.load(path).predicted_bytes
     packed, exact = load_model(tmp_path / "out").state_dict(), load_model(tmp_path / "out/float.safetensors")
     biases = {name: one for name, one in exact.named_parameters() if name.endswith("bias")}
-    assert sum(bool(one.any()) for one in biases.values()) > 10
+    moved = [name for name, one in biases.items() if not torch.equal(one, model.state_dict()[name])]
+    assert len(moved) > 10 if start == 0 else not moved
     for name, bias in biases.items():
-        assert torch.equal(packed[name], bias.half().float())
+        assert torch.equal(packed[name], bias.half().float() if start == 0 else bias)
+
+
+def test_running_statistics_that_half_precision_spoils_are_not_updated(speech: Path, tmp_path: Path) -> None:
+    model = load_model(speech / "hybrid")
+    model.encoder.layers[0].conv.batch_norm.running_var.fill_(3.3e-7)
+    (tmp_path / "model").mkdir()
+    write_checkpoint(tmp_path / "model/model.safetensors", model)
+    path = write_allocation(tmp_path / "a.json", tmp_path / "model", 4)
+    with pytest.raises(
+        MpqError, match=r'batch_norm: "updated" would change encoder.layers.0.*running_var.*use "frozen"'
+    ):
+        tune(tmp_path / "model", path, with_data(speech, batch_norm="updated"), tmp_path / "out")
+    tune(tmp_path / "model", path, with_data(speech, epochs=1), tmp_path / "out")
 
 
 def test_what_is_not_trained_stays_as_it_was(speech: Path, tmp_path: Path) -> None:

@@ -304,3 +304,13 @@ def test_make_recipe_resolves_paths_and_prefers_what_is_set(tmp_path: Path, monk
 def test_an_allocation_that_is_given_twice(speech: Path, four: Path, tmp_path: Path) -> None:
     done = command(speech, four, tmp_path / "out", "--allocation", four, *options(epochs=1))
     assert done.exit_code == 2 and "another allocation is named four too" in refusal(done)
+
+
+@pytest.mark.parametrize("setting", ["augment.speed=[0.9]", "train.epochs=3", "stages=[]", "checkpoint=other"])
+def test_sections_that_the_command_does_not_read_are_refused(
+    setting: str, speech: Path, four: Path, tmp_path: Path
+) -> None:
+    done = command(speech, four, tmp_path / "out", "--set", setting)
+    section = setting.partition("=")[0].partition(".")[0]
+    expected = f"mpq finetune does not read {section}; it reads data, finetune, finetune_augment"
+    assert refusal(done) == f"--set {setting}: {expected}"

@@ -294,7 +294,21 @@ def test_a_gptq_start_needs_its_audio_or_the_cache(
     path = write_allocation(tmp_path / "a.json", speech / "hybrid", 4, storage)
     with pytest.raises(MpqError, match="rounding gptq needs calibration data: no calibration data are known; --data"):
         tune(speech / "hybrid", path, with_data(speech), tmp_path / "out")
-    tune(speech / "hybrid", path, with_data(speech, scales="recomputed", epochs=1), tmp_path / "recomputed")
+    recomputed = with_data(speech, scales="recomputed", epochs=1)
+    tune(speech / "hybrid", path, recomputed, tmp_path / "recomputed")
+    with pytest.raises(MpqError, match=r"--data .*: the start is rounded to nearest, which needs no audio"):
+        tune(speech / "hybrid", path, recomputed, tmp_path / "out", calibration=speech / "train.jsonl")
+    tune(speech / "hybrid", path, with_data(speech, epochs=1), tmp_path / "out", calibration=speech / "train.jsonl")
+
+
+def test_allocations_of_different_audio_do_not_go_together(speech: Path, tmp_path: Path) -> None:
+    storage, paths = Storage(QuantSpec(8, rounding="gptq")), []
+    for name, bits in (("large", 4), ("small", 3)):
+        path = write_allocation(tmp_path / f"{name}.json", speech / "hybrid", bits, storage)
+        replace(Allocation.load(path), data={"path": "audio.jsonl", "sha256": name}).save(path)
+        paths.append(path)
+    with pytest.raises(MpqError, match="made with different calibration audio; allocate all from one sensitivity file"):
+        tune(speech / "hybrid", paths, with_data(speech), tmp_path / "out")
 
 
 def test_calibration_audio_that_was_moved(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from mpq.models.nemo import read_nemo
 
 PACKED_FILE = "packed.safetensors"
 """The artifact in a folder of `mpq finetune` or `mpq run`."""
-RESULT_FILE = "finetune.json"
-"""What a finished fine-tuning leaves in its folder."""
+RUN_FILE = "run.json"
+"""In the folder of `mpq run`."""
 
 
 def model_file(path: Path | str) -> Path:
@@ -28,7 +28,9 @@ def model_file(path: Path | str) -> Path:
         return path
     if (path / MODEL_FILE).exists():
         return path / MODEL_FILE
-    if (path / RESULT_FILE).exists() and (path / PACKED_FILE).exists():
+    if (path / RUN_FILE).exists():
+        raise MpqError(f"{path}: a folder of `mpq run`; name the model in it, such as {path / PACKED_FILE}")
+    if (path / PACKED_FILE).exists():
         return path / PACKED_FILE
     if several := sorted(path.glob("packed-*.safetensors")):
         raise MpqError(f"{path}: a folder with several packed files; name one of them, such as {several[0]}")

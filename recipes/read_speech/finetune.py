@@ -77,7 +77,7 @@ ROWS = (
     *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
     *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs, options=more) for bits, (epochs, more) in TUNED.items()),
     Row("mulaw mixed 3", 3, scheme="mulaw", rounding="nearest"),
-    Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=6),
+    Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=4),
 )
 
 
