@@ -167,12 +167,10 @@ class Finetuner(TrainingLoop):
             found = DistillationLosses(
                 *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
             )
-        each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
-        counts = torch.stack([found.frames.sum(), found.tokens.sum(), each.sum()]).detach().double().cpu()
+        counts = torch.stack([found.frames.sum(), found.tokens.sum()]).detach().double().cpu()
         self.workers.add_up(counts)
-        rows, tokens = counts[:2].clamp(min=1).tolist()
-        # what is not finite in one process stops all of them, or the others would wait for it for ever
-        share = 1 / (self.passes() * batch.of) if counts.isfinite().all() else math.nan
+        rows, tokens = counts.clamp(min=1).tolist()
+        share = 1 / (self.passes() * batch.of)
         spoken = [len(self.data.tokens[i]) for i in batch.update_indices if self.data.utterances[i].text is not None]
         ends = sum(spoken) + len(spoken)
         values = {
@@ -182,6 +180,7 @@ class Finetuner(TrainingLoop):
             "ctc": found.ctc.sum() / max(1, sum(spoken)) / self.passes(),
             "attention": found.attention.sum() / max(1, ends) / self.passes(),
         }
+        each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
         return self._mixed(values), torch.stack([values[name] for name in self.logged]), each
 
     @contextmanager

@@ -287,7 +287,9 @@ class TrainingLoop(ABC):
                         torch.manual_seed(self._draw(f"dropout {self.step} {batch} {self.workers.rank}"))
                         with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
                             loss, values, each = self.losses(one, index)
-                        if not math.isfinite(float(loss.detach())):
+                        faults = torch.tensor([not math.isfinite(float(loss.detach()))], dtype=torch.float64)
+                        self.workers.add_up(faults)  # one process's fault stops all, or the others would wait for it
+                        if faults.any():
                             bad = [
                                 item
                                 for item, value in zip(items, each.tolist(), strict=True)
