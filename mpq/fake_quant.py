@@ -193,19 +193,17 @@ class _RoundThrough(torch.autograd.Function):
         to_latent = torch.empty_like(latent)
         to_scale = torch.empty_like(scale) if ctx.learned else None
         # a weight is outside where it is farther from its level than half the distance of levels, so beyond the last
-        reach = (1.0 if is_sign(ctx.spec) else 0.5) * (1 + 1e-5)
+        reach = scale * ((1.0 if is_sign(ctx.spec) else 0.5) * (1 + 1e-5))
         for found in zip(*(_groups(one, ctx.spec) for one in (latent, weight, gradient, to_latent)), strict=True):
             (x, part), (rounded, _), (g, _), (into, _) = found
-            steps, units = scale[:, part, None], unit[:, part, None]
-            exact = x * units
-            inside = (exact - rounded).abs_() <= reach * steps
-            kept = g * inside
+            units = unit[:, part, None]
+            error = torch.addcmul(rounded, x, units, value=-1)  # of the rounding
+            inside = error.abs() <= reach[:, part, None]
             if to_scale is not None:
-                along = g * rounded
-                if not is_sign(ctx.spec):  # sign(w) * scale: which sign does not depend on the scale
-                    along.sub_(kept * exact)
-                to_scale[:, part] = along.sum(dim=-1)
-            torch.mul(kept, units, out=into)
+                # sign(w) * scale: which sign does not depend on the scale
+                slope = rounded if is_sign(ctx.spec) else torch.where(inside, error, rounded)
+                to_scale[:, part] = (slope * g).sum(dim=-1)
+            torch.mul(g, inside, out=into).mul_(units)
         return to_latent, to_scale, None
 
 

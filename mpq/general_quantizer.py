@@ -232,8 +232,6 @@ class SoftToHard(nn.Module):
 
     def _parts(self, weight: Tensor) -> list[Tensor]:
         """Returns a weight as groups of one size, (C, G, size) each."""
-        if not weight.isfinite().all():
-            raise MpqError(f"weight of shape {tuple(weight.shape)}: expected finite values, got NaN or infinity")
         working = torch.promote_types(weight.dtype, torch.float32)
         return split_groups(weight.to(working).reshape(matrix_shape(tuple(weight.shape), self.spec)), self.spec)
 
@@ -246,6 +244,8 @@ class SoftToHard(nn.Module):
         return [clipped_grid(part.detach().to(torch.float32), self.spec, ratio)[0] for part, ratio in pairs]
 
     def _quantized(self, weight: Tensor, centroids: Tensor) -> Quantized:
+        if not weight.isfinite().all():
+            raise MpqError(f"weight of shape {tuple(weight.shape)}: expected finite values, got NaN or infinity")
         parts = self._parts(weight.detach().to(torch.float32))
         scales = self._scales(parts)
         codes = [

@@ -30,7 +30,7 @@ from mpq.losses import Targets
 from mpq.manifests import Utterance
 from mpq.models.base import AsrModel
 from mpq.optimization import choose_precision, learning_rate
-from mpq.runtime import Processes, memory_for, progress, stop_requests
+from mpq.runtime import Processes, keep_freed_memory, memory_for, progress, stop_requests
 from mpq.training_data import BatchReader, TrainingSet, plan_epoch
 from mpq.training_log import TrainingLog
 from mpq.training_record import EpochResult, rank_epochs
@@ -183,6 +183,8 @@ class TrainingLoop(ABC):
             NotFiniteError: The loss or its gradient is not finite.
             MpqError: Audio that cannot be read, too little memory, a state of another training.
         """
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self._resume()
         if self.workers.count > 1:
             ids = [self.device] if self.device.type == "cuda" else None

@@ -23,6 +23,7 @@ from mpq.losses import Targets, ctc_loss
 from mpq.models import load_model
 from mpq.optimization import choose_precision
 from mpq.records import QuantSpec
+from mpq.runtime import keep_freed_memory
 from mpq.storage import Storage
 
 
@@ -62,6 +63,7 @@ class _Quantized(nn.Module):
 def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int, precision: str, device: str) -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
+    keep_freed_memory()  # as every training of mpq does
     where = torch.device(device)
     half, scaler = choose_precision(precision, where)
     teacher = load_model(path, where)

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +133,19 @@ def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
         banded += int((bands.any(-1) & ~is_whole).sum())
         whole += int((pitch.any(-1) & is_whole).sum())
     assert banded > 0 and whole > 0
+
+
+def test_freed_memory_is_kept() -> None:
+    """In a process of its own: the second time, a large block needs no new pages from the system."""
+    code = (
+        "import platform, resource\nfrom mpq.runtime import keep_freed_memory\nimport torch\n"
+        "is_kept = keep_freed_memory()\nassert is_kept == (platform.libc_ver()[0] == 'glibc')\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    torch.ones(2**22)\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "first, *others = [faults() for _ in range(8)]\n"
+        "print(first, others)\nassert not is_kept or others[-1] < 200"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

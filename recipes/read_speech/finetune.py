@@ -62,20 +62,23 @@ OPTIONS = (
     "finetune_augment.speed=[0.9,1.0,1.1]",
 )
 """Beside the defaults, for every fine-tuned row."""
-TUNED = {
-    4: (3, ("finetune.learning_rate=0.002",)),
-    3: (3, ("finetune.learning_rate=0.002",)),
-    2.5: (6, ("finetune.learning_rate=0.004", "finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")),
-    2: (6, ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")),
-}
-"""{bits: (epochs, other options)}: the more there is to win back, the longer and faster."""
+FASTER = ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")
+TUNED = (
+    ("mixed 4, fine-tuned", 4, 3, ("finetune.learning_rate=0.002",)),
+    ("mixed 3, fine-tuned", 3, 6, ("finetune.learning_rate=0.006",)),
+    ("mixed 3, fine-tuned slowly", 3, 3, ("finetune.learning_rate=0.002",)),
+    ("mixed 2.5, fine-tuned", 2.5, 6, ("finetune.learning_rate=0.004", *FASTER)),
+    ("mixed 2, fine-tuned", 2, 6, ("finetune.learning_rate=0.006", *FASTER)),
+    ("mixed 2, fine-tuned slowly", 2, 6, ("finetune.learning_rate=0.002", *FASTER)),
+)
+"""(name, bits, epochs, other options)"""
 
 ROWS = (
     Row("float32", 32),
     *(Row(f"uniform {bits}, nearest", bits, True, rounding="nearest") for bits in (4, 2)),
     *(Row(f"uniform {bits}, gptq", bits, True) for bits in (4, 2)),
     *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
-    *(Row(f"mixed {bits:g}, fine-tuned", bits, epochs=epochs, options=more) for bits, (epochs, more) in TUNED.items()),
+    *(Row(name, bits, epochs=epochs, options=more) for name, bits, epochs, more in TUNED),
     Row("mulaw mixed 3", 3, scheme="mulaw", rounding="nearest"),
     Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=4),
 )
