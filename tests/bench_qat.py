@@ -1,6 +1,6 @@
 """What a step of quantization-aware training costs, as a ratio to the plain training step of the same model and batch.
 
-    python tests/bench_qat.py MODEL [--seconds 3] [--utterances 8] [--threads 2] [--precision float32]
+    python tests/bench_qat.py MODEL [--seconds 3] [--utterances 16] [--threads 2] [--precision float32]
 
 A step is the forward pass, the CTC loss of made-up transcripts, the backward pass and Adam. The steps take turns, so
 that whatever else the machine does meets all of them; the medians over the rounds are compared. Searches for clip
@@ -55,7 +55,7 @@ class _Quantized(nn.Module):
 @click.command()
 @click.argument("path", type=click.Path(path_type=Path))
 @click.option("--seconds", default=3.0, show_default=True, help="Of each utterance.")
-@click.option("--utterances", default=8, show_default=True, help="In a batch.")
+@click.option("--utterances", default=16, show_default=True, help="In a batch.")
 @click.option("--rounds", default=9, show_default=True)
 @click.option("--threads", default=2, show_default=True)
 @click.option("--precision", default="float32", show_default=True, help="float32 or bfloat16.")
