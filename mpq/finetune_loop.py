@@ -203,6 +203,12 @@ class Finetuner(TrainingLoop):
         return self._mixed(values)
 
     def finish_update(self) -> None:
+        norms = torch.stack(torch._foreach_norm([one.detach() for one in self.weights.latents]))
+        if not norms.isfinite().all():  # rounding hides it: codes are always finite
+            name = self.weights.names[int(norms.isfinite().logical_not().nonzero()[0])]
+            raise NotFiniteError(
+                f"epoch {self.epoch + 1}, update {self.step + 1}: the weight {name} is not finite; lower learning_rate"
+            )
         if self.shadow:
             # a running mean at first, so that the start does not linger
             decay = min(self.tuning.ema, (self.step + 1) / (self.step + 10))

@@ -136,7 +136,7 @@ def test_utterances_add_up() -> None:
 class OtherModel(AsrModel):
     """What NeMo's models do not have: an embedding, groups, dilation, a convolution with keywords, a weight unused."""
 
-    stages, decoder_stages, head = (), (), None
+    stages, decoder_stages, head, mel = (), (), None, None
 
     def __init__(self) -> None:
         super().__init__()
@@ -173,7 +173,14 @@ class OtherModel(AsrModel):
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
         raise NotImplementedError
 
+    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        raise NotImplementedError
+
     def to_config(self) -> tuple[dict, bytes]:
+        raise NotImplementedError
+
+    @classmethod
+    def from_config(cls, config: dict, blob: bytes) -> "OtherModel":
         raise NotImplementedError
 
 

@@ -285,7 +285,7 @@ def test_alpha_rises_and_the_weights_end_on_their_centroids(
         prepare(tuner)
         kernels = [one.kernel for one in tuner.weights.quantizers.values()]
         alphas = {(kernel.alpha, kernel.is_hard) for kernel in kernels}
-        assert (len(alphas) == 1 and len(chosen) in (0, len(kernels))) or not tuner.step
+        assert (len(alphas) == 1 and len(chosen) in (0, len(kernels), 2 * len(kernels))) or not tuner.step
         schedule.append((*alphas.pop(), len(chosen)))
 
     def counted(kernel: SoftToHard, weight: Tensor) -> float:

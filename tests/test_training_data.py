@@ -224,6 +224,6 @@ def test_noise_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MpqError, match=r"\[augment\] noise.*music.*no such file or folder"):
         load_recipe(path, stages=["train"])
     (tmp_path / "music").mkdir()
-    with pytest.raises(MpqError, match=r"augment\.noise: .*music: no recording"):
+    with pytest.raises(MpqError, match=r"noise: .*music: no recording"):
         train(load_recipe(path, stages=["train"]), tmp_path / "out", quiet=True)
     assert generator(0, 0, "", "").integers(2) in (0, 1)
