@@ -76,6 +76,10 @@ def finetune(
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
+    scheme = targets[0].assigned.storage.spec.scheme
+    for key in ("scales",) if scheme == "mulaw" else ("alpha", "anneal"):
+        if key in options.model_fields_set:
+            raise MpqError(f"finetune.{key}: does nothing for the scheme {scheme} of the allocation; leave it out")
     statistics = {name for name in exact_names(teacher, targets[0].assigned.storage) if "running_" in name}
     if options.batch_norm == "updated" and statistics:
         raise MpqError(

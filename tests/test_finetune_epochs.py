@@ -263,8 +263,22 @@ def test_latents_that_are_not_finite_are_named_where_grids_are_made_from_them(
     path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, storage)
     spoilt(monkeypatch, PLACES[1], "nan", 2)
     with pytest.raises(MpqError, match=rf"update 3: {PLACES[1]}: .*; lower learning_rate"):
-        tune(speech / "hybrid", path, with_data(speech, scales="recomputed"), tmp_path / "out")
+        changes = {} if scheme == "mulaw" else {"scales": "recomputed"}
+        tune(speech / "hybrid", path, with_data(speech, **changes), tmp_path / "out")
     assert load_model(tmp_path / "out").quantized_bits
+
+
+@pytest.mark.parametrize(
+    ("scheme", "key", "value"),
+    [("mulaw", "scales", "frozen"), ("asymmetric", "alpha", [5.0, 50.0]), ("symmetric", "anneal", [0.1, 0.9])],
+)
+def test_options_that_do_nothing_for_the_scheme_are_refused(
+    scheme: str, key: str, value: object, speech: Path, tmp_path: Path
+) -> None:
+    storage = Storage(QuantSpec(8, scheme, rounding="nearest"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, storage)
+    with pytest.raises(MpqError, match=rf"finetune\.{key}: does nothing for the scheme {scheme} of the allocation"):
+        tune(speech / "hybrid", path, with_data(speech, **{key: value}), tmp_path / "out")
 
 
 # ---- the General Quantizer

@@ -18,6 +18,7 @@ from mpq.allocation import allocate
 from mpq.compare import compare, read_evaluations
 from mpq.evaluate import evaluate
 from mpq.finetune import finetune
+from mpq.models import load_model
 from mpq.models.loading import PACKED_FILE
 from mpq.pack import pack
 from mpq.quantizers import QuantSpec
@@ -133,7 +134,7 @@ class Table:
         return path
 
     def scores(self, row: Row) -> tuple[int, dict[str, Comparison]]:
-        """Returns the size of a row's file, and on each set its errors and the test against float32."""
+        """Returns the size of a row's file (0 for float32), and on each set its errors and the test against float32."""
         model, found = self.model(row), {}
         for name, data in self.tests.items():
             folders = [self.run / "evaluations" / one / name for one in ("float32", row.name)]
@@ -142,7 +143,7 @@ class Table:
                     folder.parent.mkdir(parents=True, exist_ok=True)
                     evaluate(path, data, folder)
             found[name] = compare(*read_evaluations(*folders), names=("float32", row.name))
-        return model.stat().st_size, found
+        return (0 if row.name == "float32" else model.stat().st_size), found
 
 
 @click.command()
@@ -164,21 +165,18 @@ def main(
     table = Table(checkpoint, speech, digits, run, extra)
     heads = "".join(f" {name} WER % (S D I) | p |" for name in table.tests)
     print(f"| model | bytes | times smaller |{heads}\n|---{'|---' * (2 + 2 * len(table.tests))}|")
-    full = 0
+    full = 4 * load_model(checkpoint).parameter_counts()["total"]
     for row in ROWS:
         if names and row.name not in names:
             continue
         size, found = table.scores(row)
-        if not full:
-            from mpq.models import load_model
-
-            full = 4 * load_model(checkpoint).parameter_counts()["total"]
         cells = ""
         for comparison in found.values():
             b, p = comparison.b, comparison.mapsswe.p
             verdict = "" if row.name == "float32" or p is None else f"{p:.3f}{'' if comparison.lossless else ' *'}"
             cells += f" {100 * b.wer:.2f} ({b.substitutions} {b.deletions} {b.insertions}) | {verdict} |"
-        print(f"| {row.name} | {size} | {full / size:.2f} |{cells}", flush=True)
+        sizes = f"{size} | {full / size:.2f}" if size else f"{full} | 1"
+        print(f"| {row.name} | {sizes} |{cells}", flush=True)
 
 
 if __name__ == "__main__":
