@@ -70,7 +70,6 @@ TUNED = (
     ("mixed 3, fine-tuned slowly", 3, 3, ("finetune.learning_rate=0.002",)),
     ("mixed 2.5, fine-tuned", 2.5, 6, ("finetune.learning_rate=0.004", *FASTER)),
     ("mixed 2, fine-tuned", 2, 6, ("finetune.learning_rate=0.006", *FASTER)),
-    ("mixed 2, fine-tuned slowly", 2, 6, ("finetune.learning_rate=0.002", *FASTER)),
 )
 """(name, bits, epochs, other options)"""
 
