@@ -146,10 +146,10 @@ class AugmentConfig(_Section):
 class FinetuneConfig(LoopConfig):
     """Quantization-aware fine-tuning (`mpq finetune`)."""
 
-    epochs: Whole = Field(6, description="Passes over the training data.")
+    epochs: Whole = Field(4, description="Passes over the training data.")
     batch_frames: Whole = Field(2400, description="Feature frames in a batch, padding counted, over all processes.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(
-        0.006, description="The highest; of the weights, in steps of their grid at the start."
+        0.002, description="The highest; of the weights, in steps of their grid at the start."
     )
     scale_rate: Annotated[float, Field(ge=0)] = Field(0.001, description="Of learned scales, relative to themselves.")
     rest_rate: Annotated[float, Field(ge=0)] = Field(5e-5, description="Of biases, norms and unquantized weights.")

@@ -80,7 +80,7 @@ ROWS = (
     *(Row(f"mixed {bits:g}", bits) for bits in (4, 3, 2.5, 2)),
     *(Row(name, bits, epochs=epochs, options=more) for name, bits, epochs, more in TUNED),
     Row("mulaw mixed 3", 3, scheme="mulaw", rounding="nearest"),
-    Row("mulaw mixed 3, General Quantizer", 3, scheme="mulaw", rounding="nearest", epochs=4),
+    Row("mulaw mixed 3, General Quantizer", 3, False, "mulaw", "nearest", 4, ("finetune.learning_rate=0.006",)),
 )
 
 
