@@ -8,7 +8,7 @@ Legend: N utterances, T feature frames, F features, T' encoder frames, D width, 
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -102,9 +102,36 @@ class ConformerOptions:
         second_rank = rank if self.ffn2_rank is None else _for_each(self.ffn2_rank, self.layers)
         return list(zip(zip(first, rank, strict=True), zip(second, second_rank, strict=True), strict=True))
 
+    def with_ffn_shapes(self, shapes: Sequence[tuple[tuple[int, int], tuple[int, int]]]) -> "ConformerOptions":
+        """Returns these options with other feed-forward modules: the inverse of `ffn_shapes`, in its shortest form.
+
+        That is one number where all blocks agree, and None for the second module where it is as the first.
+
+        Raises:
+            MpqError: Not one pair of shapes for each block, a width below 1 or a rank below 0.
+        """
+        if len(shapes) != self.layers:
+            raise MpqError(
+                f"encoder: feed-forward shapes: expected one pair for each of {self.layers} blocks, got {len(shapes)}"
+            )
+        widths, ranks, widths2, ranks2 = (
+            _shortest([block[module][part] for block in shapes]) for module in (0, 1) for part in (0, 1)
+        )
+        return replace(
+            self,
+            ffn_width=widths,
+            ffn_rank=ranks,
+            ffn2_width=None if widths2 == widths else widths2,
+            ffn2_rank=None if ranks2 == ranks else ranks2,
+        )
+
 
 def _for_each(value: int | Sequence[int], layers: int) -> list[int]:
     return [value] * layers if isinstance(value, int) else list(value)
+
+
+def _shortest(values: list[int]) -> int | list[int]:
+    return values[0] if len(set(values)) == 1 else values
 
 
 def _fits(value: int | Sequence[int], layers: int, least: int) -> bool:

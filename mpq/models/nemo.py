@@ -14,7 +14,7 @@ import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOp
 from mpq.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
 _NOT_NEMO = ("ffn2_width", "ffn_rank", "ffn2_rank", "subsampling_padding", "dropout")
-"""Options that no archive of NeMo sets."""
+"""Options that no archive of NeMo sets; a model whose feed-forward modules were changed since may."""
 
 SUPPORTED = "supported: CTC models (EncDecCTCModel, EncDecCTCModelBPE) with a ConformerEncoder"
 
@@ -98,10 +98,12 @@ class NemoConformerCtc(AsrModel):
 
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         tokenizer, blob = self.tokenizer.to_config()
+        defaults = {field.name: field.default for field in fields(ConformerOptions) if field.name in _NOT_NEMO}
+        encoder = asdict(self.encoder.options)
         return {
             "family": self.family,
             "architecture": self.architecture,
-            "encoder": {key: value for key, value in asdict(self.encoder.options).items() if key not in _NOT_NEMO},
+            "encoder": {key: value for key, value in encoder.items() if key not in defaults or value != defaults[key]},
             "features": asdict(self.preprocessor.featurizer.options),
             "tokenizer": tokenizer,
         }, blob
