@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
-STAGES = ("train", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
+STAGES = ("train", "search", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
 """All stages that a recipe may name, in the order in which they run."""
 
 SYNTHETIC_NOISE = ("white", "babble")
@@ -21,6 +21,7 @@ Name = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 PerBlock = Whole | list[Whole]
+Candidates = list[Whole] | list[list[Whole]]
 
 
 class _Section(BaseModel):
@@ -143,6 +144,56 @@ class AugmentConfig(_Section):
     time_mask_fraction: Fraction = Field(0.2, description="Widest, of the utterance.")
 
 
+class SearchConfig(_Section):
+    """Architecture search over the feed-forward modules of the encoder (`mpq search`)."""
+
+    space: Literal["widths", "ranks", "both"] = Field(
+        "widths", description="What is searched: hidden widths, ranks of factored matrices, or both."
+    )
+    ffn_width: Candidates | None = Field(
+        None,
+        description="Candidates for the first module's width; a list of lists: of each block. Default: 1024, 1152 ... "
+        "4096 (with ranks: 1024, 1536 ... 4096).",
+    )
+    ffn2_width: Candidates | None = Field(None, description="Of the second module; default: as the first.")
+    ffn_rank: Candidates | None = Field(
+        None, description="For the first module's rank. Default: 80, 100 ... 240 (with widths: 120, 160, 200, 240)."
+    )
+    ffn2_rank: Candidates | None = Field(None, description="Of the second module; default: as the first.")
+    eta: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="Penalty on the expected parameters, nats a token for each million (Li et al. 2023, Eq. 4)."
+    )
+    target_millions: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="Instead of eta: the parameters that the model may have, millions."
+    )
+    method: Literal["gumbel", "softmax"] = Field(
+        "gumbel", description="softmax: the weights of plain DARTS, without noise and temperature."
+    )
+    temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
+        (1.0, 0.1), description="Of the Gumbel-softmax, first and last; falls geometrically."
+    )
+    held_out: Name | None = Field(None, description="Data that the architecture is chosen on; default: data.dev.")
+    epochs: Whole = Field(30, description="Passes over the held-out data in which the architecture is chosen.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.05, description="Of the architecture's logits (Adam).")
+    supernet: Name | None = Field(
+        None, description="Folder of the supernet, which several searches may share; default: supernet in --out."
+    )
+    supernet_epochs: Whole | None = Field(
+        None, description="Passes that train the supernet; default: train.epochs, a third of them from a checkpoint."
+    )
+    final_epochs: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Passes that train the model found; default: half of train.epochs; 0: cut out alone."
+    )
+    final_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="The highest in these; default: half of train.learning_rate."
+    )
+    loss: Literal["transcripts", "distillation"] | None = Field(
+        None,
+        description="distillation: the outputs of the trained model, as in [finetune]. Default: transcripts; for a "
+        "checkpoint that mpq did not train, distillation.",
+    )
+
+
 class FinetuneConfig(LoopConfig):
     """Quantization-aware fine-tuning (`mpq finetune`)."""
 
@@ -257,7 +308,8 @@ class Recipe(_Section):
     """A recipe. Sections that are left out have their defaults."""
 
     stages: list[Literal[STAGES]] = Field(
-        [stage for stage in STAGES if stage != "finetune"], description="What `mpq run` does, in this order."
+        [stage for stage in STAGES if stage not in ("search", "finetune")],
+        description="What `mpq run` does, in this order.",
     )
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of all that is drawn at random.")
     checkpoint: Name | None = Field(None, description="A trained model, where there is no stage train.")
@@ -267,6 +319,7 @@ class Recipe(_Section):
     model: ModelConfig = ModelConfig()
     train: TrainConfig = TrainConfig()
     augment: AugmentConfig = AugmentConfig()
+    search: SearchConfig = SearchConfig()
     decode: DecodeConfig = DecodeConfig()
     sensitivity: SensitivityConfig = SensitivityConfig()
     allocate: AllocateConfig = AllocateConfig()

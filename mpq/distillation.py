@@ -46,11 +46,11 @@ class DistillationLosses(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """A student with quantized weights and its losses; what DistributedDataParallel wraps.
+    """A student, with quantized weights or without, and its losses; what DistributedDataParallel wraps.
 
     Args:
-        student: The model; its quantizable weights are taken from `weights`.
-        weights: What is trained, besides the student's other parameters.
+        student: The model; where there are `weights`, its quantizable weights are taken from them.
+        weights: What is trained, besides the student's other parameters; None: those are all.
         teacher: The model as trained; in eval mode.
         bound: Nats at which the divergence of a row saturates; 0: it does not.
         label_smoothing: Of the transcripts' attention loss.
@@ -61,7 +61,7 @@ class Distillation(nn.Module):
     def __init__(
         self,
         student: AsrModel,
-        weights: QuantizedWeights,
+        weights: QuantizedWeights | None,
         teacher: AsrModel,
         bound: float,
         label_smoothing: float,
@@ -81,7 +81,7 @@ class Distillation(nn.Module):
         frames: Tensor,
         targets: Targets,
         is_transcribed: Tensor,
-        allocation: int,
+        allocation: int = 0,
     ) -> DistillationLosses:
         """Returns the losses of a batch.
 
@@ -108,7 +108,8 @@ class Distillation(nn.Module):
                 ]
                 prefixes, following = with_ends(Targets.of(told).to(frames.device), blank)
             wanted_attention = teacher.attention(prefixes, encoded, lengths)
-        weights = {f"model.{name}": weight for name, weight in self.weights(allocation).items()}
+        quantized = {} if self.weights is None else self.weights(allocation)
+        weights = {f"model.{name}": weight for name, weight in quantized.items()}
         states, given, given_attention = torch.func.functional_call(self.outputs, weights, (features, frames, prefixes))
         none = given.new_zeros(len(frames))
         valid = torch.arange(given.shape[1], device=frames.device) < lengths[:, None]  # (N, T')

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpq.artifact import exact_names, read_artifact, write_artifact
 from mpq.assignment import Assignment
@@ -36,6 +36,7 @@ from mpq.held_out import changed_errors
 from mpq.learning_curve import draw_learning_curve
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
+from mpq.objectives import distilled, training_mode
 from mpq.training_data import TrainingSet
 from mpq.training_folder import claim_folder, clean_up
 from mpq.training_loop import Batch, Job, NotFiniteError, TrainingLoop
@@ -136,10 +137,7 @@ class Finetuner(TrainingLoop):
         self._write_candidate()
 
     def prepare_update(self) -> None:
-        self.student.train(self.tuning.dropout)
-        for module in self.student.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.train(self.tuning.batch_norm == "updated")
+        training_mode(self.student, self.tuning)
         start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
         self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
         is_due = self.step % self.tuning.search_every == 0
@@ -167,16 +165,9 @@ class Finetuner(TrainingLoop):
             found = DistillationLosses(
                 *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
             )
-        counts = torch.stack([found.frames.sum(), found.tokens.sum()]).detach().double().cpu()
-        self.workers.add_up(counts)
-        rows, tokens = counts.clamp(min=1).tolist()
-        share = 1 / (self.passes() * batch.of)
         spoken = [len(self.data.tokens[i]) for i in batch.update_indices if self.data.utterances[i].text is not None]
         ends = sum(spoken) + len(spoken)
-        values = {
-            "ctc_kl": found.ctc_kl.sum() / rows * share,
-            "attention_kl": found.attention_kl.sum() / tokens * share,
-            "hidden": found.hidden.sum() / rows * share,
+        values = distilled(found, self.workers, self.passes() * batch.of) | {
             "ctc": found.ctc.sum() / max(1, sum(spoken)) / self.passes(),
             "attention": found.attention.sum() / max(1, ends) / self.passes(),
         }

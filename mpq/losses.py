@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.models.hybrid import HybridConformer
+from mpq.models.base import AsrModel
 
 _IGNORED = -100
 
@@ -47,7 +47,7 @@ class JointLoss(nn.Module):
         label_smoothing: Of the attention loss.
     """
 
-    def __init__(self, model: HybridConformer, label_smoothing: float) -> None:
+    def __init__(self, model: AsrModel, label_smoothing: float) -> None:
         super().__init__()
         self.model, self.label_smoothing = model, label_smoothing
 
@@ -65,10 +65,10 @@ class JointLoss(nn.Module):
         """Returns what `forward` does, from the (N, T', D) encoder output and its (N,) valid frames."""
         log_probs = self.model.head.run(encoded, None).float().log_softmax(dim=-1)  # (N, T', C)
         ctc = ctc_loss(log_probs, encoded_lengths, targets, self.model.blank_id)
-        if self.model.decoder is None:
+        if not self.model.decoder_stages:
             return ctc, torch.zeros_like(ctc)
         prefixes, following = with_ends(targets, self.model.blank_id)
-        logits = self.model.decoder(prefixes, encoded, encoded_lengths).float()  # (N, U + 1, C)
+        logits = self.model.attention_logits(prefixes, encoded, encoded_lengths).float()  # (N, U + 1, C)
         return ctc, attention_loss(logits, following, self.label_smoothing)
 
 

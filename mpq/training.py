@@ -10,26 +10,21 @@ dropout, which each process draws for itself).
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import write_json
-from mpq.held_out import held_out_errors
-from mpq.losses import JointLoss
 from mpq.models.building import build_model
-from mpq.models.checkpoint import MODEL_FILE, write_checkpoint
-from mpq.optimization import make_optimizer
-from mpq.orthogonal import constrained_factors, semi_orthogonal_step
+from mpq.models.checkpoint import MODEL_FILE
+from mpq.objectives import Transcripts
 from mpq.runtime import choose_device, processes
 from mpq.text import train_tokenizer
-from mpq.training_data import TrainingSet, read_set, read_transcripts
-from mpq.training_folder import check_folder, claim_folder, clean_up, training_fingerprint
-from mpq.training_loop import Batch, Job, TrainingLoop
-from mpq.training_record import TrainingResult, average_weights
+from mpq.training_data import read_set, read_transcripts
+from mpq.training_folder import check_folder, clean_up, training_fingerprint
+from mpq.training_loop import Job
+from mpq.training_record import TrainingResult
+from mpq.weight_loop import WeightTrainer
 
 
 def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = False) -> TrainingResult:
@@ -74,100 +69,5 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
             workers=workers,
             quiet=quiet,
         )
-        return _Trainer(job, recipe, dev).train()
-
-
-class _Trainer(TrainingLoop):
-    """The training of a recipe: joint loss, semi-orthogonal factors, the model in training mode."""
-
-    def __init__(self, job: Job, recipe: Recipe, dev: TrainingSet | None) -> None:
-        self.recipe, self.train_options, self.dev = recipe, recipe.train, dev
-        loss = JointLoss(job.model, recipe.train.label_smoothing)
-        optimizer = make_optimizer(job.model, recipe.train.weight_decay, recipe.train.betas)
-        super().__init__(job, loss, optimizer, ("ctc", "attention") if job.model.decoder else ("ctc",))
-        self.factors = constrained_factors(job.model.encoder, recipe.train.semi_orthogonal)
-
-    def train(self) -> TrainingResult:
-        """Trains what is left and writes the model."""
-        self.run()
-        return self._finish()
-
-    def begin(self) -> None:
-        if self.is_chief:
-            claim_folder(self.out, self.job.fingerprint)
-            write_json(self.out / "recipe.json", self.recipe.model_dump())
-
-    def prepare_update(self) -> None:
-        self.model.train()
-
-    def passes(self) -> int:
-        return 1
-
-    def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        ctc, attention = self.loss(batch.features, batch.frames, batch.targets)
-        counts = [len(self.data.tokens[index]) for index in batch.update_indices]
-        sums = torch.stack([ctc.sum() / max(1, sum(counts)), attention.sum() / (sum(counts) + len(counts))])
-        weight = self.train_options.ctc_weight
-        return weight * sums[0] + (1 - weight) * sums[1], sums[: len(self.logged)], ctc + attention
-
-    def total(self, values: dict[str, float]) -> float:
-        weight = self.train_options.ctc_weight
-        return weight * values["ctc"] + (1 - weight) * values.get("attention", 0.0)
-
-    def finish_update(self) -> None:
-        if self.factors and (self.step + 1) % self.train_options.semi_orthogonal_every == 0:
-            for factor in self.factors:
-                semi_orthogonal_step(factor)
-
-    def blame(self, batch: Batch | None) -> str:
-        return ""
-
-    def evaluate(self) -> tuple[float | None, float | None]:
-        """Returns the loss (nats a token) and WER of dev; None without one."""
-        if self.dev is None:
-            return None, None
-        loss = JointLoss(self.model, self.train_options.label_smoothing)
-        return held_out_errors(loss, self.dev, self.train_options.ctc_weight, self.job.channel, self.workers)
-
-    def write_candidate(self, path: Path) -> None:
-        write_checkpoint(path, self.model)
-
-    def state(self) -> dict[str, Any]:
-        return self.model.state_dict()
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.model.load_state_dict(state)
-
-    def _finish(self) -> TrainingResult:
-        """Writes the model: the average of the best epochs, or the best one where that is better on dev."""
-        ranked = self.candidates()
-        choices = [ranked] if len(ranked) == 1 or self.dev is None else [ranked, ranked[:1]]
-        results = []
-        for epochs in choices:
-            self.model.load_state_dict(average_weights([self.candidate_path(epoch) for epoch in epochs]), strict=False)
-            loss, wer = self.evaluate()
-            results.append(((loss if self.options.select == "loss" else wer) or 0.0, loss, wer, epochs))
-        _, loss, wer, epochs = min(results, key=lambda one: one[0])
-        if epochs is not choices[-1]:
-            self.model.load_state_dict(average_weights([self.candidate_path(epoch) for epoch in epochs]), strict=False)
-        result = TrainingResult(
-            fingerprint=self.job.fingerprint,
-            epochs=tuple(self.epochs),
-            averaged=tuple(sorted(epochs)),
-            dev_loss=loss,
-            dev_wer=wer,
-            parameters=self.model.parameter_counts(),
-            utterances=len(self.data.utterances),
-            hours=sum(self.data.durations) / 3600,
-            skipped=self.data.skipped,
-            too_long=self.data.too_long,
-            seconds=self.seconds,
-            device=str(self.device),
-            processes=self.workers.count,
-        )
-        if self.is_chief:
-            write_checkpoint(self.out / MODEL_FILE, self.model)
-            write_json(self.out / "training.json", result.to_json())
-            clean_up(self.out)
-        self.workers.barrier()
-        return result
+        objective = Transcripts(model, recipe.train, recipe.data.channel, workers)
+        return WeightTrainer(job, recipe, objective, dev).train()

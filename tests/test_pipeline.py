@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from tiny_training import TEXTS, write_recipe, write_speech
 
 from mpq import evaluate as evaluate_module
-from mpq import training
+from mpq import weight_loop
 from mpq.cli import main
 from mpq.config import Recipe
 
@@ -225,7 +225,7 @@ def test_what_was_cut_off_goes_on_and_gives_the_same(
     out, updates = tmp_path / "run", stages(whole)["train"]["result"]["epochs"]
     steps = [json.loads(line) for line in (whole / "train/log.jsonl").read_text().splitlines()][-1]["step"]
     cuts = [
-        ("train", training._Trainer, "_update", steps // updates + 2),  # in the second epoch
+        ("train", weight_loop.WeightTrainer, "_update", steps // updates + 2),  # in the second epoch
         ("evaluate", evaluate_module, "read_batch", 2),
         ("compare", evaluate_module, "measure", 4),  # after two of evaluate and one of compare
     ]
@@ -319,7 +319,7 @@ def test_run_json_that_is_no_record_is_refused(tiny: Path, finished: Path) -> No
         assert done.exit_code == 2 and len(done.stderr.splitlines()) == 1 and "run.json: " in done.stderr, text
     (finished / "run.json").unlink()  # as it says; the training is kept
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Trainer, "run", None)
+        patch.setattr(weight_loop.WeightTrainer, "run", None)
         assert actions(tiny, finished) == dict.fromkeys(STAGES, "run")
 
 

@@ -18,7 +18,7 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 from tiny_training import TEXTS, log_of, recipe, train_as_process, write_recipe, write_speech
 
-import mpq.training as training
+from mpq import objectives, weight_loop
 from mpq.audio import pad_batch, read_audio
 from mpq.augment import generator, spec_mask
 from mpq.cli import main
@@ -304,13 +304,13 @@ POINTS = {
     "inside an update": (JointLoss, "forward", 6, False),
     "after an update, before its log": (TrainingLog, "add_update", 5, False),
     "after an update's log": (TrainingLog, "add_update", 5, True),
-    "between the last update and dev": (training, "held_out_errors", 2, False),
+    "between the last update and dev": (objectives, "held_out_errors", 2, False),
     "between dev and the log": (TrainingLog, "add_epoch", 2, False),
-    "between an epoch's log and its candidate": (training, "write_checkpoint", 2, False),
-    "between a candidate and the state": (training, "write_checkpoint", 2, True),
-    "before the model": (training, "write_checkpoint", 4, False),
-    "between the model and the result": (training, "write_checkpoint", 4, True),
-    "after the result": (training, "clean_up", 1, False),
+    "between an epoch's log and its candidate": (weight_loop, "write_checkpoint", 2, False),
+    "between a candidate and the state": (weight_loop, "write_checkpoint", 2, True),
+    "before the model": (weight_loop, "write_checkpoint", 4, False),
+    "between the model and the result": (weight_loop, "write_checkpoint", 4, True),
+    "after the result": (weight_loop, "clean_up", 1, False),
 }
 
 
@@ -358,7 +358,7 @@ def test_many_interruptions_in_one_training(dropping: Recipe, whole: Path, tmp_p
     """SIGINT during every second update, as the command line sees it."""
     out, count = tmp_path / "out", 0
     path = write_recipe(Path(dropping.data.root) / "many.toml", model__dropout=0.1)
-    update = training._Trainer._update
+    update = weight_loop.WeightTrainer._update
 
     def interrupted(self: Any, *arguments: Any) -> Any:
         nonlocal count
@@ -369,7 +369,7 @@ def test_many_interruptions_in_one_training(dropping: Recipe, whole: Path, tmp_p
 
     statuses = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Trainer, "_update", interrupted)
+        patch.setattr(weight_loop.WeightTrainer, "_update", interrupted)
         while not statuses or statuses[-1] == 130:
             count = 0
             done = CliRunner().invoke(main, ["train", str(path), "--out", str(out), "--quiet"])
@@ -438,7 +438,7 @@ def test_a_finished_training_is_not_done_again(whole: Path, dropping: Recipe, mo
 
 
 def test_a_spoilt_state_is_refused(dropping: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fails_at(training, "held_out_errors", 2, monkeypatch)
+    fails_at(objectives, "held_out_errors", 2, monkeypatch)
     with pytest.raises(CrashError):
         train(dropping, tmp_path, quiet=True)
     state = (tmp_path / "state.pt").read_bytes()
@@ -455,7 +455,7 @@ def test_another_training_in_the_same_folder_is_refused(
     if not is_finished:
         out = tmp_path / "out"
         with monkeypatch.context() as patch:
-            fails_at(training, "held_out_errors", 2, patch)
+            fails_at(objectives, "held_out_errors", 2, patch)
             with pytest.raises(CrashError):
                 train(dropping, out, quiet=True)
     word = "a finished" if is_finished else "an unfinished"
@@ -558,20 +558,20 @@ def reject(constant: str) -> None:
 def held_out(patch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:
     """Lets dev have these losses and WERs, one after the other, then the last again and again."""
     left = list(results)
-    patch.setattr(training, "held_out_errors", lambda *_: left.pop(0) if len(left) > 1 else left[0])
+    patch.setattr(objectives, "held_out_errors", lambda *_: left.pop(0) if len(left) > 1 else left[0])
 
 
 def keep_weights(patch: pytest.MonkeyPatch) -> dict[int, dict[str, np.ndarray]]:
     """Returns what will have the weights of every epoch, whatever becomes of the files."""
     kept: dict[int, dict[str, np.ndarray]] = {}
-    keep = training._Trainer._write_candidate
+    keep = weight_loop.WeightTrainer._write_candidate
 
     def keeping(self: Any) -> list[int]:
         state = self.model.state_dict()
         kept[self.epochs[-1].epoch] = {name: one.double().numpy().copy() for name, one in state.items()}
         return keep(self)
 
-    patch.setattr(training._Trainer, "_write_candidate", keeping)
+    patch.setattr(weight_loop.WeightTrainer, "_write_candidate", keeping)
     return kept
 
 
@@ -636,7 +636,7 @@ def test_patience_holds_after_an_interruption(speech: Path, tmp_path: Path, monk
     options = recipe(speech, **PLAIN, train__epochs=9, train__patience=1, train__batch_frames=4000)
     held_out(monkeypatch, (1, 0.4), (2, 0.5), (3, 0.1))
     with monkeypatch.context() as patch:
-        fails_at(training, "write_checkpoint", 3, patch)  # the model, after epochs 1 and 2
+        fails_at(weight_loop, "write_checkpoint", 3, patch)  # the model, after epochs 1 and 2
         with pytest.raises(CrashError):
             train(options, tmp_path, quiet=True)
     assert len(train(options, tmp_path, quiet=True).epochs) == 2
@@ -687,7 +687,7 @@ def test_semi_orthogonal_steps_are_taken_at_the_updates_that_the_recipe_says(
     speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: list[torch.Size] = []
-    monkeypatch.setattr(training, "semi_orthogonal_step", lambda factor: taken.append(factor.shape))
+    monkeypatch.setattr(weight_loop, "semi_orthogonal_step", lambda factor: taken.append(factor.shape))
     options = {"model__ffn_rank": 6, "train__semi_orthogonal": "SLLL", "train__semi_orthogonal_every": 4}
     train(recipe(speech, **options), tmp_path, quiet=True)
     assert taken == [(6, 16)] * 2 * (len(updates(tmp_path)) // 4)

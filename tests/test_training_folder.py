@@ -12,7 +12,7 @@ import soundfile
 import torch
 from tiny_training import TEXTS, log_of, recipe, write_speech
 
-from mpq import training
+from mpq import objectives, weight_loop
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.runtime import memory_for
@@ -49,8 +49,8 @@ def test_no_candidate_is_removed_before_the_state_knows_why(
 ) -> None:
     """A kill after an epoch that displaces the best one, and that scores worse when it is done again (as on a GPU)."""
     scores = [(1.0, 0.5), (1.0, 0.4), (1.0, 0.9), (1.0, 0.9), (1.0, 0.9)]  # second epoch: first the best, then not
-    monkeypatch.setattr(training, "held_out_errors", lambda *_: scores.pop(0))
-    saves, save = [], training._Trainer._save
+    monkeypatch.setattr(objectives, "held_out_errors", lambda *_: scores.pop(0))
+    saves, save = [], weight_loop.WeightTrainer._save
 
     def killed(self: Any) -> None:
         saves.append(self.epoch)
@@ -59,7 +59,7 @@ def test_no_candidate_is_removed_before_the_state_knows_why(
         save(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training._Trainer, "_save", killed)
+        patch.setattr(weight_loop.WeightTrainer, "_save", killed)
         with pytest.raises(MemoryError):
             train(tiny, tmp_path / "out", quiet=True)
     assert (tmp_path / "out/epochs/0001.safetensors").exists()
@@ -114,7 +114,7 @@ def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
     changes = {"features__pitch": True, "data__dev": None, "train__select": "last", "augment__time_mask_fraction": 0.5}
     with_pitch = recipe(tmp_path, **changes, augment__frequency_masks=2, augment__frequency_mask_width=20)
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    plain = training._Trainer._masked
+    plain = weight_loop.WeightTrainer._masked
 
     def watched(self: Any, features: Any, frames: Any, utt_ids: Any) -> Any:
         found = plain(self, features, frames, utt_ids)
@@ -122,7 +122,7 @@ def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
         return found
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Trainer, "_masked", watched)
+        patch.setattr(weight_loop.WeightTrainer, "_masked", watched)
         train(with_pitch, tmp_path / "out", quiet=True)
     banded = whole = 0
     for before, after in seen:

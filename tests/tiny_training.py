@@ -110,18 +110,18 @@ def train_as_process(rank: int, port: int, path: Path, out: Path, stop_at: int |
         out: The checkpoint folder.
         stop_at: This process is asked to stop (SIGTERM) before the update after so many.
     """
-    import mpq.training as training
+    from mpq import weight_loop
     from mpq.cli import main
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    update = training._Trainer._update
+    update = weight_loop.WeightTrainer._update
 
     def stopping(self: Any, *arguments: Any) -> Any:
         if self.step == stop_at:
             signal.raise_signal(signal.SIGTERM)
         return update(self, *arguments)
 
-    training._Trainer._update = stopping
+    weight_loop.WeightTrainer._update = stopping
     main(["train", str(path), "--out", str(out), "--quiet"])
