@@ -31,6 +31,7 @@ _MAX_KERNEL = 50_000_000  # numbers in a resampling kernel, 400 MB while torchau
 # torchaudio's default of 6 leaves an error of -17 dB at 85 % of the Nyquist frequency; 64 leaves -83 dB there, and
 # -63 dB of aliasing 5 % above it. (Its Kaiser window has less aliasing, and loses everything above 90 %.)
 _LOWPASS_FILTER_WIDTH = 64
+_KEPT_BYTES = 1 << 29  # of a reader: 9 h of 16 bits at 8 kHz
 _REWRITE = "copy the file again, or write it anew (ffmpeg -i OLD NEW.flac)"
 
 
@@ -98,6 +99,40 @@ def read_audio(
     else:
         waveform = np.ascontiguousarray(frames[:, 0 if channel == "error" else int(channel)])  # (S,)
     return resample(torch.from_numpy(waveform), info.sample_rate, sample_rate)
+
+
+class AudioReader:
+    """`read_audio`, which decodes a segment once while it is asked for again: what was asked for last is kept.
+
+    What is kept is 16-bit integers where they give back the waveform bit for bit (16-bit files at their own rate), else
+    the waveform.
+
+    Args:
+        sample_rate, channel: As in `read_audio`.
+        kept_bytes: How much is kept at most.
+    """
+
+    def __init__(self, sample_rate: int, channel: str, kept_bytes: int = _KEPT_BYTES) -> None:
+        self.sample_rate, self.channel, self._room = sample_rate, channel, kept_bytes
+        self._kept: dict[tuple[Path, float | None, float | None], torch.Tensor] = {}  # the last one was asked for last
+
+    def read(self, path: Path, offset: float | None = None, duration: float | None = None) -> torch.Tensor:
+        """Returns a waveform (S,) as `read_audio` does; it is not to be changed in place."""
+        key = (path, offset, duration)
+        samples = self._kept.pop(key, None)
+        if samples is None:
+            samples = _compact(read_audio(path, self.sample_rate, self.channel, offset, duration))
+            self._room -= samples.nbytes
+        self._kept[key] = samples
+        while self._room < 0:
+            self._room += self._kept.pop(next(iter(self._kept))).nbytes
+        return samples / 32768 if samples.dtype == torch.int16 else samples
+
+
+def _compact(waveform: torch.Tensor) -> torch.Tensor:
+    """Returns a waveform (S,) as 16-bit integers if these divided by 32768 are exactly the waveform; else as it is."""
+    integers = (waveform * 32768).to(torch.int16)
+    return integers if torch.equal(integers / 32768, waveform) else waveform
 
 
 def selected_samples(

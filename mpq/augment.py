@@ -8,7 +8,7 @@ Legend: S samples, T feature frames, F features.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.audio import read_audio
+from mpq.audio import AudioReader, read_audio
 from mpq.config import SYNTHETIC_NOISE, AugmentConfig
 from mpq.errors import MpqError
 from mpq.manifests import Utterance
@@ -34,10 +34,16 @@ def generator(seed: int, epoch: int, utt_id: str, what: str) -> np.random.Genera
 
 def changed_speed(waveform: Tensor, factor: float, sample_rate: int) -> Tensor:
     """Returns (S / factor,) samples: faster (and higher) for a factor above 1, by resampling (Ko et al. 2015)."""
-    from torchaudio.functional import resample
-
     rate = round(sample_rate * factor)
-    return waveform if rate == sample_rate else resample(waveform, rate, sample_rate)
+    return waveform if rate == sample_rate else _resampler(rate, sample_rate)(waveform)
+
+
+@lru_cache(maxsize=16)
+def _resampler(rate: int, sample_rate: int) -> Callable[[Tensor], Tensor]:
+    """Returns `torchaudio.functional.resample`, bit for bit, with its filter computed once."""
+    from torchaudio.transforms import Resample
+
+    return Resample(rate, sample_rate, dtype=torch.float32)
 
 
 class NoiseSource:
@@ -46,15 +52,14 @@ class NoiseSource:
     Args:
         names: "white", "babble", and absolute paths of recordings or of folders with recordings.
         utterances: What babble is made of.
-        sample_rate: Hz.
-        channel: As in `mpq.audio.read_audio`, for the utterances; recordings of noise are mixed down.
+        reader: Reads the utterances, and says the sample rate; recordings of noise are mixed down.
 
     Raises:
         MpqError: A path leads to no recording.
     """
 
-    def __init__(self, names: Sequence[str], utterances: Sequence[Utterance], sample_rate: int, channel: str) -> None:
-        self.utterances, self.sample_rate, self.channel = utterances, sample_rate, channel
+    def __init__(self, names: Sequence[str], utterances: Sequence[Utterance], reader: AudioReader) -> None:
+        self.utterances, self.reader = utterances, reader
         self.sources: list[list[Path | str]] = []
         for name in names:
             files = [name] if name in SYNTHETIC_NOISE else _recordings(Path(name))
@@ -70,7 +75,7 @@ class NoiseSource:
             return torch.from_numpy(random.standard_normal(samples).astype(np.float32))
         if file == "babble":
             return self._babble(samples, random)
-        recording = _recording(Path(file), self.sample_rate)
+        recording = _recording(Path(file), self.reader.sample_rate)
         return _looped(recording, samples, int(random.integers(len(recording))))
 
     def _babble(self, samples: int, random: np.random.Generator) -> Tensor:
@@ -78,7 +83,7 @@ class NoiseSource:
         total = torch.zeros(samples)
         for index in random.integers(len(self.utterances), size=BABBLE_TALKERS):
             item = self.utterances[index]
-            speech = read_audio(item.audio_path, self.sample_rate, self.channel, item.offset, item.duration).flip(0)
+            speech = self.reader.read(item.audio_path, item.offset, item.duration).flip(0)
             level = speech.square().mean().sqrt().clamp(min=1e-5)
             total += _looped(speech, samples, int(random.integers(len(speech)))) / level
         return total
@@ -97,7 +102,9 @@ def _recording(path: Path, sample_rate: int) -> Tensor:
 
 def _looped(noise: Tensor, samples: int, start: int) -> Tensor:
     """Returns (samples,) of a recording from `start` on, starting over at its end."""
-    return noise[(torch.arange(samples) + start) % len(noise)]
+    head = noise[start : start + samples]
+    left = samples - len(head)
+    return torch.cat((head, noise.repeat(left // len(noise)), noise[: left % len(noise)]))
 
 
 def with_noise(waveform: Tensor, noise: Tensor, snr_db: float) -> Tensor:

@@ -108,7 +108,9 @@ class LoopConfig(_Section):
     select: Literal["wer", "loss", "last"] = Field("wer", description="Which epochs: lowest dev WER or loss, or last.")
     patience: Whole | None = Field(None, description="Stop after so many epochs without a new best one.")
     save_minutes: Annotated[float, Field(gt=0)] = Field(10.0, description="Between saved states inside an epoch.")
-    workers: Annotated[int, Field(ge=0)] = Field(1, description="Processes that read and augment audio.")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        1, description="Processes that read and augment audio; each keeps up to 512 MB of it."
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard logs too (needs the package tensorboard).")
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mpq.audio import pad_batch, read_audio
+from mpq.audio import AudioReader, pad_batch
 from mpq.augment import NoiseSource, augmented, generator
 from mpq.config import AugmentConfig, DataConfig
 from mpq.data import check_data
@@ -171,17 +171,9 @@ def plan_epoch(
 class _Waveforms(Dataset):
     """(epoch, batch) -> the batch's waveforms, augmented."""
 
-    def __init__(
-        self,
-        data: TrainingSet,
-        config: AugmentConfig,
-        noise: NoiseSource | None,
-        model: AsrModel,
-        channel: str,
-        seed: int,
-    ) -> None:
-        self.data, self.config, self.noise = data, config, noise
-        self.sample_rate, self.channel, self.seed = model.sample_rate, channel, seed
+    def __init__(self, data: TrainingSet, config: AugmentConfig, reader: AudioReader, seed: int) -> None:
+        self.data, self.config, self.reader, self.seed = data, config, reader, seed
+        self.noise = NoiseSource(config.noise, data.utterances, reader) if config.noise else None
 
     def __getitem__(self, key: tuple[int, tuple[int, ...]]) -> tuple[Tensor, Tensor] | MpqError:
         try:
@@ -193,9 +185,9 @@ class _Waveforms(Dataset):
         waveforms = []
         for index in indices:
             item = self.data.utterances[index]
-            waveform = read_audio(item.audio_path, self.sample_rate, self.channel, item.offset, item.duration)
+            waveform = self.reader.read(item.audio_path, item.offset, item.duration)
             random = generator(self.seed, epoch, item.utt_id, "audio")
-            waveforms.append(augmented(waveform, self.config, self.noise, self.sample_rate, random))
+            waveforms.append(augmented(waveform, self.config, self.noise, self.reader.sample_rate, random))
         return waveforms
 
 
@@ -223,21 +215,25 @@ class BatchReader:
     def __init__(
         self, data: TrainingSet, config: AugmentConfig, model: AsrModel, channel: str, seed: int, workers: int
     ) -> None:
-        noise = NoiseSource(config.noise, data.utterances, model.sample_rate, channel) if config.noise else None
-        self._waveforms = _Waveforms(data, config, noise, model, channel, seed)
-        self._data, self._workers = data, workers
+        self._data = data
+        self._keys: list[tuple[int, tuple[int, ...]]] = []  # (epoch, batch) of the plan that is read
+        self._loader = DataLoader(
+            _Waveforms(data, config, AudioReader(model.sample_rate, channel), seed),
+            batch_size=None,
+            sampler=self._keys,
+            num_workers=workers,
+            worker_init_fn=_ignore_signals,
+            persistent_workers=workers > 0,  # with what they have decoded
+        )
 
     def read(self, epoch: int, plan: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor, Targets]]:
-        """Yields the (N, S) waveforms, their (N,) lengths and the targets of each batch of a plan.
+        """Yields the (N, S) waveforms, their (N,) lengths and the targets of each batch of a plan; one plan at a time.
 
         Raises:
             MpqError: An audio file cannot be read.
         """
-        keys = [(epoch, tuple(batch)) for batch in plan]
-        loader = DataLoader(
-            self._waveforms, batch_size=None, sampler=keys, num_workers=self._workers, worker_init_fn=_ignore_signals
-        )
-        for found, batch in zip(loader, plan, strict=True):
+        self._keys[:] = [(epoch, tuple(batch)) for batch in plan]
+        for found, batch in zip(self._loader, plan, strict=True):
             if isinstance(found, MpqError):
                 raise found
             waveforms, lengths = found

@@ -11,7 +11,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.signal import firwin, resample_poly
 
-from mpq.audio import AudioInfo, pad_batch, probe_audio, read_audio, resample, resampled_length, selected_samples
+from mpq.audio import (
+    AudioInfo,
+    AudioReader,
+    pad_batch,
+    probe_audio,
+    read_audio,
+    resample,
+    resampled_length,
+    selected_samples,
+)
 from mpq.errors import MpqError
 
 RATE = 16000
@@ -254,6 +263,40 @@ def test_rates_without_a_small_ratio_are_refused(tmp_path: Path) -> None:
         read_audio(path, RATE)
     for rate in (8000, 11025, 22050, 32000, 44056, 44100, 48000, 96000, 192000):
         assert selected_samples(path, AudioInfo(rate, 1, rate), RATE, "error", None, None) == RATE
+
+
+@pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
+@pytest.mark.parametrize("rate", [RATE, RATE // 2])
+def test_a_reader_gives_the_very_samples_again_without_reading(tmp_path: Path, rate: int, subtype: str) -> None:
+    """Down to the bit pattern, the ends of the 16-bit range and samples beyond them included."""
+    samples = integers(0.2, channels=2) / 32768 * (2.0 if subtype == "FLOAT" else 1.0)
+    soundfile.write(tmp_path / "a.wav", samples, rate, subtype=subtype)
+    reader = AudioReader(RATE, "1")
+    segments = [(None, None), (0.05, None), (0.05, 0.1)]
+    expected = [read_audio(tmp_path / "a.wav", RATE, "1", *segment) for segment in segments]
+    for there in (True, False):
+        for segment, waveform in zip(segments, expected, strict=True):
+            found = reader.read(tmp_path / "a.wav", *segment)
+            assert found.dtype == torch.float32
+            assert torch.equal(found.view(torch.int32), waveform.view(torch.int32))
+        if there:
+            (tmp_path / "a.wav").unlink()
+
+
+def test_a_reader_keeps_what_was_asked_for_last(tmp_path: Path) -> None:
+    """Room for two of three: 1000 samples of 16 bits are 2000 bytes; and for none."""
+    paths = [write(tmp_path / f"{name}.wav", integers(1000 / RATE)) for name in "abc"]
+    reader, nothing = AudioReader(RATE, "error", kept_bytes=4999), AudioReader(RATE, "error", kept_bytes=0)
+    for path in (paths[0], paths[1], paths[0], paths[2]):  # 1 goes, not 0
+        assert torch.equal(reader.read(path), read_audio(path, RATE))
+        assert torch.equal(nothing.read(path), read_audio(path, RATE))
+    for path in paths:
+        path.unlink()
+    reader.read(paths[0]), reader.read(paths[2])
+    with pytest.raises(MpqError, match=r"b\.wav: no such file"):
+        reader.read(paths[1])
+    with pytest.raises(MpqError, match=r"c\.wav: no such file"):
+        nothing.read(paths[2])
 
 
 def test_pad_batch() -> None:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import torchaudio
 from tiny_training import RATE, TEXTS, write_speech
 
+from mpq.audio import AudioReader
 from mpq.augment import (
     BABBLE_TALKERS,
     NoiseSource,
+    _looped,
     augmented,
     changed_speed,
     generator,
@@ -55,6 +58,15 @@ def test_speed_changes_length_and_pitch(factor: float, rate: int) -> None:
     assert float(middle.square().mean()) == pytest.approx(0.5, rel=0.01)  # as loud as before
 
 
+@pytest.mark.parametrize("rate", [8000, 16000, 44100])
+@pytest.mark.parametrize("factor", [0.9, 1.1, 0.95, 1.013])
+def test_a_kept_filter_gives_the_very_samples_of_a_new_one(factor: float, rate: int) -> None:
+    waveform = torch.randn(5000, generator=torch.Generator().manual_seed(0))
+    for part in (waveform, waveform[:777]):
+        expected = torchaudio.functional.resample(part, round(rate * factor), rate)
+        assert torch.equal(changed_speed(part, factor, rate), expected)
+
+
 def test_speed_1_changes_nothing() -> None:
     waveform = tone(300)
     assert changed_speed(waveform, 1.0, RATE) is waveform
@@ -80,7 +92,7 @@ def test_silence_is_left_as_it_is(silent: str) -> None:
 
 
 def test_white_noise_is_white(utterances: list[Utterance]) -> None:
-    noise = NoiseSource(["white"], utterances, RATE, "error").draw(40000, np.random.default_rng(0))
+    noise = NoiseSource(["white"], utterances, AudioReader(RATE, "error")).draw(40000, np.random.default_rng(0))
     assert noise.shape == (40000,) and noise.dtype == torch.float32
     assert float(noise.mean()) == pytest.approx(0, abs=0.02) and float(noise.std()) == pytest.approx(1, abs=0.02)
     bands = np.abs(np.fft.rfft(noise.numpy())[1:]).reshape(8, -1) ** 2
@@ -94,7 +106,7 @@ def test_babble_is_utterances_at_one_level(tmp_path: Path) -> None:
         soundfile.write(tmp_path / f"t{index}.wav", 0.5 * 10.0**-index * tone(hertz).numpy(), RATE, subtype="FLOAT")
         lines.append(f'{{"audio_filepath": "t{index}.wav"}}\n')
     (tmp_path / "tones.jsonl").write_text("".join(lines))
-    source = NoiseSource(["babble"], read_data(tmp_path / "tones.jsonl"), RATE, "error")
+    source = NoiseSource(["babble"], read_data(tmp_path / "tones.jsonl"), AudioReader(RATE, "error"))
     powers = np.zeros(3)
     for seed in range(8):
         noise = source.draw(2 * RATE, np.random.default_rng(seed))  # longer than each of them: they start over
@@ -110,7 +122,7 @@ def test_babble_by_hand(tmp_path: Path) -> None:
     speech = np.linspace(0.0, 0.5, 1000) ** 2
     soundfile.write(tmp_path / "ramp.wav", speech, RATE, subtype="FLOAT")
     (tmp_path / "ramp.jsonl").write_text('{"audio_filepath": "ramp.wav"}\n')
-    noise = NoiseSource(["babble"], read_data(tmp_path / "ramp.jsonl"), RATE, "error")
+    noise = NoiseSource(["babble"], read_data(tmp_path / "ramp.jsonl"), AudioReader(RATE, "error"))
     found = noise.draw(2000, np.random.default_rng(0)).numpy()
     backwards = speech[::-1] / np.sqrt(np.mean(speech**2))
     random = np.random.default_rng(0)
@@ -125,7 +137,7 @@ def test_recordings_are_looped_from_a_random_start(tmp_path: Path, utterances: l
     ramp = np.linspace(-0.5, 0.5, 1000)
     soundfile.write(folder / "deeper" / "ramp.flac", ramp, RATE)
     (folder / "notes.txt").write_text("no recording")
-    source = NoiseSource([str(folder)], utterances, RATE, "error")
+    source = NoiseSource([str(folder)], utterances, AudioReader(RATE, "error"))
     starts = set()
     for seed in range(5):
         noise = source.draw(2500, np.random.default_rng(seed)).numpy()
@@ -134,21 +146,30 @@ def test_recordings_are_looped_from_a_random_start(tmp_path: Path, utterances: l
         np.testing.assert_allclose(noise, ramp[(np.arange(2500) + start) % 1000], atol=1e-3)
         starts.add(start)
     assert len(starts) > 2
-    one = NoiseSource([str(folder / "deeper" / "ramp.flac")], utterances, RATE, "error")
+    one = NoiseSource([str(folder / "deeper" / "ramp.flac")], utterances, AudioReader(RATE, "error"))
     assert len(one.draw(10, np.random.default_rng(0))) == 10
+
+
+@pytest.mark.parametrize("samples", [1, 9, 10, 11, 40, 95])
+@pytest.mark.parametrize("start", [0, 3, 9])
+def test_looping_is_counting_modulo_the_length(samples: int, start: int) -> None:
+    noise = torch.arange(10.0)
+    assert torch.equal(_looped(noise, samples, start), (torch.arange(samples) + start) % 10.0)
+    assert torch.equal(_looped(noise[:1], samples, 0), torch.zeros(samples))
 
 
 def test_stereo_recordings_of_another_rate_are_mixed_and_resampled(tmp_path: Path, utterances: list[Utterance]) -> None:
     both = np.stack([tone(1000, rate=16000).numpy(), np.zeros(16000)], axis=1)
     soundfile.write(tmp_path / "stereo.wav", both, 16000)
-    noise = NoiseSource([str(tmp_path / "stereo.wav")], utterances, RATE, "error").draw(RATE, np.random.default_rng(0))
+    source = NoiseSource([str(tmp_path / "stereo.wav")], utterances, AudioReader(RATE, "error"))
+    noise = source.draw(RATE, np.random.default_rng(0))
     assert peak_hertz(noise) == pytest.approx(1000, abs=1)
     assert float(noise.square().mean()) == pytest.approx(0.125, rel=0.05)
 
 
 def test_all_sources_are_drawn(tmp_path: Path, utterances: list[Utterance]) -> None:
     soundfile.write(tmp_path / "hum.wav", tone(50).numpy(), RATE)
-    source = NoiseSource(["white", "babble", str(tmp_path / "hum.wav")], utterances, RATE, "error")
+    source = NoiseSource(["white", "babble", str(tmp_path / "hum.wav")], utterances, AudioReader(RATE, "error"))
     hum = sum(peak_hertz(source.draw(RATE, np.random.default_rng(seed))) == 50 for seed in range(60))
     assert 8 <= hum <= 32
 
@@ -160,7 +181,7 @@ def test_noise_without_a_recording_is_refused(is_there: bool, tmp_path: Path, ut
         folder.mkdir()
         (folder / "readme.txt").write_text("")
     with pytest.raises(MpqError, match=r"^noise: .*noise: no recording; expected \.wav, \.flac"):
-        NoiseSource(["white", str(folder)], utterances, RATE, "error")
+        NoiseSource(["white", str(folder)], utterances, AudioReader(RATE, "error"))
 
 
 # ---- what is drawn
@@ -168,7 +189,7 @@ def test_noise_without_a_recording_is_refused(is_there: bool, tmp_path: Path, ut
 
 def test_augmentation_depends_on_seed_epoch_and_utterance_alone(utterances: list[Utterance]) -> None:
     config = AugmentConfig(speed=[0.9, 1.0, 1.1], noise=["white", "babble"], noise_probability=1.0)
-    noise = NoiseSource(config.noise, utterances, RATE, "error")
+    noise = NoiseSource(config.noise, utterances, AudioReader(RATE, "error"))
 
     def made(seed: int, epoch: int, utt_id: str) -> torch.Tensor:
         return augmented(tone(500), config, noise, RATE, generator(seed, epoch, utt_id, "audio"))
@@ -188,7 +209,7 @@ def test_generators_of_different_purposes_differ() -> None:
 def test_speeds_noise_and_ratios_are_drawn_as_the_recipe_says(utterances: list[Utterance]) -> None:
     """No random choice is left where the speed is 1: noise of the ratio, in so many of the utterances."""
     config = AugmentConfig(speed=[1.0], noise=["white"], noise_probability=0.3, snr_db=(5.0, 10.0))
-    noise, speech = NoiseSource(config.noise, utterances, RATE, "error"), tone(500, 0.1)
+    noise, speech = NoiseSource(config.noise, utterances, AudioReader(RATE, "error")), tone(500, 0.1)
     ratios = []
     for epoch in range(300):
         found = augmented(speech, config, noise, RATE, generator(0, epoch, "a", "audio"))
@@ -216,7 +237,7 @@ def test_the_level_is_drawn_in_decibels_and_changes_nothing_else(utterances: lis
     assert -12 <= min(gains) < -11.5 and 5.5 < max(gains) <= 6
     counts, _ = np.histogram(gains, bins=6, range=(-12, 6))
     assert counts.min() > 30
-    noise = NoiseSource(["white"], utterances, RATE, "error")
+    noise = NoiseSource(["white"], utterances, AudioReader(RATE, "error"))
     options = {"noise": ["white"], "noise_probability": 1.0, "snr_db": (3.0, 3.0)}
     for epoch in range(5):  # the level is drawn last, so the rest is as without it
         plain, louder = (

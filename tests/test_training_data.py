@@ -216,6 +216,17 @@ def test_batches_that_are_read(workers: int, tmp_path: Path) -> None:
     assert len(again) != len(one) or not torch.equal(again, one)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_plan_that_is_given_up_leaves_nothing_to_the_next(workers: int, tmp_path: Path) -> None:
+    write_speech(tmp_path)
+    config, model = described(tmp_path)
+    data = read_set(config.train, config, model, 1.1, is_training=True)
+    reader = BatchReader(data, AugmentConfig(noise=["babble"]), model, "error", 0, workers)
+    next(reader.read(0, [[0], [1], [2], [3]]))
+    found = [lengths.tolist() for _, lengths, _ in reader.read(1, [[4], [5, 6]])]
+    assert found == [[round(data.durations[index] * RATE) for index in batch] for batch in ([4], [5, 6])]
+
+
 def test_noise_that_is_not_there(tmp_path: Path) -> None:
     write_speech(tmp_path)
     path = write_recipe(
