@@ -16,7 +16,6 @@ Legend: N utterances, T' frames, D encoder width, H hidden units, R rank, K cand
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -28,27 +27,7 @@ from mpq.models.base import AsrModel
 from mpq.models.conformer import FactoredLinear, FeedForward
 from mpq.models.reshaping import FfnShapes
 from mpq.pareto import smallest_kl
-
-
-@dataclass(frozen=True)
-class ModuleSpace:
-    """The candidates of one feed-forward module, ascending.
-
-    Attributes:
-        widths: (K,) hidden units.
-        ranks: (K',) of both matrices; (0,): not factored.
-    """
-
-    widths: tuple[int, ...]
-    ranks: tuple[int, ...]
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        return self.widths[-1], self.ranks[-1]
-
-
-SearchSpace = Sequence[tuple[ModuleSpace, ModuleSpace]]
-"""For each block those of its first and of its second module."""
+from mpq.search_space import SearchSpace
 
 
 def module_parameters(inputs: int, width: int, rank: int, use_bias: bool) -> int:
