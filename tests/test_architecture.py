@@ -19,7 +19,7 @@ LAYERS = [
     {"storage"},
     {"manifests", "decisions", "general_quantizer"},
     {"models", "augment"},
-    {"artifact", "data", "divergence", "allocation", "losses", "orthogonal"},
+    {"artifact", "data", "divergence", "allocation", "losses", "orthogonal", "low_rank", "importance"},
     {"calibration", "fisher", "training_data", "training_record", "fake_quant"},
     {"supernet", "held_out", "training_log", "training_folder", "assignment", "distillation"},
     {"training_loop", "finetune_record", "learning_curve"},

@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 import torch
+from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
-from mpq.models.conformer import ConformerEncoder, FeedForward
+from mpq.models.conformer import ConformerEncoder, FactoredLinear, FeedForward
 
 FfnShapes = Sequence[tuple[tuple[int, int], tuple[int, int]]]
 """(width, rank) of the first and of the second feed-forward module of each block."""
@@ -26,6 +27,16 @@ def feed_forwards(model: AsrModel) -> dict[str, FeedForward]:
         for index, block in enumerate(model.encoder.layers)
         for name in ("feed_forward1", "feed_forward2")
     }
+
+
+def matrix(linear: nn.Module) -> Tensor:
+    """Returns the (outputs, inputs) matrix of a linear map; of a factored one the product of its factors."""
+    return linear.outer.weight @ linear.inner.weight if isinstance(linear, FactoredLinear) else linear.weight
+
+
+def input_weight(linear: nn.Module) -> str:
+    """Returns the name, within a linear map, of the weight that its inputs meet first."""
+    return "inner.weight" if isinstance(linear, FactoredLinear) else "weight"
 
 
 def reshaped(model: AsrModel, shapes: FfnShapes) -> AsrModel:
