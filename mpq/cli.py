@@ -11,7 +11,7 @@ from mpq import __version__
 from mpq.errors import MpqError
 from mpq.options import EXISTING, common_options, data_options, decode_options, print_result, set_option
 from mpq.quantize_commands import allocate, pack, sensitivity
-from mpq.recipe_commands import finetune, run, train
+from mpq.recipe_commands import finetune, run, search, train
 
 
 class Cli(click.Group):
@@ -176,5 +176,5 @@ def compare(
     print_result(result, as_json, *views)
 
 
-for command in (train, run, sensitivity, allocate, pack, finetune):
+for command in (train, search, run, sensitivity, allocate, pack, finetune):
     main.add_command(command)

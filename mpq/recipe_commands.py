@@ -1,11 +1,12 @@
-"""The commands that follow a recipe: train, run."""
+"""The commands that follow a recipe, or whose options make one up: train, search, run, finetune."""
 
 from pathlib import Path
 from typing import Any
 
 import click
 
-from mpq.config import FinetuneConfig
+from mpq.config import FinetuneConfig, SearchConfig
+from mpq.errors import MpqError
 from mpq.options import (
     EXISTING,
     channel_options,
@@ -41,6 +42,75 @@ def train(
 
     result = step(load_recipe(recipe, with_seed(overrides), stages=["train"]), out, device=device, quiet=quiet)
     print_once(result, as_json, training_view(result))
+
+
+SEARCH_FROM_CHECKPOINT = {
+    "train": {
+        "epochs": 6,
+        "batch_frames": 4800,
+        "learning_rate": 3e-4,
+        "warmup_steps": 50,
+        "schedule": "cosine",
+        "average": 1,
+        "select": "loss",
+    },
+    "augment": {"frequency_masks": 0, "time_masks": 0},
+}
+"""How `mpq search CHECKPOINT` trains, unless --set says otherwise: the model is trained already."""
+
+
+@click.command()
+@click.argument("source", type=EXISTING, metavar="RECIPE|CHECKPOINT")
+@click.option("--train", "train_data", multiple=True, type=EXISTING, help="Of a checkpoint: data to train on.")
+@click.option("--dev", type=EXISTING, help="Of a checkpoint: held-out data, on which the architecture is chosen.")
+@click.option("--out", required=True, type=EXISTING, help="Folder to write.")
+@section_options(SearchConfig)
+@set_option
+@common_options
+def search(
+    source: Path,
+    train_data: tuple[Path, ...],
+    dev: Path | None,
+    out: Path,
+    overrides: tuple[str, ...],
+    seed: int,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **options: str | None,
+) -> None:
+    """Find a smaller architecture: the widths, and ranks, of the encoder's feed-forward modules (Gumbel-softmax DARTS).
+
+    Of a recipe, or of a trained checkpoint with --train and --dev. The supernet of all candidates is trained; then the
+    architecture is chosen on held-out data, by their loss and by a penalty on parameters (--eta) or a size
+    (--target-millions); then it is cut out and trained on. The folder is a checkpoint folder with a recipe.toml for
+    what follows. A search that was cut off goes on where it stopped; searches of other penalties may share one --supernet.
+
+    \b
+    Examples:
+      mpq search recipes/digits/search.toml --eta 1 --out runs/search
+      mpq search recipes/digits/search.toml --target-millions 1.2 --supernet runs/search/supernet --out runs/search2
+      mpq search model.nemo --train train.jsonl --dev dev.jsonl --target-millions 10 --out runs/narrow
+    """
+    from mpq.recipes import load_recipe, make_recipe
+    from mpq.report import search_view
+    from mpq.search import search as step
+
+    given = [f"search.{key}={value}" for key, value in options.items() if value is not None]
+    if source.suffix == ".toml":
+        if train_data or dev:
+            raise MpqError(f"--train, --dev: {source} is a recipe, whose [data] say that; leave them out")
+        recipe = load_recipe(source, with_seed([*given, *overrides]), stages=["search"])
+    else:
+        if not train_data or not dev:
+            raise MpqError(f"--train, --dev: expected both for a checkpoint ({source}), or a recipe (.toml) instead")
+        data = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
+        table = {"seed": seed, "checkpoint": str(source.absolute()), "data": data} | SEARCH_FROM_CHECKPOINT
+        table |= {"train": {**SEARCH_FROM_CHECKPOINT["train"]}, "augment": {**SEARCH_FROM_CHECKPOINT["augment"]}}
+        known = ("data", "train", "augment", "search", "finetune")
+        recipe = make_recipe(table, [*given, *overrides], "mpq search", known, stages=["search"])
+    result = step(recipe, out, device=device, quiet=quiet)
+    print_once(result, as_json, search_view(result))
 
 
 @click.command()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # these import torch, which a comparison does not need
     from mpq.inspection import Inspection
     from mpq.pack import PackResult
     from mpq.run_record import RunResult
+    from mpq.search_record import SearchResult
     from mpq.training import TrainingResult
 
 MB = 2**20
@@ -158,6 +159,32 @@ def finetune_view(result: "FinetuneResult") -> Group:
         f"kept: {kept} of {result.epochs[-1].epoch}; divergence in nats per frame, a frame at most 1; development data",
         f"{result.utterances} utterances, {result.hours:.2f} h, {result.transcribed} with a transcript; "
         f"{result.epochs[-1].step} updates in {result.seconds:.0f} s, seed {result.seed}",
+    )
+
+
+def search_view(result: "SearchResult") -> Group:
+    """Returns the widths and ranks block by block, sizes, and losses and WERs on held-out data."""
+    found, done = result.architecture, result.training
+    pairs = found.modules[::2], found.modules[1::2]
+    table = _table("module", *(f"block {block}" for block in range(1, len(pairs[0]) + 1)))
+    for name, kind, modules in (("FW", "width", pairs[0]), ("FW-m", "width", pairs[1])):
+        table.add_row(name, *(str(getattr(one, kind)) for one in modules))
+    if any(one.rank for one in found.modules):
+        for name, modules in (("BN", pairs[0]), ("BN-m", pairs[1])):
+            table.add_row(name, *(str(one.rank or "") for one in modules))
+
+    def scored(loss: float | None, wer: float | None) -> str:
+        return f"loss {loss or 0:.4g}" + ("" if wer is None else f", WER {100 * wer:.2f} %")
+
+    penalty = f"eta {result.eta:g}" if result.eta is not None else f"at most {result.target_millions:g} M parameters"
+    return _view(
+        f"{found.millions:.3f} M parameters of {found.largest_millions:.3f} M ({result.method}, {penalty})",
+        table,
+        f"expected parameters {found.expected_millions:.3f} M; held-out data: the largest "
+        f"{scored(found.largest_loss, found.largest_wer)}; this one {scored(found.loss, found.wer)}; trained on "
+        f"{scored(done.dev_loss, done.dev_wer)} (development data)",
+        f"supernet {result.supernet_seconds:.0f} s ({result.supernet}), choice {found.seconds:.0f} s, training "
+        f"{done.seconds:.0f} s, {len(done.epochs)} epochs",
     )
 
 

@@ -1,10 +1,10 @@
 """The second stage of an architecture search: the supernet's weights stay, the logits of the candidates are trained.
 
 In each update the modules compute as the sum of their candidates with the weights lambda = softmax((alpha + G) / T), G
-Gumbel noise drawn anew and T falling from update to update (Li et al. 2023, Eq. 3), on held-out data and in eval mode: no
-dropout, BatchNorm's running statistics. The penalty (Eq. 4) is eta times the expected parameters in millions; or, where
-the user has a size, STRENGTH times the part by which the expected parameters are above it (after NNI), and what is
-chosen in the end is the most probable architecture of that size or less.
+Gumbel noise drawn anew and T falling from update to update (Li et al. 2023, Eq. 3), on held-out data and in eval mode:
+no dropout, BatchNorm's running statistics. The penalty (Eq. 4) is eta times the expected parameters in millions; or,
+where the user has a size, STRENGTH times the part by which the expected parameters are above it (after NNI), and what
+is chosen in the end is the most probable architecture of that size or less.
 """
 
 from typing import Any

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mpq.augment import generator
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.conformer import FactoredLinear, FeedForward
@@ -160,8 +161,13 @@ class Supernet(nn.Module):
         for module, shape in zip(self.modules_, (shape for block in shapes for shape in block), strict=True):
             module.be_one(*shape)
 
-    def be_sampled(self, random: np.random.Generator) -> None:
-        """Computes as an architecture drawn uniformly, each module by itself (single path, Guo et al. 2020)."""
+    def be_sampled(self, seed: int, step: int) -> None:
+        """Computes as an architecture drawn uniformly, each module by itself (single path, Guo et al. 2020).
+
+        Args:
+            seed, step: Of the training and of the update: the same ones draw the same.
+        """
+        random = generator(seed, step, "", "path")
         for module, space in zip(self.modules_, self.space, strict=True):
             module.be_one(int(random.choice(space.widths)), int(random.choice(space.ranks)))
 
