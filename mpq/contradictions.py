@@ -8,6 +8,12 @@ from pathlib import Path
 from mpq.config import STAGES, SYNTHETIC_NOISE, ModelConfig, Recipe
 from mpq.search_space import candidate_faults
 
+ALTERNATIVES = {
+    "search": ("eta", "target_millions"),
+    "allocate": ("target_mb", "target_ratio", "average_bits", "max_divergence"),
+}
+"""Keys of which exactly one is needed: one that is given on the command line replaces those of the file."""
+
 
 def missing_files(recipe: Recipe) -> list[tuple[str, str]]:
     """Returns (keys, fault) for each file or folder that the recipe's stages read and that is not there."""
@@ -90,7 +96,7 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         if data.dev is None:
             text = "[data] dev: the stage finetune needs held-out data, got none"
             faults.append(("stages data.dev", text))
-    budgets = ("target_mb", "target_ratio", "average_bits", "max_divergence")
+    budgets = ALTERNATIVES["allocate"]
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
     if "allocate" in stages and len(given) != 1:
         text = (
@@ -189,7 +195,7 @@ def _search_faults(recipe: Recipe) -> list[tuple[str, str]]:
         add("data.dev train.select", "[data] dev", text)
     if data.dev is None and search.held_out is None:
         add("data.dev search.held_out", "[search] held_out", "expected data to choose on (or data.dev), got none")
-    given = [key for key in ("eta", "target_millions") if getattr(search, key) is not None]
+    given = [key for key in ALTERNATIVES["search"] if getattr(search, key) is not None]
     if len(given) != 1:
         text = f"expected one of eta and target_millions, got {' and '.join(given) or 'none'}"
         add("search.eta search.target_millions", "[search] eta", text)

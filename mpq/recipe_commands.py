@@ -84,7 +84,8 @@ def search(
     Of a recipe, or of a trained checkpoint with --train and --dev. The supernet of all candidates is trained; then the
     architecture is chosen on held-out data, by their loss and by a penalty on parameters (--eta) or a size
     (--target-millions); then it is cut out and trained on. The folder is a checkpoint folder with a recipe.toml for
-    what follows. A search that was cut off goes on where it stopped; searches of other penalties may share one --supernet.
+    what follows. A search that was cut off goes on where it stopped; searches of other penalties may share one
+    --supernet.
 
     \b
     Examples:

@@ -16,7 +16,7 @@ from typing import Any, get_origin
 from pydantic import BaseModel, ValidationError
 
 from mpq.config import STAGES, SYNTHETIC_NOISE, AugmentConfig, Recipe, sections
-from mpq.contradictions import contradictions, missing_files
+from mpq.contradictions import ALTERNATIVES, contradictions, missing_files
 from mpq.errors import MpqError
 from mpq.files import read_text
 
@@ -77,6 +77,10 @@ def _recipe(
     need_files: bool,
 ) -> Recipe:
     """Returns the recipe in a table that came from `path`."""
+    named = {text.partition("=")[0].strip() for text in overrides}
+    for section, alternatives in ALTERNATIVES.items():
+        if named & {f"{section}.{key}" for key in alternatives} and isinstance(table.get(section), dict):
+            table[section] = {key: value for key, value in table[section].items() if key not in alternatives}
     faults = [fault for text in overrides if (fault := _override(table, text))]
     if stages is not None:
         table["stages"] = list(stages)
