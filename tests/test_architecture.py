@@ -27,6 +27,7 @@ LAYERS = [
     {"objectives", "architecture_figure"},
     {"finetune_loop", "weight_loop", "search_loop"},
     {"sensitivity", "refine", "evaluate", "compare", "pack", "inspection", "training", "finetune", "search"},
+    {"stages"},
     {"pipeline"},
     {"report"},
     {"quantize_commands", "recipe_commands"},

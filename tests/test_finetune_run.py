@@ -83,7 +83,7 @@ def test_the_figures_of_the_run_are_those_of_the_folder(tiny: Path, whole: Path)
 
 
 def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq.pipeline.finetune", None)
+    monkeypatch.setattr("mpq.stages.finetune", None)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
     monkeypatch.setattr("mpq.pipeline.__version__", "99.0")  # an upgrade does not train anew

@@ -119,8 +119,8 @@ def test_every_result_is_there_and_the_size_is_kept(whole: Path) -> None:
 
 def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = contents(finished)
-    monkeypatch.setattr("mpq.pipeline.train", None)
-    monkeypatch.setattr("mpq.pipeline.evaluate", None)
+    monkeypatch.setattr("mpq.stages.train", None)
+    monkeypatch.setattr("mpq.stages.evaluate", None)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--dry-run") == SKIPPED
     done = mpq_run(tiny, finished, "--quiet")

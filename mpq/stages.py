@@ -1,0 +1,224 @@
+"""What each stage of a recipe does and depends on, in the folder of `mpq run`."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq.allocation import allocate
+from mpq.compare import compare, read_evaluations
+from mpq.config import Recipe
+from mpq.decoding import DecodeOptions
+from mpq.evaluate import Evaluation, evaluate
+from mpq.files import sha256_file
+from mpq.finetune import finetune
+from mpq.finetune_loop import RESULT_FILE
+from mpq.manifests import read_data
+from mpq.models import load_model, model_file
+from mpq.models.checkpoint import MODEL_FILE
+from mpq.models.loading import PACKED_FILE
+from mpq.pack import pack
+from mpq.records import Allocation, SensitivityTable
+from mpq.sensitivity import METHODS, measure_sensitivity
+from mpq.storage import Storage
+from mpq.training import train
+from mpq.training_folder import NEUTRAL, weight_options
+from mpq.training_record import TRAINING_FORMAT
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Attributes:
+        after: The stages whose files it reads.
+        inputs: All that its result depends on, as JSON; files of earlier stages may not be there yet.
+        outputs: The files that are there when it is complete.
+        act: Does it and returns its figures.
+        folder: What is removed where another one's result, or a spoilt one, is in it; None: nothing.
+    """
+
+    name: str
+    after: tuple[str, ...]
+    inputs: Callable[[], Any]
+    outputs: tuple[Path, ...]
+    act: Callable[[], dict[str, Any]]
+    folder: Path | None = None
+
+
+def stages_of(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[Stage]:
+    """Returns the stages that the recipe names."""
+    checkpoint = out / "train" if "train" in recipe.stages else Path(recipe.checkpoint or "")
+    table, allocation = out / "sensitivity.json", out / "allocation.json"
+    packed, tuned, tests = out / PACKED_FILE, out / "finetune", recipe.data.test
+    calibration = recipe.path(recipe.data.calibration or (recipe.data.train or [""])[0])
+    decode, is_tuned = DecodeOptions(**recipe.decode.model_dump()), "finetune" in recipe.stages
+    common = {"device": device, "quiet": quiet}
+    reading = {"channel": recipe.data.channel, "skip_bad": recipe.data.skip_bad}
+    data = recipe.data
+
+    def checkpoint_sha256() -> str:
+        return sha256_file(model_file(checkpoint))
+
+    def training_data() -> Any:
+        names = [*data.train, *([data.dev] if data.dev else [])]
+        return [_identity(recipe.path(name), by_time=False) for name in names]
+
+    def train_inputs() -> Any:
+        identity = training_data()
+        return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, weight_options(recipe), identity]
+
+    def act_train() -> dict[str, Any]:
+        done = train(recipe, checkpoint, **common)
+        return {"dev_wer": done.dev_wer, "epochs": len(done.epochs), "parameters": done.parameters}
+
+    def tests_identity() -> Any:
+        return [reading, recipe.decode.model_dump(), {name: _identity(recipe.path(tests[name])) for name in tests}]
+
+    def evaluate_all(model: Path, folder: Path) -> dict[str, Any]:
+        done = {}
+        for name, path in tests.items():
+            done[name] = _figures(evaluate(model, recipe.path(path), folder / name, decode=decode, **reading, **common))
+        return {"tests": done}
+
+    def act_sensitivity() -> dict[str, Any]:
+        options = recipe.sensitivity
+        measured = measure_sensitivity(
+            checkpoint,
+            calibration,
+            options.bits,
+            table,
+            quantizer(recipe),
+            method=options.method,
+            output=options.output or ("decoder" if load_model(checkpoint).decoder_stages else "ctc"),
+            max_seconds=options.seconds or METHODS[options.method],
+            seed=recipe.seed,
+            **reading,
+            **common,
+        )
+        return {"layers": len(measured.layers)}
+
+    def act_allocate() -> dict[str, Any]:
+        options = recipe.allocate.model_dump()
+        answer = allocate(SensitivityTable.load(table), **options)
+        answer.save(allocation)
+        return {"average_bits": answer.average_bits, "predicted_bytes": answer.predicted_bytes}
+
+    def act_pack() -> dict[str, Any]:
+        done = pack(checkpoint, packed, Allocation.load(allocation), device=device, quiet=quiet)
+        return {"size_bytes": done.size_bytes, "float_bytes": done.float_bytes, "ratio": done.ratio}
+
+    def act_finetune() -> dict[str, Any]:
+        (size,) = finetune(checkpoint, [allocation], recipe, tuned, **common).sizes
+        return {"size_bytes": size.size_bytes, "ratio": size.ratio, "dev_wer": size.wer}
+
+    def compare_with(model: Path, what: str, prefix: str) -> dict[str, Any]:
+        done = evaluate_all(model, out / what)["tests"]
+        for name in tests:
+            folders = out / "float" / name, out / what / name
+            comparison = compare(
+                *read_evaluations(*folders), names=("float32", what), alpha=recipe.compare.alpha, seed=recipe.seed
+            )
+            comparison.save(out / f"{prefix}-{name}.json")
+            test = comparison.mapsswe
+            done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
+        return done
+
+    def act_compare() -> dict[str, Any]:
+        done = {"tests": compare_with(packed, "packed", "comparison")}
+        if is_tuned:
+            done["finetuned"] = compare_with(tuned / PACKED_FILE, "finetuned", "comparison-finetuned")
+        return done
+
+    def finetune_inputs() -> Any:
+        options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
+        files = [checkpoint_sha256(), sha256_file(allocation)]
+        return [
+            *files,
+            recipe.seed,
+            reading,
+            data.max_seconds,
+            options,
+            recipe.finetune_augment.model_dump(),
+            training_data(),
+        ]
+
+    def sensitivity_inputs() -> Any:
+        return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
+
+    def compare_inputs() -> Any:
+        done = [sha256_file(out / "float" / name / file) for name in tests for file in ("ref.trn", "hyp.trn")]
+        files = [sha256_file(packed), *([sha256_file(tuned / PACKED_FILE)] if is_tuned else [])]
+        return [*files, tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
+
+    trained = (checkpoint / MODEL_FILE, checkpoint / "training.json")
+    compared = [*_evaluation_files(out / "packed", tests), *(out / f"comparison-{name}.json" for name in tests)]
+    if is_tuned:
+        compared += _evaluation_files(out / "finetuned", tests)
+        compared += [out / f"comparison-finetuned-{name}.json" for name in tests]
+    stages = [
+        Stage("train", (), train_inputs, trained, act_train),
+        Stage(
+            "evaluate",
+            ("train",),
+            lambda: [checkpoint_sha256(), tests_identity()],
+            _evaluation_files(out / "float", tests),
+            lambda: evaluate_all(checkpoint, out / "float"),
+        ),
+        Stage("sensitivity", ("train",), sensitivity_inputs, (table,), act_sensitivity),
+        Stage(
+            "allocate",
+            ("sensitivity",),
+            lambda: [sha256_file(table), recipe.allocate.model_dump()],
+            (allocation,),
+            act_allocate,
+        ),
+        Stage(
+            "pack", ("train", "allocate"), lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack
+        ),
+        Stage(
+            "finetune",
+            ("train", "allocate"),
+            finetune_inputs,
+            (tuned / PACKED_FILE, tuned / RESULT_FILE),
+            act_finetune,
+            tuned,
+        ),
+        Stage("compare", ("evaluate", "pack", "finetune"), compare_inputs, tuple(compared), act_compare),
+    ]
+    return [stage for stage in stages if stage.name in recipe.stages]
+
+
+def _evaluation_files(folder: Path, tests: dict[str, str]) -> tuple[Path, ...]:
+    return tuple(folder / name / file for name in tests for file in ("ref.trn", "hyp.trn", "metrics.json"))
+
+
+def _figures(evaluation: Evaluation) -> dict[str, Any]:
+    metrics = evaluation.metrics
+    return {
+        "wer": metrics.wer,
+        "words": metrics.words,
+        "sub": metrics.substitutions,
+        "del": metrics.deletions,
+        "ins": metrics.insertions,
+    }
+
+
+def _identity(path: Path, by_time: bool = True) -> str:
+    """Returns a digest of a manifest or Kaldi directory: what it says, and size (and time of change) of the audio."""
+    digest = hashlib.sha256()
+    for item in read_data(path):
+        parts: list[Any] = [item.utt_id, str(item.audio_path), item.text, item.offset, item.duration]
+        if item.audio_path.exists():
+            stat = item.audio_path.stat()
+            parts += [stat.st_size, *([stat.st_mtime_ns] if by_time else [])]
+        digest.update(json.dumps(parts).encode())
+    return digest.hexdigest()
+
+
+def quantizer(recipe: Recipe) -> Storage:
+    """Returns the quantizer of a recipe."""
+    options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
+    return Storage.from_options(options)
