@@ -32,7 +32,8 @@ def missing_files(recipe: Recipe) -> list[tuple[str, str]]:
         wanted += [("checkpoint", "checkpoint", recipe.checkpoint)]
     if {"evaluate", "compare"} & set(stages):
         wanted += [("data.test", f"[data] test.{key}", recipe.path(name)) for key, name in data.test.items()]
-    if "sensitivity" in stages and data.calibration:
+    has_statistics = "search" in stages and (recipe.search.trained or recipe.checkpoint)
+    if ("sensitivity" in stages or has_statistics) and data.calibration:
         wanted += [("data.calibration", "[data] calibration", recipe.path(data.calibration))]
     elif "sensitivity" in stages and "train" not in stages and data.train:
         wanted += [("data.train", "[data] train[0]", recipe.path(data.train[0]))]
@@ -199,9 +200,12 @@ def _search_faults(recipe: Recipe) -> list[tuple[str, str]]:
     if len(given) != 1:
         text = f"expected one of eta and target_millions, got {' and '.join(given) or 'none'}"
         add("search.eta search.target_millions", "[search] eta", text)
-    if search.loss == "distillation" and recipe.checkpoint is None and "train" not in recipe.stages:
-        text = '"distillation" needs a trained model to imitate (checkpoint, or the stage train before it)'
-        add("search.loss checkpoint", "[search] loss", text)
+    if search.trained and "train" not in recipe.stages:
+        text = "true needs the stage train before the search (mpq run); leave it out: a checkpoint is begun with anyway"
+        add("search.trained", "[search] trained", text)
+    if search.loss == "distillation" and recipe.checkpoint is None and not search.trained:
+        text = '"distillation" needs a trained model to imitate (checkpoint, or trained = true and the stage train)'
+        add("search.loss search.trained checkpoint", "[search] loss", text)
     if search.temperature[0] < search.temperature[1]:
         text = f"expected first and last, falling, got {list(search.temperature)}"
         add("search.temperature", "[search] temperature", text)

@@ -5,9 +5,9 @@ content), the data (manifests by content, audio files by size and time of change
 fingerprint and results are as recorded in `run.json` is skipped; one that was cut off goes on where its own journal or
 state says; each stage says which of these it is. Nothing here computes: stages are the functions behind the commands.
 
-The folder: `train/` (checkpoint), `float/SET/`, `packed/SET/` and `finetuned/SET/` (evaluations), `sensitivity.json`,
-`allocation.json`, `packed.safetensors`, `finetune/`, `comparison-SET.json` and `comparison-finetuned-SET.json`,
-`run.json`.
+The folder: `train/` (checkpoint), `search/` (the checkpoint folder of the model found), `float/SET/`, `searched/SET/`,
+`packed/SET/` and `finetuned/SET/` (evaluations), `sensitivity.json`, `allocation.json`, `packed.safetensors`,
+`finetune/`, `comparison-SET.json`, `comparison-searched-SET.json` and `comparison-finetuned-SET.json`, `run.json`.
 """
 
 import hashlib
@@ -24,10 +24,15 @@ from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import read_json, sha256_file, write_json
 from mpq.manifests import read_data
+from mpq.models.building import encoder_options
 from mpq.models.loading import RUN_FILE
 from mpq.run_record import RUN_FORMAT, RunResult, StageReport
 from mpq.runtime import choose_device
+from mpq.search_space import search_space
 from mpq.stages import Stage, quantizer, stages_of
+
+TRAININGS = ("train", "search", "finetune")
+"""Stages that an upgrade of mpq does not repeat: they may have taken a week."""
 
 
 def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto", quiet: bool = False) -> RunResult:
@@ -54,7 +59,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             reports.append(StageReport(stage.name, "run", f"reads what {' and '.join(anew)} will write", None, {}))
             say(f"{stage.name}: {reports[-1].reason}")
             continue
-        version = [] if stage.name in ("train", "finetune") else [__version__]  # a week of training outlives an upgrade
+        version = [] if stage.name in TRAININGS else [__version__]
         fingerprint = _fingerprint([version, stage.inputs()])
         known = record.get(stage.name, {})
         action, reason = _decide(known, fingerprint, stage, out)
@@ -64,8 +69,11 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             reports.append(StageReport(stage.name, action, reason, seconds, result))
             continue
         say(f"{stage.name}: {reason}")
+        kept = {name: _fingerprint(inputs()) for name, inputs in stage.kept.items()}
         if stage.folder and known and action == "run":
-            shutil.rmtree(stage.folder, ignore_errors=True)
+            _clear(stage.folder, {name for name in kept if known.get("kept", {}).get(name) == kept[name]})
+        if kept:
+            known = known | {"kept": kept}
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -89,7 +97,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             "seconds": started["seconds"],
             "outputs": {str(path.relative_to(out)): sha256_file(path) for path in stage.outputs},
             "result": result,
-        }
+        } | ({"kept": kept} if kept else {})
         _write_record(out, record)
         reports.append(StageReport(stage.name, action, reason, started["seconds"], result))
     return RunResult(out, tuple(reports), dry_run)
@@ -104,21 +112,33 @@ def _check(recipe: Recipe, device: str) -> None:
             "`mpq run RECIPE --out RUN` takes the training as it is"
         )
     data, stages, faults = recipe.data, set(recipe.stages), []
-    names = [*data.train, data.dev] if {"train", "finetune"} & stages else []
+    names = [*data.train, data.dev] if {"train", "search", "finetune"} & stages else []
     names += data.test.values() if {"evaluate", "compare"} & stages else []
     names += [data.calibration or data.train[0]] if "sensitivity" in stages else []
+    names += [recipe.search.held_out] if "search" in stages else []
+    names += [data.calibration] if "search" in stages and (recipe.search.trained or recipe.checkpoint) else []
     for name in dict.fromkeys(name for name in names if name):
         try:
             read_data(recipe.path(name))
         except MpqError as error:
             faults.append(str(error))
-    tuning = recipe.finetune
-    wanted = [("transcript_weight", data.train)] if tuning.transcript_weight else []
-    wanted += [("select", [data.dev])] if tuning.select == "wer" else []
-    for key, some in wanted if "finetune" in stages and not faults else []:
+    wanted = []
+    if "finetune" in stages:
+        wanted += [("finetune", "transcript_weight", data.train)] if recipe.finetune.transcript_weight else []
+        wanted += [("finetune", "select", [data.dev])] if recipe.finetune.select == "wer" else []
+    is_own = "search" in stages and recipe.checkpoint is None  # the search of a model of this recipe
+    if is_own and recipe.search.held_out and recipe.search.loss != "distillation":
+        wanted += [("search", "held_out", [recipe.search.held_out])]
+    for section, key, some in wanted if not faults else []:
         if all(item.text is None for name in some if name for item in read_data(recipe.path(name))):
-            value = json.dumps(getattr(tuning, key))
-            faults.append(f"[finetune] {key}: {value} needs transcripts in {', '.join(map(str, some))}, which has none")
+            what = f"[{section}] {key}: {json.dumps(getattr(getattr(recipe, section), key))}"
+            faults.append(f"{what} needs transcripts in {', '.join(map(str, some))}, which has none")
+    try:
+        if is_own:
+            own = encoder_options(recipe)
+            search_space(recipe.search, own.ffn_shapes(), own.width, is_trained=recipe.search.trained)
+    except MpqError as error:
+        faults += str(error).splitlines()
     try:
         quantizer(recipe)
     except MpqError as error:
@@ -136,6 +156,7 @@ def _read_record(path: Path) -> dict[str, Any]:
         for known in stages.values():
             if "started" in known:
                 float(known["started"]["seconds"]), str(known["started"]["fingerprint"])
+            dict(known.get("kept", {}))
             if "fingerprint" in known:
                 float(known["seconds"]), dict(known["outputs"]), dict(known["result"])
     except (KeyError, TypeError, ValueError) as error:
@@ -187,6 +208,17 @@ def _decide(known: dict[str, Any], fingerprint: str, stage: Stage, out: Path) ->
         kept = "; the finished training is kept, so this needs another --out" if stage.name == "train" else ""
         return "run", f"its inputs have changed (options, data, or an earlier stage){kept}"
     return "run", f"its result {(lost + changed)[0]} is {'gone' if lost else 'changed'}"
+
+
+def _clear(folder: Path, kept: set[str]) -> None:
+    """Removes a folder, but for what is to be kept in it."""
+    if not kept:
+        shutil.rmtree(folder, ignore_errors=True)
+    for path in folder.glob("*") if kept else ():
+        if path.is_dir() and path.name not in kept:
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name not in kept:
+            path.unlink()
 
 
 def _fingerprint(inputs: Any) -> str:

@@ -128,7 +128,9 @@ def run(
     as_json: bool,
     **_: Any,
 ) -> None:
-    """Do all stages of a recipe, in one run folder: train, evaluate, sensitivity, allocate, pack, finetune, compare.
+    """Do all stages of a recipe, in one run folder.
+
+    They are train, search, evaluate, sensitivity, allocate, pack, finetune and compare.
 
     A stage whose inputs are unchanged is skipped, one that was cut off goes on; each says so. All faults of a recipe
     are told at once, before anything starts.

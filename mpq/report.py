@@ -207,7 +207,10 @@ def inspection_view(inspection: "Inspection") -> Group:
 
 
 def run_view(run: "RunResult") -> Group:
-    """Returns what became of each stage, then the sizes and word errors before and after."""
+    """Returns what became of each stage, then the sizes and word errors before and after.
+
+    Times smaller than the parameters in float32; with a search, than the file of the model before it.
+    """
     stages = _table("stage", "", "why", "seconds")
     for one in run.stages:
         stages.add_row(one.name, one.action, one.reason, "" if one.seconds is None else f"{one.seconds:.0f}")
@@ -215,19 +218,21 @@ def run_view(run: "RunResult") -> Group:
     views: list[Table | str] = [stages]
     if tests := results.get("evaluate", {}).get("tests", {}):
         table = _table("model", "bytes", "times smaller", *(f"{name} WER %" for name in tests))
-        packed, compared = results.get("pack", {}), results.get("compare", {}).get("tests", {})
-        size = str(packed["float_bytes"]) if packed else ""
-        table.add_row("float32", size, "1" if size else "", *(f"{100 * one['wer']:.2f}" for one in tests.values()))
-        tuned, tuned_tests = results.get("finetune", {}), results.get("compare", {}).get("finetuned", {})
-        for name, file, found in (("packed", packed, compared), ("fine-tuned", tuned, tuned_tests)):
-            if file and found:
+        found, packed, tuned = (results.get(name, {}) for name in ("search", "pack", "finetune"))
+        compared = results.get("compare", {})
+        size = found.get("baseline_bytes") or packed.get("float_bytes")
+        wers = (f"{100 * one['wer']:.2f}" for one in tests.values())
+        table.add_row("float32", str(size or ""), "1" if size else "", *wers)
+        files = ("searched", found, "searched"), ("packed", packed, "tests"), ("fine-tuned", tuned, "finetuned")
+        for name, file, scores in files:
+            if file and (scored := compared.get(scores)):
                 cells = (
                     f"{100 * one['wer']:.2f} {'(lossless)' if one['lossless'] else '(significantly worse)'}"
-                    for one in found.values()
+                    for one in scored.values()
                 )
-                table.add_row(name, str(file["size_bytes"]), f"{file['ratio']:.2f}", *cells)
+                table.add_row(name, str(file["size_bytes"]), f"{size / file['size_bytes']:.2f}", *cells)
         views.append(table)
-        if compared:
+        if compared.get("tests"):
             views.append("lossless: not significantly worse than float32 (MAPSSWE)")
     return _view(f"{run.out}{': what a run would do' if run.is_dry else ''}", Group(*views))
 

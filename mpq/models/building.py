@@ -21,7 +21,7 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> HybridConformer:
     Raises:
         MpqError: Options that do not go together.
     """
-    mel, model = mel_options(recipe), recipe.model
+    mel, model, encoder = mel_options(recipe), recipe.model, encoder_options(recipe)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchaudio's, of what is an error here
         empty = int((slaney_filter_bank(mel).sum(dim=1) == 0).sum())
@@ -32,8 +32,21 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> HybridConformer:
         )
     if subsampled_length(mel.n_mels, model.subsampling_factor, model.subsampling_padding) < 1:
         raise MpqError(f"[features] n_mels: {mel.n_mels} leaves no band after the subsampling; expected more")
-    encoder = ConformerOptions(
-        features=mel.n_mels + (PITCH_FEATURES if recipe.features.pitch else 0),
+    decoder = None
+    if model.decoder_layers:
+        decoder = DecoderOptions(model.decoder_layers, model.decoder_heads, model.decoder_ffn_width, model.dropout)
+    return HybridConformer(encoder, decoder, mel, tokenizer)
+
+
+def encoder_options(recipe: Recipe) -> ConformerOptions:
+    """Returns the shape of the encoder that a recipe describes.
+
+    Raises:
+        MpqError: Options that do not go together.
+    """
+    model = recipe.model
+    return ConformerOptions(
+        features=recipe.features.n_mels + (PITCH_FEATURES if recipe.features.pitch else 0),
         layers=model.layers,
         width=model.width,
         heads=model.heads,
@@ -49,10 +62,6 @@ def build_model(recipe: Recipe, tokenizer: Tokenizer) -> HybridConformer:
         conv_norm=model.conv_norm,
         dropout=model.dropout,
     )
-    decoder = None
-    if model.decoder_layers:
-        decoder = DecoderOptions(model.decoder_layers, model.decoder_heads, model.decoder_ffn_width, model.dropout)
-    return HybridConformer(encoder, decoder, mel, tokenizer)
 
 
 def described_model(path: Path, overrides: Sequence[str] = ()) -> HybridConformer:
