@@ -105,7 +105,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
     root = tmp_path.resolve()
     assert set(faults(path)) == {
         '[data] max_seconds: expected a number, got "x"',
-        "[data] epochs: unknown key; did you mean that of [train] or [finetune]? known: " + known("data"),
+        "[data] epochs: unknown key; did you mean that of [train] or [search] or [finetune]? known: " + known("data"),
         "[model] laers: unknown key; did you mean layers? known: " + known("model"),
         '[model] ffn_width[1]: expected a whole number, got "x"',
         "[model] ffn_width[2]: expected 1 or more, got -1",
@@ -154,10 +154,10 @@ def known(section: str) -> str:
     ("overrides", "words"),
     [
         (["stages=[]"], ["stages: expected one or more of train"]),
-        (['stages=["evaluate","train"]'], ["stages: expected each at most once and in the order train, evaluate"]),
+        (['stages=["evaluate","train"]'], ["stages: expected each at most once and in the order train, search"]),
         (['stages=["train","train"]'], ["stages: expected each at most once"]),
         (['stages=["train","pack"]'], ["stages: pack needs allocate before it"]),
-        (['stages=["train","cook"]'], ["stages[1]: expected 'train', 'evaluate', 'sensitivity', 'allocate',"]),
+        (['stages=["train","cook"]'], ["stages[1]: expected 'train', 'search', 'evaluate', 'sensitivity', 'allocate',"]),
         (["stages=train"], ['stages: expected a list, got "train"']),
         (['stages=["evaluate"]'], ["checkpoint: expected a trained model, since there is no stage train"]),
         (["data.test={}"], ["[data] test: expected one test set or more"]),
