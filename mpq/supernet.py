@@ -66,6 +66,7 @@ class NestedFeedForward(nn.Module):
     def __init__(self, module: FeedForward) -> None:
         super().__init__()
         self.linear1, self.linear2, self.dropout = module.linear1, module.linear2, module.dropout
+        self.train(module.training)
         self.be_whole()
 
     def be_whole(self) -> None:
