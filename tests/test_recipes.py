@@ -157,7 +157,7 @@ def known(section: str) -> str:
         (['stages=["evaluate","train"]'], ["stages: expected each at most once and in the order train, search"]),
         (['stages=["train","train"]'], ["stages: expected each at most once"]),
         (['stages=["train","pack"]'], ["stages: pack needs allocate before it"]),
-        (['stages=["train","cook"]'], ["stages[1]: expected 'train', 'search', 'evaluate', 'sensitivity', 'allocate',"]),
+        (['stages=["train","cook"]'], ["stages[1]: expected 'train', 'search', 'evaluate', 'sensitivity',"]),
         (["stages=train"], ['stages: expected a list, got "train"']),
         (['stages=["evaluate"]'], ["checkpoint: expected a trained model, since there is no stage train"]),
         (["data.test={}"], ["[data] test: expected one test set or more"]),
