@@ -73,7 +73,8 @@ class ArchitectureSearch(TrainingLoop):
         for parameter in supernet.model.parameters():
             parameter.requires_grad_(False)
         self.logits = supernet.arch_logits()
-        optimizer = torch.optim.Adam(self.logits, lr=0.0, betas=BETAS)
+        every = [*supernet.width_logits, *supernet.rank_logits]  # Adam wants some, even where there is no choice
+        optimizer = torch.optim.Adam(every, lr=0.0, betas=BETAS)
         loss = _Relaxed(supernet, objective.module)
         super().__init__(job, loss, optimizer, (*objective.logged, "millions"))
 
