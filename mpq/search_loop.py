@@ -66,10 +66,14 @@ class ArchitectureSearch(TrainingLoop):
         search: The options.
         objective: Of the supernet's model.
         supernet: Trained; its weights are frozen.
+        most_parameters: That the architecture may have; None: any number.
     """
 
-    def __init__(self, job: Job, search: SearchConfig, objective: Objective, supernet: Supernet) -> None:
+    def __init__(
+        self, job: Job, search: SearchConfig, objective: Objective, supernet: Supernet, most_parameters: int | None
+    ) -> None:
         self.search, self.objective, self.supernet = search, objective, supernet
+        self.most_parameters = most_parameters
         for parameter in supernet.model.parameters():
             parameter.requires_grad_(False)
         self.logits = supernet.arch_logits()
@@ -141,12 +145,11 @@ class ArchitectureSearch(TrainingLoop):
         """Trains what is left, and writes and returns the architecture.
 
         Raises:
-            MpqError: As `TrainingLoop.run`, or no architecture is as small as it may be.
+            MpqError: As `TrainingLoop.run`.
         """
         if self.logits:
             self.run()
-        target = self.search.target_millions
-        shapes = self.supernet.best(None if target is None else int(target * 1e6))
+        shapes = self.supernet.best(self.most_parameters)
         self.supernet.be_whole()
         largest_loss, largest_wer = self.objective.held_out(self.data)
         self.supernet.be_one(shapes)

@@ -17,7 +17,7 @@ from mpq.models.base import AsrModel
 from mpq.models.conformer import FeedForward
 from mpq.models.reshaping import FfnShapes, feed_forwards, sliced
 from mpq.search_space import ModuleSpace
-from mpq.supernet import NestedFeedForward, Supernet, nested_mask
+from mpq.supernet import NestedFeedForward, Supernet, budget, nested_mask
 
 SPACES = {
     "widths": [
@@ -403,8 +403,24 @@ def test_expected_size_and_choice_against_all_architectures(space: str) -> None:
         if [one[0] for one in fitting if one[0] > share * (1 - 1e-9)] == [share]:
             assert found == shapes
     assert supernet.best(10**9) == supernet.best()
-    with pytest.raises(MpqError, match=f"target_millions: expected {steps[0] / 1e6:.6f} or more.* got"):
+    with pytest.raises(MpqError, match=f"expected at least {steps[0] - supernet.rest}"):
         supernet.best(steps[0] - 1)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_the_budget_of_a_target(space: str) -> None:
+    """To the parameter: what the message says to be possible is; and told of whatever model the search begins with."""
+    model = model_of("mpq", space)
+    smallest = sliced(model, architectures(space)[0]).parameter_counts()["total"]
+    for one in (model, sliced(model, architectures(space)[0])):
+        for extra in range(300):  # 12.345 * 1e3 and the like are not whole
+            text = f"{(smallest + extra) / 1e6:.6f}"
+            assert budget(one, SPACES[space], float(text)) == smallest + extra
+        assert budget(one, SPACES[space], (smallest + 0.9) / 1e6) == smallest
+        with pytest.raises(MpqError, match=f"target_millions: expected {smallest / 1e6:.6f} or more.* got 0.0010"):
+            budget(one, SPACES[space], 0.001)
+        with pytest.raises(MpqError, match=f"target_millions: expected {smallest / 1e6:.6f} or more"):
+            budget(one, SPACES[space], (smallest - 1) / 1e6)
 
 
 def test_of_equally_probable_architectures_the_smallest_is_chosen() -> None:
