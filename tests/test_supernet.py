@@ -390,16 +390,16 @@ def test_expected_size_and_choice_against_all_architectures(space: str) -> None:
 
     assert supernet.best() == every[int(np.argmax(shares))]
     steps = sorted(set(totals))
-    for budget in (*steps, *(one + 1 for one in steps), *(one - 1 for one in steps[1:]), 10**9):
+    for most in (*steps, *(one + 1 for one in steps), *(one - 1 for one in steps[1:]), 10**9):
         fitting = [
             (share, -total, shapes)
             for share, total, shapes in zip(shares, totals, every, strict=True)
-            if total <= budget
+            if total <= most
         ]
         share, _, shapes = max(fitting, key=lambda one: one[:2])
-        found = supernet.best(budget)
+        found = supernet.best(most)
         assert likelihoods(supernet, [found])[0] == pytest.approx(share, rel=1e-6)
-        assert totals[every.index(found)] <= budget
+        assert totals[every.index(found)] <= most
         if [one[0] for one in fitting if one[0] > share * (1 - 1e-9)] == [share]:
             assert found == shapes
     assert supernet.best(10**9) == supernet.best()
