@@ -176,7 +176,7 @@ class SearchConfig(_Section):
     )
     held_out: Name | None = Field(None, description="Data that the architecture is chosen on; default: data.dev.")
     epochs: Whole = Field(30, description="Passes over the held-out data in which the architecture is chosen.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(0.05, description="Of the architecture's logits (Adam).")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(0.2, description="Of the architecture's logits (Adam).")
     trained: bool = Field(
         False, description="mpq run: begin with the model of the stage train; else from scratch, or with checkpoint."
     )
