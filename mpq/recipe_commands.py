@@ -97,6 +97,9 @@ def search(
     from mpq.report import search_view
     from mpq.search import search as step
 
+    for key in ("supernet", "held_out"):  # as all paths of a command line, from the working directory on
+        if options[key] is not None:
+            options[key] = str(Path(options[key]).absolute())
     given = [f"search.{key}={value}" for key, value in options.items() if value is not None]
     if source.suffix == ".toml":
         if train_data or dev:

@@ -173,16 +173,17 @@ def search_view(result: "SearchResult") -> Group:
         for name, modules in (("BN", pairs[0]), ("BN-m", pairs[1])):
             table.add_row(name, *(str(one.rank or "") for one in modules))
 
-    def scored(loss: float | None, wer: float | None) -> str:
-        return f"loss {loss or 0:.4g}" + ("" if wer is None else f", WER {100 * wer:.2f} %")
+    def scored(loss: float, wer: float | None) -> str:
+        return f"loss {loss:.4g}" + ("" if wer is None else f", WER {100 * wer:.2f} %")
+
+    trained = "" if done.dev_loss is None else f"; trained on {scored(done.dev_loss, done.dev_wer)} (development data)"
 
     penalty = f"eta {result.eta:g}" if result.eta is not None else f"at most {result.target_millions:g} M parameters"
     return _view(
         f"{found.millions:.3f} M parameters of {found.largest_millions:.3f} M ({result.method}, {penalty})",
         table,
         f"expected parameters {found.expected_millions:.3f} M; held-out data: the largest "
-        f"{scored(found.largest_loss, found.largest_wer)}; this one {scored(found.loss, found.wer)}; trained on "
-        f"{scored(done.dev_loss, done.dev_wer)} (development data)",
+        f"{scored(found.largest_loss, found.largest_wer)}; this one {scored(found.loss, found.wer)}{trained}",
         f"supernet {result.supernet_seconds:.0f} s ({result.supernet}), choice {found.seconds:.0f} s, training "
         f"{done.seconds:.0f} s, {len(done.epochs)} epochs",
     )

@@ -41,7 +41,7 @@ from mpq.runtime import choose_device, processes
 from mpq.search_loop import ARCHITECTURE_FILE, ArchitectureSearch, loop_options
 from mpq.search_record import ARCHITECTURE_FORMAT, SEARCH_FORMAT, Architecture, SearchResult
 from mpq.search_space import SearchSpace, search_space
-from mpq.supernet import Supernet
+from mpq.supernet import Supernet, budget
 from mpq.text import train_tokenizer
 from mpq.training_data import TrainingSet, read_set, read_transcripts
 from mpq.training_folder import NEUTRAL, check_folder, clean_up, data_identity, weight_options
@@ -65,12 +65,14 @@ class _Start:
         checkpoint: {"path", "sha256"} of the trained one; None: from scratch.
         space: The candidates.
         is_imitating: Whether the trained model is the teacher.
+        most_parameters: That the architecture may have; None: any number.
     """
 
     model: AsrModel
     checkpoint: dict[str, str] | None
     space: SearchSpace
     is_imitating: bool
+    most_parameters: int | None
 
     @property
     def largest(self) -> FfnShapes:
@@ -172,6 +174,10 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
 def _start(recipe: Recipe, where: torch.device) -> _Start:
     """Returns the model that the search begins with, and its candidates."""
     options, imitates = recipe.search, recipe.search.loss == "distillation"
+
+    def most(model: AsrModel, space: SearchSpace) -> int | None:
+        return None if options.target_millions is None else budget(model, space, options.target_millions)
+
     if recipe.checkpoint is None:
         tokenizer = train_tokenizer(recipe.tokens.type, read_transcripts(recipe.data), recipe.tokens.vocabulary_size)
         torch.manual_seed(recipe.seed)
@@ -181,11 +187,12 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         torch.manual_seed(recipe.seed)
         keys = ("ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank")
         model = recipe.model.model_copy(update={key: getattr(largest, key) for key in keys})
-        return _Start(
-            build_model(recipe.model_copy(update={"model": model}), tokenizer).to(where), None, space, imitates
-        )
+        untrained = build_model(recipe.model_copy(update={"model": model}), tokenizer).to(where)
+        return _Start(untrained, None, space, imitates, most(untrained, space))
     path = model_file(recipe.checkpoint)
     sha256, model = sha256_file(path), load_model(path, where)
+    if options.loss is None:
+        imitates = model.family != "mpq"
     if model.quantized_bits:
         raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
     if model.decoder_stages and not imitates and recipe.train.ctc_weight == 1:
@@ -197,9 +204,7 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         space = search_space(options, own.ffn_shapes(), own.width, is_trained=True)
     except MpqError as error:
         raise MpqError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
-    if options.loss is None:
-        imitates = model.family != "mpq"
-    return _Start(model, {"path": str(path), "sha256": sha256}, space, imitates)
+    return _Start(model, {"path": str(path), "sha256": sha256}, space, imitates, most(model, space))
 
 
 class _Stages:
@@ -254,7 +259,8 @@ class _Stages:
             out=out,
             fingerprint=fingerprint,
         )
-        return ArchitectureSearch(job, self.recipe.search, self._objective(model, self.recipe.train), supernet).choose()
+        objective = self._objective(model, self.recipe.train)
+        return ArchitectureSearch(job, self.recipe.search, objective, supernet, self.start.most_parameters).choose()
 
     def train_found(
         self, out: Path, fingerprint: str, recipe: Recipe, dev: TrainingSet | None, found: Architecture

@@ -66,14 +66,19 @@ class ArchitectureSearch(TrainingLoop):
         search: The options.
         objective: Of the supernet's model.
         supernet: Trained; its weights are frozen.
+        most_parameters: That the architecture may have; None: any number.
     """
 
-    def __init__(self, job: Job, search: SearchConfig, objective: Objective, supernet: Supernet) -> None:
+    def __init__(
+        self, job: Job, search: SearchConfig, objective: Objective, supernet: Supernet, most_parameters: int | None
+    ) -> None:
         self.search, self.objective, self.supernet = search, objective, supernet
+        self.most_parameters = most_parameters
         for parameter in supernet.model.parameters():
             parameter.requires_grad_(False)
         self.logits = supernet.arch_logits()
-        optimizer = torch.optim.Adam(self.logits, lr=0.0, betas=BETAS)
+        every = [*supernet.width_logits, *supernet.rank_logits]  # Adam wants some, even where there is no choice
+        optimizer = torch.optim.Adam(every, lr=0.0, betas=BETAS)
         loss = _Relaxed(supernet, objective.module)
         super().__init__(job, loss, optimizer, (*objective.logged, "millions"))
 
@@ -140,12 +145,11 @@ class ArchitectureSearch(TrainingLoop):
         """Trains what is left, and writes and returns the architecture.
 
         Raises:
-            MpqError: As `TrainingLoop.run`, or no architecture is as small as it may be.
+            MpqError: As `TrainingLoop.run`.
         """
         if self.logits:
             self.run()
-        target = self.search.target_millions
-        shapes = self.supernet.best(None if target is None else int(target * 1e6))
+        shapes = self.supernet.best(self.most_parameters)
         self.supernet.be_whole()
         largest_loss, largest_wer = self.objective.held_out(self.data)
         self.supernet.be_one(shapes)

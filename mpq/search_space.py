@@ -48,7 +48,7 @@ def search_space(
 
     What is not searched is as in the model. By default, an untrained model's candidates are the paper's; a trained
     model's go from a quarter of its width to all of it in 25 steps, and from 5/16 of the encoder's width to 15/16 in 9
-    (with both, 7 and 4), which is the same for the paper's sizes.
+    (with both, in 7, and from 15/32 in 4), which is the same for the paper's sizes.
 
     Args:
         config: What the user says.
@@ -83,7 +83,8 @@ def search_space(
             elif ranks:
                 other = ranks[block]
             elif is_trained:
-                other = _steps(inputs * 5 / 16, inputs * 15 / 16, 4 if is_both else 9)
+                first = 15 / 32 if is_both else 5 / 16
+                other = _steps(inputs * first, inputs * 15 / 16, 4 if is_both else 9)
             else:
                 other = PAPER_RANKS_WITH_WIDTHS if is_both else PAPER_RANKS
             where = f"of block {block + 1}'s {'second' if part else 'first'} module"

@@ -15,6 +15,7 @@ A sampled path (one candidate a module) computes with slices of the matrices, an
 Legend: N utterances, T' frames, D encoder width, H hidden units, R rank, K candidates.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -39,6 +40,44 @@ def module_parameters(inputs: int, width: int, rank: int, use_bias: bool) -> int
     """
     matrices = 2 * rank * (inputs + width) if rank else 2 * inputs * width
     return matrices + (width + inputs if use_bias else 0)
+
+
+def other_parameters(model: AsrModel) -> int:
+    """Returns the parameters of all but the linear maps of the feed-forward modules, running statistics included."""
+    options = model.encoder.options
+    own = (shape for block in options.ffn_shapes() for shape in block)
+    return model.parameter_counts()["total"] - sum(
+        module_parameters(options.width, *shape, options.use_bias) for shape in own
+    )
+
+
+def budget(model: AsrModel, space: SearchSpace, target_millions: float) -> int:
+    """Returns how many parameters a model of a target size may have.
+
+    Args:
+        model: Of whatever feed-forward modules.
+        space: The candidates.
+        target_millions: The target.
+
+    Raises:
+        MpqError: The smallest candidates make up more.
+    """
+    options, most = model.encoder.options, math.floor(round(target_millions * 1e6, 3))
+    smallest = other_parameters(model) + sum(
+        min(
+            module_parameters(options.width, width, rank, options.use_bias)
+            for width in module.widths
+            for rank in module.ranks
+        )
+        for block in space
+        for module in block
+    )
+    if most < smallest:
+        raise MpqError(
+            f"search.target_millions: expected {smallest / 1e6:.6f} or more, what the smallest candidates make up, got "
+            f"{target_millions:.6f}"
+        )
+    return most
 
 
 def nested_mask(candidates: Sequence[int], weights: Tensor) -> Tensor:
@@ -66,6 +105,7 @@ class NestedFeedForward(nn.Module):
     def __init__(self, module: FeedForward) -> None:
         super().__init__()
         self.linear1, self.linear2, self.dropout = module.linear1, module.linear2, module.dropout
+        self.train(module.training)
         self.be_whole()
 
     def be_whole(self) -> None:
@@ -144,7 +184,7 @@ class Supernet(nn.Module):
         self.counts: list[list[list[int]]] = counts
         """Parameters of each module's candidates, by width and rank."""
         self._millions = [torch.tensor(table, device=device, dtype=torch.float32) / 1e6 for table in counts]
-        self.rest = model.parameter_counts()["total"] - sum(table[-1][-1] for table in counts)
+        self.rest = other_parameters(model)
         """Parameters of all else, BatchNorm's running means and variances included."""
 
     def arch_logits(self) -> list[nn.Parameter]:
@@ -217,7 +257,7 @@ class Supernet(nn.Module):
         the dynamic programme of the allocation finds it (`mpq.pareto`).
 
         Args:
-            most_parameters: Of the whole model.
+            most_parameters: Of the whole model, as `budget` returns them.
 
         Raises:
             MpqError: No architecture is as small as that.
@@ -233,12 +273,6 @@ class Supernet(nn.Module):
         if most_parameters is None:
             choices = [min(range(len(one)), key=lambda i, one=one: one[i][::-1]) for one in options]
         else:
-            smallest = self.rest + sum(min(count for count, _ in one) for one in options)
-            if most_parameters < smallest:
-                raise MpqError(
-                    f"search.target_millions: expected {smallest / 1e6:.6f} or more, what the smallest candidates make "
-                    f"up, got {most_parameters / 1e6:.6f}"
-                )
             choices = smallest_kl(options, most_parameters - self.rest)
         found = [table[choice] for table, choice in zip(tables, choices, strict=True)]
         return list(zip(found[::2], found[1::2], strict=True))

@@ -44,13 +44,16 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 def test_every_command_is_documented() -> None:
     docs = Path(__file__).resolve().parents[1]
     text = (docs / "docs/cli.md").read_text() + (docs / "README.md").read_text()
-    _, _, keys = (docs / "docs/recipes.md").read_text().partition("## `[finetune]`")
-    assert "Every key of `[finetune]` is an option" in text
+    keys = {}
+    for section in ("finetune", "search"):
+        _, _, rest = (docs / "docs/recipes.md").read_text().partition(f"## `[{section}]`")
+        keys[section] = rest.partition("\n## ")[0]
+        assert f"Every key of `[{section}]` is an option" in " ".join(text.split())
     for name in COMMANDS:
         assert f"mpq {name}" in text
         for parameter in main.commands[name].params:
             if isinstance(parameter, click.Option):
-                is_key = name == "finetune" and f"| `{parameter.name}` |" in keys.partition("\n## ")[0]
+                is_key = f"| `{parameter.name}` |" in keys.get(name, "")
                 assert parameter.opts[0] in text or is_key, f"{name} {parameter.opts[0]}"
 
 

@@ -13,6 +13,7 @@ from tiny_training import TEXTS, write_recipe, write_speech
 
 from mpq.cli import main
 from mpq.config import STAGES
+from mpq.errors import MpqError
 from mpq.models import load_model
 from mpq.models.conformer import FeedForward
 from mpq.search_loop import ArchitectureSearch
@@ -280,14 +281,20 @@ def test_options_that_change_in_between_keep_the_supernet_alone(tiny: Path, whol
     assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_a_search_that_was_refused_does_not_pass_for_another(tiny: Path, whole: Path, finished: Path) -> None:
-    """The supernet that it left behind is not taken for that of the search before it."""
-    smaller = ("search.ffn_width=[4,32]", "search.target_millions=0.001")
-    done = mpq_run(tiny, finished, *smaller)
-    assert done.exit_code == 2 and "search.target_millions: expected" in done.stderr
+def test_a_supernet_that_a_failure_left_behind_does_not_pass_for_another(
+    tiny: Path, whole: Path, finished: Path
+) -> None:
+    def failing(_: ArchitectureSearch) -> None:
+        raise MpqError("the loss is not finite")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ArchitectureSearch, "choose", failing)
+        done = mpq_run(tiny, finished, "search.ffn_width=[4,32]")
+    assert done.exit_code == 2 and "the loss is not finite" in done.stderr
+    assert (finished / "search/supernet/model.safetensors").exists()
     assert actions(tiny, finished)["search"] == "run"
-    name = "search/model.safetensors"
-    assert (finished / name).read_bytes() == (whole / name).read_bytes()
+    for name in ("search/model.safetensors", "search/supernet/model.safetensors"):
+        assert (finished / name).read_bytes() == (whole / name).read_bytes()
     assert actions(tiny, finished) == SKIPPED
 
 
@@ -322,20 +329,19 @@ def test_a_search_from_the_trained_model_goes_on(tiny: Path, from_trained: Path,
 def test_options_of_the_distillation_count_where_there_is_one(
     tiny: Path, finished: Path, from_trained: Path, tmp_path: Path
 ) -> None:
-    other = "finetune.bound=2.0"
+    other, out = "finetune.bound=2.0", tmp_path / "other"
     for folder, options in ((finished, ()), (from_trained, TRAINED)):
         assert actions(tiny, folder, *options, other, "--dry-run") == changed(("finetune", "compare"))
     options = (*TRAINED, "search.loss=distillation", "search.held_out=bare.jsonl", 'stages=["train","search"]')
     lines = [json.loads(line) for line in (tiny.parent / "held.jsonl").read_text().splitlines()]
     bare = [json.dumps({"audio_filepath": line["audio_filepath"]}) for line in lines]  # no transcripts are needed
     (tiny.parent / "bare.jsonl").write_text("\n".join(bare))
-    assert actions(tiny, tmp_path / "run", *options) == {"train": "run", "search": "run"}
-    same = actions(tiny, tmp_path / "run", *options, "finetune.save_minutes=3.0", "--dry-run")
+    assert actions(tiny, out, *options) == {"train": "run", "search": "run"}
+    same = actions(tiny, out, *options, "finetune.save_minutes=3.0", "--dry-run")
     assert same == {"train": "skipped", "search": "skipped"}
-    folders = []
     with pytest.MonkeyPatch.context() as patch:
         folders = trained_folders(patch)
-        assert actions(tiny, tmp_path / "run", *options, other) == {"train": "skipped", "search": "run"}
+        assert actions(tiny, out, *options, other) == {"train": "skipped", "search": "run"}
     assert folders == ["supernet", "search"]
 
 
@@ -392,7 +398,8 @@ def test_a_search_of_an_archive_is_compared_with_its_parameters_in_float32(
 ) -> None:
     recipe, out = tmp_path / "nemo.toml", tmp_path / "run"
     recipe.write_text(
-        f'stages = ["search", "evaluate", "sensitivity", "allocate", "pack", "compare"]\ncheckpoint = "{tiny_archive}"\n'
+        'stages = ["search", "evaluate", "sensitivity", "allocate", "pack", "compare"]\n'
+        f'checkpoint = "{tiny_archive}"\n'
         f'[data]\ntrain = ["{tiny_manifest}"]\ndev = "{tiny_manifest}"\ntest = {{ x = "{tiny_manifest}" }}\n'
         "[train]\nepochs = 1\nworkers = 0\nselect = 'last'\n[search]\neta = 1e4\nepochs = 2\nlearning_rate = 1.0\n"
         "[finetune]\nctc_weight = 1.0\n[sensitivity]\nbits = [2, 4, 8]\n[allocate]\naverage_bits = 4\n"
