@@ -191,6 +191,8 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         return _Start(untrained, None, space, imitates, most(untrained, space))
     path = model_file(recipe.checkpoint)
     sha256, model = sha256_file(path), load_model(path, where)
+    if options.loss is None:
+        imitates = model.family != "mpq"
     if model.quantized_bits:
         raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
     if model.decoder_stages and not imitates and recipe.train.ctc_weight == 1:
@@ -202,8 +204,6 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         space = search_space(options, own.ffn_shapes(), own.width, is_trained=True)
     except MpqError as error:
         raise MpqError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from None
-    if options.loss is None:
-        imitates = model.family != "mpq"
     return _Start(model, {"path": str(path), "sha256": sha256}, space, imitates, most(model, space))
 
 
