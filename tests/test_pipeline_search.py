@@ -24,6 +24,7 @@ __all__ = ["one_thread"]  # a fixture
 SKIPPED = dict.fromkeys(STAGES, "skipped")
 AFTER_SEARCH = ("sensitivity", "allocate", "pack", "finetune", "compare")
 WIDTHS = [8, 16, 32]
+TRAINED = ("search.trained=true", "search.ffn_width=[8,16,32]")
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,13 @@ def whole(tiny: Path) -> Path:
     """The folder of an uninterrupted run, the search from scratch."""
     out = tiny.parent / "whole"
     assert actions(tiny, out) == dict.fromkeys(STAGES, "run")
+    return out
+
+
+@pytest.fixture(scope="module")
+def from_trained(tiny: Path) -> Path:
+    out = tiny.parent / "trained"
+    assert actions(tiny, out, *TRAINED) == dict.fromkeys(STAGES, "run")
     return out
 
 
@@ -216,6 +224,18 @@ def test_what_the_supernet_depends_on_trains_it_anew(
     assert actions(tiny, finished, option) == SKIPPED
 
 
+def test_other_data_are_searched_anew(tiny: Path, whole: Path, from_trained: Path) -> None:
+    """Held-out data of the same name; audio for the importance of units, which a search from scratch does not read."""
+    held_out = tiny.parent / "held.jsonl"
+    text = held_out.read_text()
+    held_out.write_text("".join(text.splitlines(keepends=True)[:-1]))
+    assert actions(tiny, whole, "--dry-run") == changed(("search", *AFTER_SEARCH))
+    held_out.write_text(text)
+    calibration = "data.calibration=one.jsonl"
+    assert actions(tiny, whole, calibration, "--dry-run")["search"] == "skipped"
+    assert actions(tiny, from_trained, *TRAINED, calibration, "--dry-run") == changed(("search", *AFTER_SEARCH))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "search.json"])
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_result_that_is_gone_or_changed_is_made_again(
@@ -296,16 +316,6 @@ def test_a_supernet_that_a_failure_left_behind_does_not_pass_for_another(
     for name in ("search/model.safetensors", "search/supernet/model.safetensors"):
         assert (finished / name).read_bytes() == (whole / name).read_bytes()
     assert actions(tiny, finished) == SKIPPED
-
-
-TRAINED = ("search.trained=true", "search.ffn_width=[8,16,32]")
-
-
-@pytest.fixture(scope="module")
-def from_trained(tiny: Path) -> Path:
-    out = tiny.parent / "trained"
-    assert actions(tiny, out, *TRAINED) == dict.fromkeys(STAGES, "run")
-    return out
 
 
 def test_a_search_may_begin_with_the_model_of_the_stage_train(tiny: Path, whole: Path, from_trained: Path) -> None:
@@ -389,7 +399,7 @@ def test_a_search_may_begin_with_the_checkpoint_of_the_recipe(tiny: Path, whole:
         ("search", "skipped"), ("finetune", "run"),
     }  # fmt: skip
     shutil.copy(whole / "search/model.safetensors", baseline)
-    dry = actions(recipe, out, "--dry-run", "search.ffn_width=[8]")
+    dry = actions(recipe, out, "--dry-run")
     assert (dry["search"], dry["evaluate"]) == ("run", "run")
 
 
