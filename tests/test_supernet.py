@@ -392,9 +392,7 @@ def test_expected_size_and_choice_against_all_architectures(space: str) -> None:
     steps = sorted(set(totals))
     for most in (*steps, *(one + 1 for one in steps), *(one - 1 for one in steps[1:]), 10**9):
         fitting = [
-            (share, -total, shapes)
-            for share, total, shapes in zip(shares, totals, every, strict=True)
-            if total <= most
+            (share, -total, shapes) for share, total, shapes in zip(shares, totals, every, strict=True) if total <= most
         ]
         share, _, shapes = max(fitting, key=lambda one: one[:2])
         found = supernet.best(most)
