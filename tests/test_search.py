@@ -1,5 +1,6 @@
 """Architecture search from end to end: three stages, their folders, interruptions, faults, sizes."""
 
+import copy
 import itertools
 import json
 import signal
@@ -460,31 +461,36 @@ def test_the_choice_leaves_the_weights_alone(
 def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
     speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    paths: list[list[Any]] = []
-    forward = JointLoss.forward
+    trained: list[tuple[Any, ...]] = []
+    scored: list[tuple[Any, ...]] = []
 
-    def looking(self: JointLoss, *arguments: Any) -> Any:
-        block = self.model.encoder.layers[0]
-        modules = (block.feed_forward1, block.feed_forward2)
-        paths.append([self.training, *(getattr(one, "_width", "plain") for one in modules)])
+    def path(loss: JointLoss) -> tuple[Any, ...]:
+        block = loss.model.encoder.layers[0]
+        return tuple(getattr(one, "_width", "plain") for one in (block.feed_forward1, block.feed_forward2))
+
+    forward, held_out = JointLoss.forward, objectives.held_out_errors
+
+    def training(self: JointLoss, *arguments: Any) -> Any:
+        if self.model.training:
+            trained.append(path(self))
         return forward(self, *arguments)
 
-    monkeypatch.setattr(JointLoss, "forward", looking)
-    accumulated = search_recipe(speech, train__accumulate=2, search__supernet_epochs=6)
-    run(accumulated, tmp_path)
-    trained = [tuple(widths) for is_training, *widths in paths if is_training]
-    scored = {tuple(widths) for is_training, *widths in paths if not is_training}
+    def scoring(loss: JointLoss, *arguments: Any) -> Any:
+        scored.append(path(loss))
+        return held_out(loss, *arguments)
+
+    monkeypatch.setattr(JointLoss, "forward", training)
+    monkeypatch.setattr(objectives, "held_out_errors", scoring)
+    result = run(search_recipe(speech, train__accumulate=2, search__supernet_epochs=6), tmp_path)
     updates = [line for line in log_of(tmp_path / "supernet") if "rate" in line]
-    supernet = [one for one in trained if one[0] != "plain"]
-    assert set(itertools.chain(*supernet)) == {4, 12, 32} and len(set(supernet)) >= 4
-    assert len(updates) < len(supernet) <= 2 * len(updates)  # one path for both batches of an update
-    runs = [key for key, _ in itertools.groupby(supernet)]
-    assert len(runs) <= len(updates)
-    assert scored == {
-        (None, None),
-        ("plain", "plain"),
-        tuple(load_model(tmp_path).encoder.options.ffn_shapes()[0][i][0] for i in (0, 1)),
-    }
+    paths = [one for one in trained if one != ("plain", "plain")]
+    assert trained[: len(paths)] == paths and len(trained) > len(paths)  # the last stage has no paths
+    assert set(itertools.chain(*paths)) == {4, 12, 32} and len(set(paths)) >= 4
+    assert len(updates) < len(paths) <= 2 * len(updates)
+    assert len(list(itertools.groupby(paths))) <= len(updates)  # one path for both batches of an update
+    chosen = tuple(width for width, _ in result.architecture.shapes()[0])
+    whole, plain = [(None, None)], [("plain", "plain")]
+    assert scored == whole * (6 + 2) + whole + [chosen] + plain * (2 + 2)  # epochs, their average, the best of them
 
 
 def test_temperature_falls_and_noise_is_new_in_each_update(
@@ -494,13 +500,7 @@ def test_temperature_falls_and_noise_is_new_in_each_update(
     be_sum = Supernet.be_sum
 
     def looking(self: Supernet, temperature: float, random: Any) -> None:
-        drawn = (
-            None
-            if random is None
-            else float(random.bit_generator.state["state"]["counter"][0])
-            if "counter" in random.bit_generator.state["state"]
-            else float(random.bit_generator.state["state"]["state"])
-        )
+        drawn = None if random is None else float(copy.deepcopy(random).random())
         seen.append((temperature, drawn))
         be_sum(self, temperature, random)
 
@@ -588,9 +588,8 @@ def test_a_trained_models_units_are_in_order_at_the_start(
         rest = set(lines[0]) - {"step", "epoch", "loss", "norm", "rate", "millions"}
         assert rest == logged[loss], folder
     if loss == "distillation":
-        assert result.architecture.largest_wer is None  # transcripts are ignored
-        text = (tmp_path / "recipe.toml").read_text()
-        assert "checkpoint" in text
+        found = result.architecture  # the teacher's divergence from itself, but for what rounding does
+        assert 0 <= found.largest_loss < found.loss
 
 
 def test_a_trained_model_in_factors(speech: Path, tmp_path: Path, prepared: list[AsrModel]) -> None:
@@ -630,10 +629,10 @@ def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
         run(from_checkpoint(speech, speech / "hybrid", search__ffn_width=[2, 33]), tmp_path / "f")
 
 
-def test_a_nemo_model_from_the_command_line(tiny_archive: Path, tiny_manifest: Path, tmp_path: Path) -> None:
+def test_a_nemo_model_from_the_command_line(tiny_archive: Path, many_tones: Path, tmp_path: Path) -> None:
     """No recipe; it imitates the archive, whose audio needs no transcripts."""
     sets = ["--set", "train.epochs=2", "--set", "train.workers=0"]
-    arguments = [tiny_archive, "--train", tiny_manifest, "--dev", tiny_manifest, "--epochs", 2, *sets]
+    arguments = [tiny_archive, "--train", many_tones, "--dev", many_tones, "--epochs", 2, *sets]
     done = command(*arguments, "--target-millions", "0.0135", "--out", tmp_path, "--json")
     assert done.exit_code == 0, done.output
     raw = json.loads(done.stdout)
@@ -641,7 +640,6 @@ def test_a_nemo_model_from_the_command_line(tiny_archive: Path, tiny_manifest: P
     assert raw["architecture"]["modules"][0]["widths"] == list(range(8, 33))
     model = load_model(tmp_path)
     assert model.family == "nemo" and model.parameter_counts()["total"] <= 13500
-    assert [len(line) > 0 for line in (tmp_path / "recipe.toml").read_text().splitlines()]
     assert load_recipe(tmp_path / "recipe.toml", ["allocate.average_bits=4"], stages=["sensitivity", "allocate"])
     before = contents(tmp_path)
     assert command(*arguments, "--target-millions", "0.0135", "--out", tmp_path).exit_code == 0
