@@ -17,7 +17,7 @@ import copy
 import hashlib
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ class _Stages:
             else:
                 supernet.be_sampled(job.seed, step)
 
-        trainer = WeightTrainer(_with(job, model=model), recipe, self._objective(model, recipe.train), dev, sample)
+        trainer = WeightTrainer(replace(job, model=model), recipe, self._objective(model, recipe.train), dev, sample)
         return trainer.train()
 
     def choose(self, out: Path, fingerprint: str, held_out: TrainingSet, options: Any) -> Architecture:
@@ -250,7 +250,7 @@ class _Stages:
         self._say("2 of 3, the architecture")
         model = read_checkpoint(self.supernet_file).to(self._device())
         supernet = Supernet(model, self.start.space)
-        job = _with(
+        job = replace(
             self.job,
             model=model,
             data=held_out,
@@ -266,13 +266,13 @@ class _Stages:
         self, out: Path, fingerprint: str, recipe: Recipe, dev: TrainingSet | None, found: Architecture
     ) -> TrainingResult:
         """Returns the result of the third stage."""
-        job = _with(self.job, options=recipe.train, out=out, fingerprint=fingerprint)
+        job = replace(self.job, options=recipe.train, out=out, fingerprint=fingerprint)
         if (out / "training.json").exists() and (out / MODEL_FILE).exists():
             self._say("3 of 3, the model found: done")
             return _finished(job)
         self._say(f"3 of 3, the model found: {found.millions:.3f} of {found.largest_millions:.3f} M parameters")
         model = sliced(read_checkpoint(self.supernet_file).to(self._device()), found.shapes())
-        return WeightTrainer(_with(job, model=model), recipe, self._objective(model, recipe.train), dev).train()
+        return WeightTrainer(replace(job, model=model), recipe, self._objective(model, recipe.train), dev).train()
 
     def _prepared(self) -> AsrModel:
         """Returns the model of the largest candidates: untrained, or cut out of the trained one."""
@@ -309,10 +309,6 @@ class _Stages:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(f"mpq search: stage {text}", file=sys.stderr, flush=True)
-
-
-def _with(job: Job, **changes: Any) -> Job:
-    return Job(**{key: getattr(job, key) for key in job.__dataclass_fields__} | changes)
 
 
 def _finished(job: Job) -> TrainingResult:

@@ -107,9 +107,6 @@ def candidate_faults(config: SearchConfig, layers: int | None) -> list[tuple[str
         value = getattr(config, key)
         if value is None:
             continue
-        unsearched = "ranks" if "width" in key else "widths"
-        if config.space == unsearched:
-            faults.append((key, f'does nothing where space = "{config.space}"; leave it out, or search "both"'))
         is_nested = bool(value) and isinstance(value[0], list)
         if is_nested and layers is not None and len(value) != layers:
             faults.append((key, f"expected one list for each of the {layers} blocks, got {len(value)}"))

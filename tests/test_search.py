@@ -449,6 +449,7 @@ def test_the_choice_leaves_the_weights_alone(
     def look(loop: ArchitectureSearch) -> None:
         state = {name: one.clone() for name, one in loop.model.state_dict().items()}
         seen.append((state, [one.detach().clone() for one in loop.logits]))
+        assert not any(one.requires_grad for one in loop.model.parameters())  # nor is a gradient computed
 
     spied(ArchitectureSearch, "choose", monkeypatch, look)
     run(search_recipe(speech, search__supernet=supernet), tmp_path)
@@ -707,7 +708,7 @@ def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:
     data = [checkpoint, "--train", train, "--dev", dev, "--out", out]
     assert refusal(*data) == f"mpq search: {where} none"
     assert "--set model.width=3: mpq search does not read model" in refusal(*data, "--eta", 1, "--set", "model.width=3")
-    assert "does nothing where space" in refusal(*data, "--eta", 1, "--ffn-rank", "[2]")
+    assert "[search] ffn_rank: expected rising candidates" in refusal(*data, "--eta", 1, "--ffn-rank", "[3, 2]")
     assert "[search] temperature: expected first and last, falling, got [0.1, 1.0]" in refusal(
         path, "--eta", 1, "--temperature", "[0.1, 1.0]", "--out", out
     )

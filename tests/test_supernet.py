@@ -292,6 +292,30 @@ def test_the_coldest_lambda_draws_by_the_softmax(monkeypatch: pytest.MonkeyPatch
         assert (error < 4 * (logits.softmax(0) * (1 - logits.softmax(0)) / draws).sqrt()).all()
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_gradients_of_all_logits_by_differences(space: str) -> None:
+    """Through the whole model, in double precision."""
+    supernet = with_logits(Supernet(model_of("mpq", space), SPACES[space])).double()
+    features, frames = torch.randn(2, 40, 23, dtype=torch.float64), torch.tensor([40, 30])
+    direction = torch.randn(16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+    def value() -> Tensor:
+        supernet.be_sum(0.5, np.random.default_rng(3))
+        return (supernet.model.encode(features, frames)[0] @ direction).sum()
+
+    value().backward()
+    for logits in supernet.arch_logits():
+        for index in range(len(logits)):
+            ends = []
+            for change in (1e-5, -1e-5):
+                with torch.no_grad():
+                    logits[index] += change
+                    ends.append(value().item())
+                    logits[index] -= change
+            assert logits.grad[index].item() == pytest.approx((ends[0] - ends[1]) / 2e-5, rel=1e-4, abs=1e-7)
+        assert logits.grad.abs().max() > 1e-6
+
+
 def test_without_noise_lambda_is_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     supernet = with_logits(Supernet(model_of("mpq", "ranks"), SPACES["ranks"]))
     found = lambdas(supernet, monkeypatch)
