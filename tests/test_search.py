@@ -495,7 +495,7 @@ def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
 
 
 def test_temperature_falls_and_noise_is_new_in_each_update(
-    speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[tuple[float, float | None]] = []
     be_sum = Supernet.be_sum
@@ -506,11 +506,11 @@ def test_temperature_falls_and_noise_is_new_in_each_update(
         be_sum(self, temperature, random)
 
     monkeypatch.setattr(Supernet, "be_sum", looking)
-    common = {"search__supernet": supernet, "search__final_epochs": 0, "search__epochs": 5}
+    common = {"search__supernet_epochs": 1, "search__final_epochs": 0, "search__epochs": 3, "train__batch_frames": 150}
     run(search_recipe(speech, **common, search__temperature=[2.0, 0.5]), tmp_path / "a")
     temperatures = [one for one, _ in seen]
     assert temperatures == pytest.approx([2.0 * 0.25 ** (step / (len(seen) - 1)) for step in range(len(seen))])
-    assert len(seen) == 5 and len({drawn for _, drawn in seen}) == 5
+    assert len(seen) > 3 and len({drawn for _, drawn in seen}) == len(seen)  # some updates in an epoch
     seen.clear()
     run(search_recipe(speech, **common, search__method="softmax"), tmp_path / "b")
     assert set(seen) == {(1.0, None)}
