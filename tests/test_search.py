@@ -338,6 +338,12 @@ def test_another_search_in_the_same_folder_is_refused(
     assert contents(whole) == before
 
 
+def test_the_choice_of_another_supernet_is_not_taken(speech: Path, whole: Path, tmp_path: Path) -> None:
+    other = search_recipe(speech, search__supernet=str(tmp_path / "other"), train__weight_decay=0.02)
+    with pytest.raises(MpqError, match="architecture: holds a finished training with other options or data"):
+        run(other, whole)
+
+
 def test_options_that_change_nothing_are_not_refused(speech: Path, whole: Path) -> None:
     before = contents(whole)
     run(search_recipe(speech, train__save_minutes=3.0, train__workers=1), whole)
