@@ -88,10 +88,6 @@ def test_what_the_user_says_for_each_block_and_module() -> None:
         ({"ffn_width": [4, 4]}, r"ffn_width: expected rising candidates, one or more, got \[4, 4\]"),
         ({"ffn2_width": [5, 4]}, r"ffn2_width: expected rising candidates, one or more, got \[5, 4\]"),
         ({"ffn_width": [[4]]}, "ffn_width: expected one list for each of the 2 blocks, got 1"),
-        ({"ffn_rank": [4]}, 'ffn_rank: does nothing where space = "widths"; leave it out, or search "both"'),
-        ({"ffn2_rank": [4]}, 'ffn2_rank: does nothing where space = "widths"'),
-        ({"space": "ranks", "ffn_width": [4]}, 'ffn_width: does nothing where space = "ranks"'),
-        ({"space": "ranks", "ffn2_width": [4]}, 'ffn2_width: does nothing where space = "ranks"'),
     ],
 )  # fmt: skip
 def test_no_candidates(options: dict[str, Any], message: str) -> None:
@@ -105,9 +101,16 @@ def test_an_untrained_model_may_be_wider_than_it_was() -> None:
         found(SMALL, 16, False, space="ranks")
 
 
+def test_candidates_of_what_is_not_searched_do_nothing() -> None:
+    given = {"ffn_width": [5, 20], "ffn_rank": [2, 3]}
+    for space in ("widths", "ranks"):
+        other = {key: value for key, value in given.items() if key == f"ffn_{space[:-1]}"}
+        assert found(SMALL, 16, True, space=space, **given) == found(SMALL, 16, True, space=space, **other)
+
+
 def test_faults_that_need_no_model() -> None:
     """How many blocks there are may not be known."""
-    config = SearchConfig(ffn_width=[[4]], ffn_rank=[2], ffn2_width=[3, 2])
+    config = SearchConfig(ffn_width=[[4]], ffn_rank=[2, 2], ffn2_width=[3, 2])
     assert [key for key, _ in candidate_faults(config, None)] == ["ffn2_width", "ffn_rank"]
     assert [key for key, _ in candidate_faults(config, 2)] == ["ffn_width", "ffn2_width", "ffn_rank"]
     assert candidate_faults(SearchConfig(), 2) == []

@@ -292,6 +292,32 @@ def test_the_coldest_lambda_draws_by_the_softmax(monkeypatch: pytest.MonkeyPatch
         assert (error < 4 * (logits.softmax(0) * (1 - logits.softmax(0)) / draws).sqrt()).all()
 
 
+@pytest.mark.parametrize("space", SPACES)
+def test_gradients_of_all_logits_by_differences(space: str) -> None:
+    """Through the whole model."""
+    supernet = with_logits(Supernet(model_of("mpq", space), SPACES[space]))
+    random = torch.Generator().manual_seed(1)
+    features, direction = torch.randn(2, 40, 23, generator=random), torch.randn(16, generator=random)
+
+    def value() -> Tensor:
+        supernet.be_sum(0.5, np.random.default_rng(3))
+        return (supernet.model.encode(features, torch.tensor([40, 30]))[0].double() @ direction.double()).sum()
+
+    value().backward()
+    for logits in supernet.arch_logits():
+        expected = []
+        for index in range(len(logits)):
+            ends = []
+            for change in (1e-2, -1e-2):
+                with torch.no_grad():
+                    logits[index] += change
+                    ends.append(value().item())
+                    logits[index] -= change
+            expected.append((ends[0] - ends[1]) / 2e-2)
+        assert max(map(abs, expected)) > 1e-3
+        assert logits.grad.tolist() == pytest.approx(expected, rel=1e-2, abs=1e-3 + 1e-2 * max(map(abs, expected)))
+
+
 def test_without_noise_lambda_is_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
     supernet = with_logits(Supernet(model_of("mpq", "ranks"), SPACES["ranks"]))
     found = lambdas(supernet, monkeypatch)

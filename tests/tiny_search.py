@@ -1,0 +1,58 @@
+"""Recipes of tiny searches, and what is the same about two of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tiny_training import write_recipe
+
+from mpq.config import Recipe
+from mpq.recipes import load_recipe
+from mpq.search import search
+from mpq.search_record import SearchResult
+
+SEARCH = {
+    "model__dropout": 0.1,
+    "search__ffn_width": [4, 12, 32],
+    "search__eta": 50.0,
+    "search__epochs": 3,
+    "search__supernet_epochs": 2,
+    "search__final_epochs": 2,
+}
+
+
+def write_search(path: Path, **changes: Any) -> Path:
+    return write_recipe(path, **(SEARCH | changes))
+
+
+def search_recipe(folder: Path, **changes: Any) -> Recipe:
+    """Returns the recipe for a folder that has the data."""
+    seed = changes.pop("seed", 0)
+    return load_recipe(write_search(folder / "recipe.toml", **changes), [f"seed={seed}"], stages=["search"])
+
+
+def run(recipe: Recipe, out: Path) -> SearchResult:
+    return search(recipe, out, device="cpu", quiet=True)
+
+
+def stripped(value: Any) -> Any:
+    """Returns JSON without times and the search's own paths."""
+    if isinstance(value, dict):
+        dropped = ("seconds", "supernet", "supernet_seconds")
+        return {key: stripped(one) for key, one in value.items() if key not in dropped}
+    return [stripped(one) for one in value] if isinstance(value, list) else value
+
+
+def contents(out: Path) -> dict[str, Any]:
+    """Returns what each file of a folder has, times and how often to save aside."""
+    found: dict[str, Any] = {}
+    for path in sorted(out.rglob("*")):
+        name = str(path.relative_to(out))
+        if path.name.endswith(".jsonl"):
+            found[name] = [stripped(json.loads(line)) for line in path.read_text().splitlines()]
+        elif path.name.endswith(".json"):
+            found[name] = None if path.name == "recipe.json" else stripped(json.loads(path.read_text()))
+        elif path.is_file():
+            text = path.read_bytes()
+            found[name] = text.replace(b"save_minutes = 1e-09\n", b"") if name == "recipe.toml" else text
+    return found
