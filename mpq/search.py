@@ -31,6 +31,7 @@ from mpq.errors import MpqError
 from mpq.files import sha256_file, write_json, write_text
 from mpq.importance import order_units, unit_importance
 from mpq.low_rank import factored
+from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
 from mpq.models.building import build_model
@@ -123,7 +124,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     common += [recipe.finetune.model_dump(exclude=set(NEUTRAL))] if start.is_imitating else []
     supernet_key = _digest(
         [*common, weight_options(first), start.checkpoint and start.checkpoint["sha256"], _listed(start.space)],
-        data_identity(training, dev),
+        [*data_identity(training, dev), *_statistics_identity(recipe)],
     )
     choice = options.model_dump(include={"eta", "target_millions", "method", "temperature", "epochs", "learning_rate"})
     loop = loop_options(options, train)
@@ -280,7 +281,7 @@ class _Stages:
         if self.start.checkpoint is None:
             return model
         model = copy.deepcopy(model)
-        source = recipe.path(recipe.data.calibration or recipe.data.train[0])
+        source = _statistics_source(recipe)
         audio = draw(model, source, STATISTICS_SECONDS, recipe.seed, recipe.data.channel, skip_bad=recipe.data.skip_bad)
         data = one_by_one(model, audio)
         order_units(model, unit_importance(model, input_grams(model, data)))
@@ -309,6 +310,18 @@ class _Stages:
     def _say(self, text: str) -> None:
         if not self.quiet:
             print(f"mpq search: stage {text}", file=sys.stderr, flush=True)
+
+
+def _statistics_source(recipe: Recipe) -> Path:
+    """Returns the audio that importance and ranks of a trained model are measured on."""
+    return recipe.path(recipe.data.calibration or recipe.data.train[0])
+
+
+def _statistics_identity(recipe: Recipe) -> list[Any]:
+    """Returns what tells this audio from other; nothing for a search from scratch."""
+    if recipe.checkpoint is None:
+        return []
+    return [(item.utt_id, item.offset, item.duration) for item in read_data(_statistics_source(recipe))]
 
 
 def _finished(job: Job) -> TrainingResult:
