@@ -26,7 +26,7 @@ import torch
 
 from mpq.architecture_figure import draw_architecture
 from mpq.calibration import draw, input_grams, one_by_one
-from mpq.config import AugmentConfig, ModelConfig, Recipe, TrainConfig
+from mpq.config import AugmentConfig, Recipe, TrainConfig
 from mpq.errors import MpqError
 from mpq.files import sha256_file, write_json, write_text
 from mpq.importance import order_units, unit_importance
@@ -341,22 +341,14 @@ def _digest(work: list[Any], data: list[Any]) -> str:
 def found_recipe(recipe: Recipe, shapes: FfnShapes) -> str:
     """Returns the TOML of a recipe for the stages that follow a search, on the model that it found."""
     table = recipe.model_dump(exclude_defaults=True, exclude_none=True, exclude={"search"})
-    keys = ("ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank")
-    columns = zip(*([number for module in block for number in module] for block in shapes), strict=True)
-    widths, ranks, widths2, ranks2 = (list(column) for column in columns)
+    header = "# The model that mpq search found, beside this file, for the stages that follow.\n"
     if recipe.checkpoint is None or "model" in table:
-        found = dict(zip(keys, (widths, widths2, ranks, ranks2), strict=True))
-        default = ModelConfig().model_dump(exclude_defaults=True)
-        table["model"] = default | {key: value for key, value in table.get("model", {}).items()} | found
-    stages = [stage for stage in recipe.stages if stage not in ("train", "search")]
-    if stages:
-        table["stages"] = stages
-    else:
-        table.pop("stages", None)
-        table["stages"] = [stage for stage in Recipe().stages if stage != "train"]
+        columns = zip(*([*first, *second] for first, second in shapes), strict=True)
+        keys = ("ffn_width", "ffn_rank", "ffn2_width", "ffn2_rank")
+        table["model"] = table.get("model", {}) | dict(zip(keys, map(list, columns), strict=True))
+        header += "# To train its architecture anew: leave out checkpoint, and name train among the stages.\n"
+    later = [stage for stage in recipe.stages if stage not in ("train", "search")]
+    table["stages"] = later or [stage for stage in Recipe().stages if stage != "train"]
     table["checkpoint"] = MODEL_FILE
-    order = {key: table[key] for key in sorted(table, key=lambda key: isinstance(table[key], dict))}
-    header = (
-        "# The model that mpq search found, beside this file. To train its architecture anew: leave out checkpoint.\n"
-    )
-    return header + "\n" + tomli_w.dumps(order)
+    order = sorted(table, key=lambda key: isinstance(table[key], dict))  # keys of no section come first
+    return header + "\n" + tomli_w.dumps({key: table[key] for key in order})
