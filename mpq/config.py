@@ -174,6 +174,9 @@ class SearchConfig(_Section):
     temperature: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] = Field(
         (1.0, 0.1), description="Of the Gumbel-softmax, first and last; falls geometrically."
     )
+    noise_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
+        None, description="Of the noise, for several choices from one supernet; default: seed."
+    )
     held_out: Name | None = Field(None, description="Data that the architecture is chosen on; default: data.dev.")
     epochs: Whole = Field(30, description="Passes over the held-out data in which the architecture is chosen.")
     learning_rate: Annotated[float, Field(gt=0)] = Field(0.2, description="Of the architecture's logits (Adam).")

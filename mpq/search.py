@@ -126,7 +126,9 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
         [*common, weight_options(first), start.checkpoint and start.checkpoint["sha256"], _listed(start.space)],
         [*data_identity(training, dev), *_statistics_identity(recipe)],
     )
-    choice = options.model_dump(include={"eta", "target_millions", "method", "temperature", "epochs", "learning_rate"})
+    choice = options.model_dump(
+        include={"eta", "target_millions", "method", "temperature", "epochs", "learning_rate", "noise_seed"}
+    )
     loop = loop_options(options, train)
     architecture_key = _digest(
         [*common, supernet_key, choice, loop.model_dump(exclude=set(NEUTRAL))], data_identity(held_out)
@@ -257,6 +259,7 @@ class _Stages:
             data=held_out,
             options=options,
             augment=AugmentConfig(frequency_masks=0, time_masks=0),
+            seed=self.job.seed if (drawn := self.recipe.search.noise_seed) is None else drawn,
             out=out,
             fingerprint=fingerprint,
         )

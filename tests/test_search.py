@@ -753,3 +753,12 @@ def test_a_packed_file_is_no_start(speech: Path, tmp_path: Path) -> None:
         packed, "--train", speech / "train.jsonl", "--dev", speech / "dev.jsonl", "--eta", 1, "--out", tmp_path / "o"
     )
     assert line == f"{packed}: already packed; search the float checkpoint that it was made from"
+
+
+def test_a_noise_seed_gives_another_choice_from_the_same_supernet(speech: Path, supernet: str, tmp_path: Path) -> None:
+    common = {"search__supernet": supernet, "search__final_epochs": 0, "search__epochs": 2}
+    drawn = {}
+    for name, more in {"default": {}, "own": {"search__noise_seed": 0}, "other": {"search__noise_seed": 1}}.items():
+        found = run(search_recipe(speech, **common, **more), tmp_path / name)
+        drawn[name] = [one.width_probabilities for one in found.architecture.modules]
+    assert drawn["default"] == drawn["own"] != drawn["other"]
