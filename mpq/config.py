@@ -155,11 +155,13 @@ class SearchConfig(_Section):
     ffn_width: Candidates | None = Field(
         None,
         description="Candidates for the first module's width; a list of lists: of each block. Default: 1024, 1152 ... "
-        "4096 (with ranks: 1024, 1536 ... 4096).",
+        "4096 (with ranks: 1024, 1536 ... 4096); of a trained model a quarter of its width to all of it.",
     )
     ffn2_width: Candidates | None = Field(None, description="Of the second module; default: as the first.")
     ffn_rank: Candidates | None = Field(
-        None, description="For the first module's rank. Default: 80, 100 ... 240 (with widths: 120, 160, 200, 240)."
+        None,
+        description="For the first module's rank. Default: 80, 100 ... 240 (with widths: 120, 160, 200, 240); of a "
+        "trained model up to the rank that saves nothing.",
     )
     ffn2_rank: Candidates | None = Field(None, description="Of the second module; default: as the first.")
     eta: Annotated[float, Field(ge=0)] | None = Field(
@@ -175,11 +177,13 @@ class SearchConfig(_Section):
         (1.0, 0.1), description="Of the Gumbel-softmax, first and last; falls geometrically."
     )
     noise_seed: Annotated[int, Field(ge=0, lt=2**31)] | None = Field(
-        None, description="Of the noise, for several choices from one supernet; default: seed."
+        None, description="Of the choice's noise and batches, for several choices from one supernet; default: seed."
     )
     held_out: Name | None = Field(None, description="Data that the architecture is chosen on; default: data.dev.")
-    epochs: Whole = Field(30, description="Passes over the held-out data in which the architecture is chosen.")
-    learning_rate: Annotated[float, Field(gt=0)] = Field(0.2, description="Of the architecture's logits (Adam).")
+    epochs: Whole = Field(30, description="Of the choice: passes over the held-out data.")
+    learning_rate: Annotated[float, Field(gt=0)] = Field(
+        0.2, description="Of the choice: of the architecture's logits (Adam)."
+    )
     trained: bool = Field(
         False, description="mpq run: begin with the model of the stage train; else from scratch, or with checkpoint."
     )
@@ -190,7 +194,7 @@ class SearchConfig(_Section):
         None, description="Passes that train the supernet; default: train.epochs, a third of them from a checkpoint."
     )
     final_epochs: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Passes that train the model found; default: half of train.epochs; 0: cut out alone."
+        None, description="Passes that train the model found; default: half of train.epochs; 0: cut out, not trained."
     )
     final_learning_rate: Annotated[float, Field(gt=0)] | None = Field(
         None, description="The highest in these; default: half of train.learning_rate."

@@ -18,6 +18,9 @@ from mpq.runtime import Processes
 from mpq.training_data import TrainingSet
 from mpq.training_loop import Batch
 
+IMITATION_OPTIONS = {"bound", "hidden_weight", "ctc_weight", "teacher_hears", "dropout", "batch_norm"}
+"""The options of [finetune] that an `Imitation` reads."""
+
 
 class Objective(ABC):
     """A loss of batches, and figures on held-out data.

@@ -81,10 +81,12 @@ quantizer_options = _together(
 )
 
 
-def section_options(section: type[BaseModel]) -> Callable[[Any], Any]:
-    """Returns options for all keys of a section of a recipe; a command gets their texts, None for those not given."""
+def section_options(section: type[BaseModel], without: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Returns options for the keys of a section of a recipe; a command gets their texts, None for those not given."""
     options = []
     for key, kind, default, description in describe_section(section):
+        if key in without:
+            continue
         flag = f"--{key.replace('_', '-')}"
         shown = f"{description} Default: {default}." if default else description
         options.append(click.option(flag, key, metavar=kind.replace("\\", "").upper(), help=shown))

@@ -1,5 +1,6 @@
 """The commands that follow a recipe, or whose options make one up: train, search, run, finetune."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,8 @@ SEARCH_FROM_CHECKPOINT = {
 @click.option("--train", "train_data", multiple=True, type=EXISTING, help="Of a checkpoint: data to train on.")
 @click.option("--dev", type=EXISTING, help="Of a checkpoint: held-out data, on which the architecture is chosen.")
 @click.option("--out", required=True, type=EXISTING, help="Folder to write.")
-@section_options(SearchConfig)
+@section_options(SearchConfig, without=("trained",))
+@channel_options
 @set_option
 @common_options
 def search(
@@ -72,6 +74,8 @@ def search(
     train_data: tuple[Path, ...],
     dev: Path | None,
     out: Path,
+    channel: str,
+    skip_bad: bool,
     overrides: tuple[str, ...],
     seed: int,
     device: str,
@@ -84,12 +88,13 @@ def search(
     Of a recipe, or of a trained checkpoint with --train and --dev. The supernet of all candidates is trained; then the
     architecture is chosen on held-out data, by their loss and by a penalty on parameters (--eta) or a size
     (--target-millions); then it is cut out and trained on. The folder is a checkpoint folder with a recipe.toml for
-    what follows. A search that was cut off goes on where it stopped; searches of other penalties may share one
-    --supernet.
+    what follows. A checkpoint's supernet is trained for 2 epochs, and what is found for 3, at a low rate and without
+    SpecAugment (--set train.KEY=VALUE for another training). A search that was cut off goes on where it stopped;
+    searches of other penalties may share one --supernet, once it is trained.
 
     \b
     Examples:
-      mpq search recipes/digits/search.toml --eta 1 --out runs/search
+      mpq search recipes/digits/search.toml --eta 0.1 --out runs/search
       mpq search recipes/digits/search.toml --target-millions 1.2 --supernet runs/search/supernet --out runs/search2
       mpq search model.nemo --train train.jsonl --dev dev.jsonl --target-millions 10 --out runs/narrow
     """
@@ -102,15 +107,18 @@ def search(
             options[key] = str(Path(options[key]).absolute())
     given = [f"search.{key}={value}" for key, value in options.items() if value is not None]
     if source.suffix == ".toml":
-        if train_data or dev:
-            raise MpqError(f"--train, --dev: {source} is a recipe, whose [data] say that; leave them out")
+        if train_data or dev or channel != "error" or skip_bad:
+            raise MpqError(
+                f"--train, --dev, --channel, --skip-bad: {source} is a recipe, whose [data] say that; leave them out"
+            )
         recipe = load_recipe(source, with_seed([*given, *overrides]), stages=["search"])
     else:
         if not train_data or not dev:
             raise MpqError(f"--train, --dev: expected both for a checkpoint ({source}), or a recipe (.toml) instead")
         data = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
-        table = {"seed": seed, "checkpoint": str(source.absolute()), "data": data} | SEARCH_FROM_CHECKPOINT
-        table |= {"train": {**SEARCH_FROM_CHECKPOINT["train"]}, "augment": {**SEARCH_FROM_CHECKPOINT["augment"]}}
+        data |= {"channel": channel, "skip_bad": skip_bad}
+        table = {"seed": seed, "checkpoint": str(source.absolute()), "data": data}
+        table |= copy.deepcopy(SEARCH_FROM_CHECKPOINT)
         known = ("data", "train", "augment", "search", "finetune")
         recipe = make_recipe(table, [*given, *overrides], "mpq search", known, stages=["search"])
     result = step(recipe, out, device=device, quiet=quiet)

@@ -165,13 +165,10 @@ def finetune_view(result: "FinetuneResult") -> Group:
 def search_view(result: "SearchResult") -> Group:
     """Returns the widths and ranks block by block, sizes, and losses and WERs on held-out data."""
     found, done = result.architecture, result.training
-    pairs = found.modules[::2], found.modules[1::2]
-    table = _table("module", *(f"block {block}" for block in range(1, len(pairs[0]) + 1)))
-    for name, kind, modules in (("FW", "width", pairs[0]), ("FW-m", "width", pairs[1])):
-        table.add_row(name, *(str(getattr(one, kind)) for one in modules))
-    if any(one.rank for one in found.modules):
-        for name, modules in (("BN", pairs[0]), ("BN-m", pairs[1])):
-            table.add_row(name, *(str(one.rank or "") for one in modules))
+    has_ranks = any(one.rank for one in found.modules)
+    table = _table("block", "FW", "FW-m", *(("BN", "BN-m") if has_ranks else ()))
+    for block, ((width, rank), (width2, rank2)) in enumerate(found.shapes(), 1):
+        table.add_row(str(block), str(width), str(width2), *((str(rank), str(rank2)) if has_ranks else ()))
 
     def scored(loss: float, wer: float | None) -> str:
         return f"loss {loss:.4g}" + ("" if wer is None else f", WER {100 * wer:.2f} %")

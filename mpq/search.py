@@ -34,10 +34,10 @@ from mpq.low_rank import factored
 from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
-from mpq.models.building import build_model
+from mpq.models.building import build_model, encoder_options
 from mpq.models.checkpoint import MODEL_FILE, read_checkpoint
 from mpq.models.reshaping import FfnShapes, sliced
-from mpq.objectives import Imitation, Objective, Transcripts
+from mpq.objectives import IMITATION_OPTIONS, Imitation, Objective, Transcripts
 from mpq.runtime import choose_device, processes
 from mpq.search_loop import ARCHITECTURE_FILE, ArchitectureSearch, loop_options
 from mpq.search_record import ARCHITECTURE_FORMAT, SEARCH_FORMAT, Architecture, SearchResult
@@ -54,7 +54,7 @@ RESULT_FILE = "search.json"
 RECIPE_FILE = "recipe.toml"
 FIGURE_FILE = "architecture.svg"
 STATISTICS_SECONDS = 60.0
-"""Of training audio that importance and ranks of a trained model are measured on."""
+"""Of data.calibration, else the first of data.train, that importance and ranks of a trained model are measured on."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +94,8 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     """
     out, where = Path(out), choose_device(device)
     start = _start(recipe, where)
+    if not start.model.decoder_stages:  # nothing else has a loss
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ctc_weight": 1.0})})
     options, data = recipe.search, recipe.data
     texts = "ignored" if start.is_imitating else "needed"
     training = read_set(data.train, data, start.model, max(recipe.augment.speed), is_training=True, texts=texts)
@@ -121,22 +123,24 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
         except OSError as error:
             raise MpqError(f"{folder}: the folder cannot be made: {error.strerror}") from None
     common = [SEARCH_FORMAT, recipe.seed, data.channel, start.is_imitating]
-    common += [recipe.finetune.model_dump(exclude=set(NEUTRAL))] if start.is_imitating else []
+    common += [recipe.finetune.model_dump(include=IMITATION_OPTIONS)] if start.is_imitating else []
     supernet_key = _digest(
         [*common, weight_options(first), start.checkpoint and start.checkpoint["sha256"], _listed(start.space)],
         [*data_identity(training, dev), *_statistics_identity(recipe)],
     )
     choice = options.model_dump(
-        include={"eta", "target_millions", "method", "temperature", "epochs", "learning_rate", "noise_seed"}
+        include={"eta", "target_millions", "method", "temperature", "epochs", "learning_rate", "noise_seed"},
+        exclude_defaults=True,
     )
     loop = loop_options(options, train)
     architecture_key = _digest(
         [*common, supernet_key, choice, loop.model_dump(exclude=set(NEUTRAL))], data_identity(held_out)
     )
     final_key = _digest([architecture_key, weight_options(last)], [])
-    check_folder(supernet_folder, supernet_key)
-    check_folder(architecture_folder, architecture_key, ARCHITECTURE_FILE, ARCHITECTURE_FORMAT, ())
-    check_folder(out, final_key)
+    shared = f"choose another --out, and --supernet {supernet_folder} to share the supernet; or delete the folder"
+    check_folder(supernet_folder, supernet_key, remedy="choose another --supernet (or --out), or delete the folder")
+    check_folder(architecture_folder, architecture_key, ARCHITECTURE_FILE, ARCHITECTURE_FORMAT, (), shared)
+    check_folder(out, final_key, models=(MODEL_FILE, RECIPE_FILE), remedy=shared)
 
     with processes(where) as workers:
         job = Job(
@@ -166,7 +170,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
             architecture=architecture,
             training=done,
         )
-        if workers.rank == 0:
+        if workers.rank == 0 and not (out / RESULT_FILE).exists():
             write_text(out / RECIPE_FILE, found_recipe(recipe, architecture.shapes()))
             draw_architecture(out / FIGURE_FILE, architecture, quiet)
             write_json(out / RESULT_FILE, result.to_json())
@@ -183,8 +187,7 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
 
     if recipe.checkpoint is None:
         tokenizer = train_tokenizer(recipe.tokens.type, read_transcripts(recipe.data), recipe.tokens.vocabulary_size)
-        torch.manual_seed(recipe.seed)
-        own = build_model(recipe, tokenizer).encoder.options
+        own = encoder_options(recipe)
         space = search_space(options, own.ffn_shapes(), own.width, is_trained=False)
         largest = own.with_ffn_shapes([tuple(module.largest for module in block) for block in space])
         torch.manual_seed(recipe.seed)
@@ -199,9 +202,7 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
     if model.quantized_bits:
         raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
     if model.decoder_stages and not imitates and recipe.train.ctc_weight == 1:
-        raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; expected less")
-    if not model.decoder_stages and not imitates and recipe.train.ctc_weight != 1:
-        raise MpqError(f"[train] ctc_weight: expected 1 for a model without a decoder, got {recipe.train.ctc_weight:g}")
+        raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
     own = model.encoder.options
     try:
         space = search_space(options, own.ffn_shapes(), own.width, is_trained=True)
@@ -324,7 +325,8 @@ def _statistics_identity(recipe: Recipe) -> list[Any]:
     """Returns what tells this audio from other; nothing for a search from scratch."""
     if recipe.checkpoint is None:
         return []
-    return [(item.utt_id, item.offset, item.duration) for item in read_data(_statistics_source(recipe))]
+    found = read_data(_statistics_source(recipe))
+    return [(item.utt_id, item.offset, item.duration, item.audio_path.stat().st_size) for item in found]
 
 
 def _finished(job: Job) -> TrainingResult:

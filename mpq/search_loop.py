@@ -96,7 +96,7 @@ class ArchitectureSearch(TrainingLoop):
     def temperature(self) -> float:
         """Returns T of the coming update: geometric from the first to the last."""
         first, last = self.search.temperature
-        return first * (last / first) ** (self.step / max(1, self.total_steps - 1))
+        return first * (last / first) ** min(1.0, self.step / max(1, self.total_steps - 1))
 
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.search.method == "softmax":

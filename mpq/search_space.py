@@ -47,8 +47,9 @@ def search_space(
     """Returns the candidates of each module.
 
     What is not searched is as in the model. By default, an untrained model's candidates are the paper's; a trained
-    model's go from a quarter of its width to all of it in 25 steps, and from 5/16 of the encoder's width to 15/16 in 9
-    (with both, in 7, and from 15/32 in 4), which is the same for the paper's sizes.
+    model's go from a quarter of its width to all of it in 25 steps, and from a third of the rank at which the factors
+    have as many weights as the matrix to all of that rank in 9 (with both, in 7, and from half of it in 4), which is
+    the same for the paper's sizes.
 
     Args:
         config: What the user says.
@@ -83,8 +84,8 @@ def search_space(
             elif ranks:
                 other = ranks[block]
             elif is_trained:
-                first = 15 / 32 if is_both else 5 / 16
-                other = _steps(inputs * first, inputs * 15 / 16, 4 if is_both else 9)
+                most = int(inputs * width / (inputs + width))  # as many weights as before
+                other = _steps(most / (2 if is_both else 3), most, 4 if is_both else 9)
             else:
                 other = PAPER_RANKS_WITH_WIDTHS if is_both else PAPER_RANKS
             where = f"of block {block + 1}'s {'second' if part else 'first'} module"

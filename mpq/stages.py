@@ -25,6 +25,7 @@ from mpq.manifests import read_data
 from mpq.models import load_model, model_file
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint
 from mpq.models.loading import PACKED_FILE
+from mpq.objectives import IMITATION_OPTIONS
 from mpq.pack import pack
 from mpq.records import Allocation, SensitivityTable
 from mpq.search import RESULT_FILE as SEARCH_FILE
@@ -104,12 +105,12 @@ def stages_of(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[Stage
         if options["loss"] == "distillation" or (
             options["loss"] is None and recipe.checkpoint and load_model(recipe.checkpoint).family != "mpq"
         ):
-            inputs.append(recipe.finetune.model_dump(exclude=set(NEUTRAL)))
+            inputs.append(recipe.finetune.model_dump(include=IMITATION_OPTIONS))
         return inputs
 
     def search_inputs() -> Any:
         held_out = _identity(recipe.path(recipe.search.held_out or data.dev or ""), by_time=False)
-        return [supernet_inputs(), recipe.search.model_dump(exclude={"supernet"}), held_out]
+        return [supernet_inputs(), recipe.search.model_dump(exclude={"supernet"}, exclude_defaults=True), held_out]
 
     def act_search() -> dict[str, Any]:
         begun = recipe.model_copy(update={"checkpoint": start and str(start)})

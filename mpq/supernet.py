@@ -74,8 +74,8 @@ def budget(model: AsrModel, space: SearchSpace, target_millions: float) -> int:
     )
     if most < smallest:
         raise MpqError(
-            f"search.target_millions: expected {smallest / 1e6:.6f} or more, what the smallest candidates make up, got "
-            f"{target_millions:.6f}"
+            f"[search] target_millions: expected {smallest / 1e6:.6f} or more, what the smallest candidates make up, "
+            f"got {target_millions:.6f}"
         )
     return most
 

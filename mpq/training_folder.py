@@ -49,6 +49,7 @@ def check_folder(
     result: str = "training.json",
     format: str = TRAINING_FORMAT,
     models: Sequence[str] = (MODEL_FILE,),
+    remedy: str = "choose another --out, or delete the folder",
 ) -> None:
     """Raises MpqError if a folder holds a training of other data or with other options, or something else.
 
@@ -56,7 +57,8 @@ def check_folder(
         out: The folder.
         fingerprint: Of the training that is to use it.
         result, format: The file that a finished training leaves, and its format.
-        models: Files with weights that the folder will have, or that would be taken for them.
+        models: Files that the folder will have, or that would be taken for them: the weights above all.
+        remedy: What can be done where it holds another one.
     """
     ours = any((out / name).exists() for name in (result, "started.json"))
     for name in (*models, "log.jsonl", "state.pt", "recipe.json"):
@@ -68,7 +70,7 @@ def check_folder(
             if raw.get("fingerprint") != fingerprint:
                 raise MpqError(
                     f"{out}: holds {'a finished' if name == result else 'an unfinished'} training with other "
-                    "options or data (its recipe.json has them); choose another --out, or delete the folder"
+                    f"options or data (its recipe.json has them); {remedy}"
                 )
 
 

@@ -4,7 +4,8 @@ The state is saved at the end of the update that is under way (SIGINT, SIGTERM),
 taken up. All random choices are keyed by seed, epoch, update and utterance, so the losses are the same as without the
 interruption. Under `torchrun`, each process takes its share of every batch (PyTorch's DistributedDataParallel).
 
-What is trained, and what it costs, is the business of the subclasses: `mpq.training` and `mpq.finetune`.
+What is trained, and what it costs, is the business of the subclasses: `mpq.weight_loop`, `mpq.search_loop` and
+`mpq.finetune_loop`.
 
 Legend: N utterances, S samples, T feature frames, F features.
 """

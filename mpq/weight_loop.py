@@ -105,7 +105,8 @@ class WeightTrainer(TrainingLoop):
             if epochs:
                 self._load_average(epochs)
             loss, wer = self.evaluate()
-            results.append(((loss if self.options.select == "loss" else wer) or 0.0, loss, wer, epochs))
+            score = loss if self.options.select == "loss" or wer is None else wer
+            results.append((score or 0.0, loss, wer, epochs))
         _, loss, wer, epochs = min(results, key=lambda one: one[0])
         if epochs is not choices[-1]:
             self._load_average(epochs)

@@ -628,8 +628,9 @@ def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
     for loss in ("transcripts", "distillation"):
         options = without | {"search__loss": loss, "search__ffn_width": [2, 4]}
         run(from_checkpoint(speech, tmp_path / "ctc", **options), tmp_path / loss)
-    with pytest.raises(MpqError, match=r"ctc_weight: expected 1 for a model without a decoder, got 0\.2"):
-        run(from_checkpoint(speech, tmp_path / "ctc", search__ffn_width=[2, 4]), tmp_path / "d")
+    shared = without | {"search__loss": "transcripts", "search__ffn_width": [2, 4]}
+    one = run(from_checkpoint(speech, tmp_path / "ctc", **shared | {"train__ctc_weight": 0.2}), tmp_path / "d")
+    assert one.training.fingerprint == json.loads((tmp_path / "transcripts/training.json").read_text())["fingerprint"]
     with pytest.raises(MpqError, match="ctc_weight: 1 would leave the decoder untrained"):
         run(from_checkpoint(speech, speech / "hybrid", **without), tmp_path / "e")
     with pytest.raises(MpqError, match=r"model\.safetensors: \[search\] ffn_width: expected candidates up to 32"):
@@ -705,8 +706,10 @@ def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:
     both = ["--eta", 1, "--target-millions", 1]
     assert refusal(path, *both, "--out", out) == f"{path}: {where} eta and target_millions"
     assert refusal(path, "--eta", -1, "--out", out) == f"{path}: [search] eta: expected 0.0 or more, got -1"
-    line = f"--train, --dev: {path} is a recipe, whose [data] say that; leave them out"
+    line = f"--train, --dev, --channel, --skip-bad: {path} is a recipe, whose [data] say that; leave them out"
     assert refusal(path, "--eta", 1, "--train", train, "--out", out) == line
+    assert refusal(path, "--eta", 1, "--channel", "mix", "--out", out) == line
+    assert refusal(path, "--eta", 1, "--skip-bad", "--out", out) == line
     assert refusal(path, "--eta", 1, "--dev", dev, "--out", out) == line
     line = f"--train, --dev: expected both for a checkpoint ({checkpoint}), or a recipe (.toml) instead"
     assert refusal(checkpoint, "--eta", 1, "--train", train, "--out", out) == line

@@ -4,7 +4,8 @@
 
 Each row is one `mpq train` or `mpq search` of search.toml, then `mpq evaluate` on the five test sets; the test is
 MAPSSWE against the baseline of the same seed. What is finished is not done again, and a row that was cut off goes on;
-several of these commands may share OUT if they do different rows. The table goes to stdout.
+several of these commands may share OUT if they do different rows, once base-s0 and the supernets that rows share are
+trained. The table goes to stdout.
 """
 
 import argparse
