@@ -3,9 +3,9 @@
     python recipes/digits/architectures.py OUT [--rows NAME ...] [--only-table] [-- --set data.root=...]
 
 Each row is one `mpq train` or `mpq search` of search.toml, then `mpq evaluate` on the five test sets; the test is
-MAPSSWE against the baseline of the same seed. What is finished is not done again, and a row that was cut off goes on;
-several of these commands may share OUT if they do different rows, once base-s0 and the supernets that rows share are
-trained. The table goes to stdout.
+MAPSSWE against the baseline of the same seed. Rows named choice are searches without the training after it. What is
+finished is not done again, and a row that was cut off goes on; several of these commands may share OUT if they do
+different rows, once base-s0 and the supernets that rows share are trained. The tables go to stdout.
 """
 
 import argparse
@@ -16,15 +16,17 @@ from itertools import pairwise
 from pathlib import Path
 
 from mpq.compare import compare, read_evaluations
+from mpq.recipes import load_recipe
 
 RECIPE = Path(__file__).with_name("search.toml")
 TESTS = ("babble_0", "babble_5", "white_0", "white_5", "clean")
 RANKS = "search.ffn_rank=[24, 32, 40, 48, 56, 64, 72, 80, 88]"
-WIDE = f"search.ffn_width={list(range(16, 385, 16))}"
 BOTH = ("search.ffn_width=[96, 144, 192, 240, 288, 336, 384]", "search.ffn_rank=[40, 56, 72, 88]")
-TRAINED = ("checkpoint={out}/base-s0/model.safetensors", "search.supernet_epochs=6")
+WIDE = f"search.ffn_width={list(range(16, 385, 16))}"
 SLLS = "train.semi_orthogonal=SLLS"
-WIDTHS = "search.supernet={out}/super-fw-s0"
+TRAINED = ("checkpoint={out}/base-s0/model.safetensors", "search.final_epochs=3")
+SHARED = "search.supernet={out}/super-fw-s0"
+CHOICE = (SHARED, "search.final_epochs=0")
 
 
 def rows() -> dict[str, tuple[str, tuple[str, ...]]]:
@@ -33,15 +35,20 @@ def rows() -> dict[str, tuple[str, tuple[str, ...]]]:
     for width in (96, 216, 768):
         for seed in (0, 1, 2) if width < 768 else (0,):
             found[f"w{width}-s{seed}"] = ("train", (f"model.ffn_width={width}",))
-    for placing in ("LLLL", "SLLL", "SLLS", "LSSL"):
+    for placing in ("LLLL", "SLLS", "LSSL"):
         found[f"r56-{placing}-s0"] = ("train", ("model.ffn_rank=56", f"train.semi_orthogonal={placing}"))
-    for eta in ("0", "0.03", "0.1", "0.3"):
-        found[f"fw-e{eta}-s0"] = ("search", (f"search.eta={eta}", WIDTHS))
-    found["fw-t13-s0"] = ("search", ("search.target_millions=1.3", WIDTHS))
-    found["soft-t13-s0"] = ("search", ("search.target_millions=1.3", "search.method=softmax", WIDTHS))
-    found["bn-t13-s0"] = ("search", ("search.target_millions=1.3", "search.space=ranks", RANKS, SLLS, *TRAINED))
-    found["fwbn-t11-s0"] = ("search", ("search.target_millions=1.1", "search.space=both", *BOTH, SLLS, *TRAINED))
-    found["wide-e0.1-s0"] = ("search", ("search.eta=0.1", WIDE, *TRAINED))
+    target, ranks = "search.target_millions=1.3", ("search.space=ranks", RANKS, SLLS)
+    found["fw-e0.1-s0"] = ("search", ("search.eta=0.1", SHARED))
+    found["bn-t1.3-s0"] = ("search", (target, *ranks, "search.supernet_epochs=6", *TRAINED))
+    both = ("search.space=both", *BOTH, SLLS, "search.supernet_epochs=2")
+    found["fwbn-t1.1-s0"] = ("search", ("search.target_millions=1.1", *both, *TRAINED))
+    found["wide-e0.1-s0"] = ("search", ("search.eta=0.1", WIDE, "search.supernet_epochs=4", *TRAINED))
+    for eta in ("0", "0.03", "0.3"):
+        found[f"choice-e{eta}-s0"] = ("search", (f"search.eta={eta}", *CHOICE))
+    for method in ("gumbel", "softmax"):
+        for noise in (0, 1):
+            more = (f"search.method={method}", f"search.noise_seed={noise}")
+            found[f"choice-{method}-n{noise}-s0"] = ("search", (target, *more, *CHOICE))
     return found
 
 
@@ -52,8 +59,8 @@ def run(name: str, out: Path, more: list[str]) -> None:
     options = [text for one in sets for text in ("--set", one.format(out=out.resolve()))]
     seed = name.rpartition("-s")[2]
     subprocess.run([*mpq, command, RECIPE, "--out", folder, "--seed", seed, *options, *more], check=True)
-    from mpq.recipes import load_recipe
-
+    if name.startswith("choice"):
+        return
     overrides = [text for flag, text in pairwise(more) if flag == "--set"]
     recipe = load_recipe(RECIPE, overrides, stages=[])
     for test in TESTS:
@@ -78,8 +85,16 @@ def line(name: str, out: Path) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
+def choice_line(name: str, out: Path) -> str:
+    """Returns a row of the second table: what was chosen, with the supernet's weights, and the supernet as a whole."""
+    found = json.loads((out / name / "search.json").read_text())["architecture"]
+    widths = (" ".join(str(one["width"]) for one in found["modules"][part::2]) for part in (0, 1))
+    cells = [name, f"{found['millions']:.3f}", *(f"{found[key]:.4f}" for key in ("loss", "largest_loss"))]
+    return "| " + " | ".join([*cells, *(f"{100 * found[key]:.2f}" for key in ("wer", "largest_wer")), *widths]) + " |"
+
+
 def main() -> None:
-    """Runs the rows that are asked for and prints the table of all that are there."""
+    """Runs the rows that are asked for and prints the tables of all that are there."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", nargs="+", choices=rows(), default=list(rows()), metavar="NAME")
@@ -87,11 +102,17 @@ def main() -> None:
     options, more = parser.parse_known_args()
     for name in () if options.only_table else options.rows:
         run(name, options.out, [text for text in more if text != "--"])
+    there = [name for name in rows() if (options.out / name / "training.json").exists()]
     print(f"| model | M parameters | dev | {' | '.join(TESTS)} |")
     print("|---" * (len(TESTS) + 3) + "|")
-    for name in rows():
-        if (options.out / name / "training.json").exists():
+    for name in there:
+        if not name.startswith("choice"):
             print(line(name, options.out))
+    print("\n| choice | M parameters | loss | of the supernet | WER % | of the supernet | FW | FW-m |")
+    print("|---" * 8 + "|")
+    for name in there:
+        if (options.out / name / "search.json").exists():
+            print(choice_line(name, options.out))
 
 
 if __name__ == "__main__":
