@@ -1,30 +1,23 @@
 """The widths and ranks that a search chose, block by block, as a figure."""
 
-import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpq.files import atomic_path
+from mpq.figures import write_figure
 from mpq.search_record import Architecture
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_architecture(path: Path, architecture: Architecture, quiet: bool) -> None:
-    """Writes an SVG figure: for each block the width (and rank) of its first and second module, among the candidates.
-
-    Without matplotlib nothing is written, which is said on stderr unless `quiet`.
+    """Writes a figure (`mpq.figures`): each block's width (and rank) of first and second module, among the candidates.
 
     Args:
         path: The file.
         architecture: What was chosen.
         quiet: Say nothing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        if not quiet:
-            print("mpq: no figure of the architecture: matplotlib is not installed (mpq[plots])", file=sys.stderr)
-        return
-    from matplotlib.figure import Figure
-
     pairs = architecture.modules[::2], architecture.modules[1::2]
     shown = [
         (label, kind, candidates)
@@ -32,8 +25,8 @@ def draw_architecture(path: Path, architecture: Architecture, quiet: bool) -> No
         if any(len(getattr(one, candidates)) > 1 or (kind == "rank" and one.rank) for one in architecture.modules)
     ] or [("hidden units", "width", "widths")]
     blocks = range(1, len(pairs[0]) + 1)
-    with matplotlib.rc_context({"svg.hashsalt": "mpq"}):
-        figure = Figure(figsize=(6.5, 2.6 * len(shown) + 0.4), layout="constrained")
+
+    def draw(figure: "Figure") -> None:
         for axes, (label, kind, candidates) in zip(
             figure.subplots(len(shown), squeeze=False)[:, 0], shown, strict=True
         ):
@@ -50,5 +43,5 @@ def draw_architecture(path: Path, architecture: Architecture, quiet: bool) -> No
             f"{architecture.millions:.3f} of {architecture.largest_millions:.3f} M parameters", fontsize=10
         )
         figure.axes[0].legend(fontsize=8, ncols=2)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+    write_figure(path, "figure of the architecture", (6.5, 2.6 * len(shown) + 0.4), draw, quiet)

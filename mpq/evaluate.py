@@ -15,7 +15,7 @@ from typing import Any
 from mpq.data import CheckedData, batches, prepare_data, read_batch
 from mpq.decoding import GREEDY, DecodeOptions
 from mpq.errors import MpqError
-from mpq.files import sha256_file, write_json, write_text
+from mpq.files import make_folder, sha256_file, write_json, write_text
 from mpq.journal import Journal
 from mpq.manifests import Utterance
 from mpq.metrics import Metrics, escape_markup, format_trn, measure, write_trn
@@ -103,10 +103,7 @@ def evaluate(
     references = [item.text or "" for item in checked.utterances]
     ref = format_trn(data, utt_ids, references)
     planned = batches(checked.utterances, checked.durations, max_batch_seconds)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from error
+    make_folder(out)
     journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds, decode))
     entries = journal.read()
     journal.begin()

@@ -68,6 +68,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder and those above it, where they are not there yet.
+
+    Raises:
+        MpqError: It cannot be made.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MpqError(f"{path}: the folder cannot be made: {error.strerror}") from None
+
+
+def digest(value: Any) -> str:
+    """Returns the SHA-256 of a value's JSON, by which two of them are told apart."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes `text` as UTF-8, atomically."""
     with atomic_path(Path(path)) as temporary:

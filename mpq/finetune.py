@@ -8,7 +8,6 @@ what may be kept; epoch 0 is the start. The weights that are trained are the wei
 """
 
 import copy
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from mpq.calibration import CALIBRATION_SECONDS, draw
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.fake_quant import QuantizedWeights
-from mpq.files import sha256_file
+from mpq.files import digest, make_folder, sha256_file
 from mpq.finetune_loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetune_record import FINETUNE_FORMAT, FinetuneResult
 from mpq.models import load_model, model_file
@@ -99,10 +98,7 @@ def finetune(
     if options.select == "wer" and all(item.text is None for item in dev.utterances):
         raise MpqError('finetune.select: "wer" needs transcripts in the held-out data; give them, or choose "loss"')
     fingerprint = _fingerprint(recipe, sha256, targets, data, dev)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
+    make_folder(out)
     models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
     check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, models)
     with processes(where) as workers:
@@ -202,4 +198,4 @@ def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: T
     options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
     sizes = [(one.name, one.assigned.bits, one.assigned.storage.to_json(), one.assigned.size_bytes) for one in targets]
     work = [FINETUNE_FORMAT, recipe.seed, recipe.data.channel, options, recipe.finetune_augment.model_dump(), sha256]
-    return hashlib.sha256(json.dumps([*work, sizes, data_identity(data, dev)], sort_keys=True).encode()).hexdigest()
+    return digest([*work, sizes, data_identity(data, dev)])

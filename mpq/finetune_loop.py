@@ -36,7 +36,7 @@ from mpq.held_out import changed_errors
 from mpq.learning_curve import draw_learning_curve
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
-from mpq.objectives import distilled, training_mode
+from mpq.objectives import distilled, mixed_distillation, training_mode
 from mpq.training_data import TrainingSet
 from mpq.training_folder import claim_folder, clean_up
 from mpq.training_loop import Batch, Job, NotFiniteError, TrainingLoop
@@ -185,10 +185,9 @@ class Finetuner(TrainingLoop):
     def _mixed(self, values: dict[str, Any]) -> Any:
         """Returns the loss that its parts make up."""
         told, ctc = self.tuning.transcript_weight, self.tuning.ctc_weight
-        distilled = ctc * values["ctc_kl"] + (1 - ctc) * values.get("attention_kl", 0.0)
-        distilled = distilled + self.tuning.hidden_weight * values.get("hidden", 0.0)
+        imitated = mixed_distillation(values, ctc, self.tuning.hidden_weight)
         transcribed = ctc * values.get("ctc", 0.0) + (1 - ctc) * values.get("attention", 0.0)
-        return (1 - told) * distilled + told * transcribed
+        return (1 - told) * imitated + told * transcribed
 
     def total(self, values: dict[str, float]) -> float:
         return self._mixed(values)

@@ -1,5 +1,7 @@
 """How a model in training does on held-out data."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import nn
 
@@ -7,6 +9,7 @@ from mpq.data import batches, read_batch
 from mpq.decoding import ctc_greedy
 from mpq.divergence import OutputBatch, StageTree, bounded_kl
 from mpq.losses import JointLoss, Targets
+from mpq.manifests import Utterance
 from mpq.metrics import split_words
 from mpq.models.base import AsrModel
 from mpq.runtime import Processes
@@ -43,10 +46,8 @@ def held_out_errors(
         encoded, valid = model.encode(features, frames)
         ctc, attention = loss.of_encoded(encoded, valid, Targets.of(tokens).to(device))
         found = ctc_greedy(model.ctc_log_probs(encoded), valid, model.blank_id)
-        pairs = zip((item.text for item in batch), map(model.tokenizer.decode, found), strict=True)
-        letters = "".join(align(split_words(text or ""), split_words(hypothesis)) for text, hypothesis in pairs)
-        counted = [float(ctc.sum()), float(attention.sum()), sum(map(len, tokens)), count_errors(letters)]
-        sums += torch.tensor([*counted, len(letters) - letters.count("I")], dtype=torch.float64)
+        losses = [float(ctc.sum()), float(attention.sum()), sum(map(len, tokens))]
+        sums += torch.tensor([*losses, *_word_errors(model, batch, found)], dtype=torch.float64)
     workers.add_up(sums)
     ctc_sum, attention_sum, tokens_sum, errors, words = sums.tolist()
     count = max(1.0, tokens_sum)
@@ -86,11 +87,23 @@ def changed_errors(
         frames = batch.rows["ctc"]
         padded = nn.utils.rnn.pad_sequence(given["ctc"].split(frames.tolist()), batch_first=True)  # (N, T', V)
         found = ctc_greedy(padded, frames, model.blank_id)
-        for item, tokens in zip(items, found, strict=True):
-            if item.text is not None:
-                letters = align(split_words(item.text), split_words(model.tokenizer.decode(tokens)))
-                sums[2] += count_errors(letters)
-                sums[3] += len(letters) - letters.count("I")
+        sums[2:] += torch.tensor(_word_errors(model, items, found), dtype=torch.float64)
     workers.add_up(sums)
     divergence, rows, errors, words = sums.tolist()
     return divergence / rows, errors / words if words else None
+
+
+def _word_errors(model: AsrModel, items: Sequence[Utterance], found: Sequence[Sequence[int]]) -> tuple[int, int]:
+    """Returns word errors and words of the utterances that have a transcript.
+
+    Args:
+        model: Has the tokenizer.
+        items: The utterances.
+        found: The tokens that were recognised in each.
+    """
+    letters = "".join(
+        align(split_words(item.text), split_words(model.tokenizer.decode(tokens)))
+        for item, tokens in zip(items, found, strict=True)
+        if item.text is not None
+    )
+    return count_errors(letters), len(letters) - letters.count("I")

@@ -1,34 +1,27 @@
 """The learning curve of a fine-tuning as a figure."""
 
-import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from mpq.files import atomic_path
+from mpq.figures import write_figure
 from mpq.training_record import EpochResult
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def draw_learning_curve(path: Path, epochs: Sequence[EpochResult], quiet: bool) -> None:
-    """Writes an SVG figure: divergence and WER on held-out data over the updates.
-
-    Without matplotlib nothing is written, which is said on stderr unless `quiet`.
+    """Writes a figure (`mpq.figures`): divergence and WER on held-out data over the updates.
 
     Args:
         path: The file.
         epochs: The start first.
         quiet: Say nothing.
     """
-    try:
-        import matplotlib
-    except ImportError:
-        if not quiet:
-            print("mpq: no learning curve: matplotlib is not installed (mpq[plots])", file=sys.stderr)
-        return
-    from matplotlib.figure import Figure
-
     steps = [one.step for one in epochs]
-    with matplotlib.rc_context({"svg.hashsalt": "mpq"}):
-        figure = Figure(figsize=(6, 3.5), layout="constrained")
+
+    def draw(figure: "Figure") -> None:
         left = figure.subplots()
         left.plot(steps, [one.dev_loss for one in epochs], "o-", color="C0")
         left.set_xlabel("updates")
@@ -39,5 +32,5 @@ def draw_learning_curve(path: Path, epochs: Sequence[EpochResult], quiet: bool) 
             right.plot(steps, [100 * one.dev_wer for one in epochs], "s--", color="C1")
             right.set_ylabel("WER %, development data", color="C1")
             right.set_ylim(bottom=0)
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, format="svg", metadata={"Date": None})
+
+    write_figure(path, "learning curve", (6, 3.5), draw, quiet)

@@ -109,8 +109,7 @@ class Imitation(Objective):
         return self._mixed(values), parts, found.ctc_kl + found.attention_kl + found.hidden
 
     def _mixed(self, values: dict[str, Any]) -> Any:
-        mixed = self.ctc_weight * values["ctc_kl"] + (1 - self.ctc_weight) * values.get("attention_kl", 0.0)
-        return mixed + self.options.hidden_weight * values.get("hidden", 0.0)
+        return mixed_distillation(values, self.ctc_weight, self.options.hidden_weight)
 
     def total(self, values: dict[str, float]) -> float:
         return self._mixed(values)
@@ -126,6 +125,12 @@ def training_mode(model: AsrModel, options: FinetuneConfig) -> None:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.train(options.batch_norm == "updated")
+
+
+def mixed_distillation(values: dict[str, Any], ctc_weight: float, hidden_weight: float) -> Any:
+    """Returns the loss that the parts of a distillation make up, those that there are."""
+    outputs = ctc_weight * values["ctc_kl"] + (1 - ctc_weight) * values.get("attention_kl", 0.0)
+    return outputs + hidden_weight * values.get("hidden", 0.0)
 
 
 def distilled(found: DistillationLosses, workers: Processes, parts: int) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from typing import Any
 from mpq import __version__
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import read_json, sha256_file, write_json
+from mpq.files import make_folder, read_json, sha256_file, write_json
 from mpq.manifests import read_data
 from mpq.models.building import encoder_options
 from mpq.models.loading import RUN_FILE
@@ -74,10 +74,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
             _clear(stage.folder, {name for name in kept if known.get("kept", {}).get(name) == kept[name]})
         if kept:
             known = known | {"kept": kept}
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
+        make_folder(out)
         before = known["started"]["seconds"] if action == "resumed" else 0.0
         start = time.monotonic()
         started = {"fingerprint": fingerprint, "seconds": before}

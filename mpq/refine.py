@@ -35,7 +35,7 @@ from mpq.calibration import BATCH_SECONDS, HELD_OUT_SECONDS, CalibrationData, fu
 from mpq.decisions import Decision, list_decisions
 from mpq.divergence import BOUND, JointDivergence
 from mpq.errors import MpqError
-from mpq.files import check_output, sha256_file
+from mpq.files import check_output, digest, sha256_file
 from mpq.journal import Journal
 from mpq.models import load_model, model_file
 from mpq.models.base import AsrModel
@@ -130,7 +130,7 @@ def allocate_measured(
         refined, refinement = allocation, {}
         if refine_minutes:
             work = [sha256, used.sha256, table.to_json(), allocation.to_json()]
-            fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+            fingerprint = digest(work)
             journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
             journal.begin()
             with _measuring(model, used) as joint:

@@ -14,8 +14,6 @@ Each stage can be interrupted, and goes on where it was.
 """
 
 import copy
-import hashlib
-import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +26,7 @@ from mpq.architecture_figure import draw_architecture
 from mpq.calibration import draw, input_grams, one_by_one
 from mpq.config import AugmentConfig, Recipe, TrainConfig
 from mpq.errors import MpqError
-from mpq.files import sha256_file, write_json, write_text
+from mpq.files import digest, make_folder, sha256_file, write_json, write_text
 from mpq.importance import order_units, unit_importance
 from mpq.low_rank import factored
 from mpq.manifests import read_data
@@ -45,7 +43,7 @@ from mpq.search_space import SearchSpace, search_space
 from mpq.supernet import Supernet, budget
 from mpq.text import train_tokenizer
 from mpq.training_data import TrainingSet, read_set, read_transcripts
-from mpq.training_folder import NEUTRAL, check_folder, clean_up, data_identity, weight_options
+from mpq.training_folder import NEUTRAL, check_folder, clean_up, data_identity, finished_training, weight_options
 from mpq.training_loop import Job
 from mpq.training_record import TRAINING_FORMAT, TrainingResult
 from mpq.weight_loop import WeightTrainer
@@ -118,13 +116,10 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     supernet_folder = Path(options.supernet) if options.supernet else out / "supernet"
     architecture_folder = out / "architecture"
     for folder in (out, supernet_folder, architecture_folder):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise MpqError(f"{folder}: the folder cannot be made: {error.strerror}") from None
+        make_folder(folder)
     common = [SEARCH_FORMAT, recipe.seed, data.channel, start.is_imitating]
     common += [recipe.finetune.model_dump(include=IMITATION_OPTIONS)] if start.is_imitating else []
-    supernet_key = _digest(
+    supernet_key = _key(
         [*common, weight_options(first), start.checkpoint and start.checkpoint["sha256"], _listed(start.space)],
         [*data_identity(training, dev), *_statistics_identity(recipe)],
     )
@@ -133,10 +128,10 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
         exclude_defaults=True,
     )
     loop = loop_options(options, train)
-    architecture_key = _digest(
+    architecture_key = _key(
         [*common, supernet_key, choice, loop.model_dump(exclude=set(NEUTRAL))], data_identity(held_out)
     )
-    final_key = _digest([architecture_key, weight_options(last)], [])
+    final_key = _key([architecture_key, weight_options(last)], [])
     shared = f"choose another --out, and --supernet {supernet_folder} to share the supernet; or delete the folder"
     check_folder(supernet_folder, supernet_key, remedy="choose another --supernet (or --out), or delete the folder")
     check_folder(architecture_folder, architecture_key, ARCHITECTURE_FILE, ARCHITECTURE_FORMAT, (), shared)
@@ -228,9 +223,9 @@ class _Stages:
     def train_supernet(self, recipe: Recipe, dev: TrainingSet | None) -> TrainingResult:
         """Returns the result of the first stage."""
         job = self.job
-        if (job.out / "training.json").exists() and self.supernet_file.exists():
+        if done := finished_training(job.out, job.workers.rank):
             self._say("1 of 3, the supernet: done")
-            return _finished(job)
+            return done
         self._say("1 of 3, the supernet")
         model = self._prepared()
         supernet = Supernet(model, self.start.space)
@@ -272,9 +267,9 @@ class _Stages:
     ) -> TrainingResult:
         """Returns the result of the third stage."""
         job = replace(self.job, options=recipe.train, out=out, fingerprint=fingerprint)
-        if (out / "training.json").exists() and (out / MODEL_FILE).exists():
+        if done := finished_training(out, job.workers.rank):
             self._say("3 of 3, the model found: done")
-            return _finished(job)
+            return done
         self._say(f"3 of 3, the model found: {found.millions:.3f} of {found.largest_millions:.3f} M parameters")
         model = sliced(read_checkpoint(self.supernet_file).to(self._device()), found.shapes())
         return WeightTrainer(replace(job, model=model), recipe, self._objective(model, recipe.train), dev).train()
@@ -329,18 +324,12 @@ def _statistics_identity(recipe: Recipe) -> list[Any]:
     return [(item.utt_id, item.offset, item.duration, item.audio_path.stat().st_size) for item in found]
 
 
-def _finished(job: Job) -> TrainingResult:
-    if job.workers.rank == 0:
-        clean_up(job.out)  # in case it was killed before it did so
-    return TrainingResult.load(job.out / "training.json")
-
-
 def _listed(space: SearchSpace) -> list[Any]:
     return [[(module.widths, module.ranks) for module in block] for block in space]
 
 
-def _digest(work: list[Any], data: list[Any]) -> str:
-    return hashlib.sha256(json.dumps([TRAINING_FORMAT, *work, data], sort_keys=True).encode()).hexdigest()
+def _key(work: list[Any], data: list[Any]) -> str:
+    return digest([TRAINING_FORMAT, *work, data])
 
 
 def found_recipe(recipe: Recipe, shapes: FfnShapes) -> str:

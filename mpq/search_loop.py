@@ -19,7 +19,7 @@ from mpq.files import atomic_path, write_json
 from mpq.models.reshaping import feed_forwards
 from mpq.objectives import Objective
 from mpq.search_record import Architecture, SearchedModule
-from mpq.supernet import Supernet
+from mpq.supernet import Supernet, module_parameters
 from mpq.training_folder import claim_folder, clean_up
 from mpq.training_loop import Batch, Job, TrainingLoop
 
@@ -154,12 +154,9 @@ class ArchitectureSearch(TrainingLoop):
         largest_loss, largest_wer = self.objective.held_out(self.data)
         self.supernet.be_one(shapes)
         loss, wer = self.objective.held_out(self.data)
-        space, counts = self.supernet.space, self.supernet.counts
-        flat = [shape for block in shapes for shape in block]
-        chosen = [
-            table[one.widths.index(width)][one.ranks.index(rank)]
-            for table, one, (width, rank) in zip(counts, space, flat, strict=True)
-        ]
+        space, flat = self.supernet.space, [shape for block in shapes for shape in block]
+        options = self.model.encoder.options
+        chosen = [module_parameters(options.width, *shape, options.use_bias) for shape in flat]
         found = Architecture(
             fingerprint=self.job.fingerprint,
             modules=tuple(
@@ -169,7 +166,7 @@ class ArchitectureSearch(TrainingLoop):
                 )
             ),
             millions=(self.supernet.rest + sum(chosen)) / 1e6,
-            largest_millions=(self.supernet.rest + sum(table[-1][-1] for table in counts)) / 1e6,
+            largest_millions=self.model.parameter_counts()["total"] / 1e6,
             expected_millions=self.supernet.rest / 1e6 + float(self.supernet.expected_millions().detach()),
             largest_loss=largest_loss,
             largest_wer=largest_wer,

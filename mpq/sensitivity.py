@@ -18,8 +18,6 @@ Finished points or utterances are kept in a journal beside the result, so a run 
 Legend: N utterances, T feature frames, F features, L layers, W widths.
 """
 
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +39,7 @@ from mpq.calibration import (
 )
 from mpq.divergence import OUTPUTS, OutputBatch, StageTree, mean_kl, owner
 from mpq.errors import MpqError
-from mpq.files import check_output, sha256_file
+from mpq.files import check_output, digest, sha256_file
 from mpq.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.journal import Journal
 from mpq.models import load_model, model_file
@@ -121,7 +119,7 @@ def measure_sensitivity(
         seed if method == "fisher" else 0,
         storage.to_json(),
     ]
-    fingerprint = hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+    fingerprint = digest(work)
     journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
     refs = model.weights()
     with processes() as workers:

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from mpq.augment import generator
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
-from mpq.models.conformer import FactoredLinear, FeedForward
+from mpq.models.conformer import ConformerOptions, FactoredLinear, FeedForward
 from mpq.models.reshaping import FfnShapes
 from mpq.pareto import smallest_kl
-from mpq.search_space import SearchSpace
+from mpq.search_space import ModuleSpace, SearchSpace
 
 
 def module_parameters(inputs: int, width: int, rank: int, use_bias: bool) -> int:
@@ -40,6 +40,14 @@ def module_parameters(inputs: int, width: int, rank: int, use_bias: bool) -> int
     """
     matrices = 2 * rank * (inputs + width) if rank else 2 * inputs * width
     return matrices + (width + inputs if use_bias else 0)
+
+
+def candidate_parameters(options: ConformerOptions, module: ModuleSpace) -> list[list[int]]:
+    """Returns the parameters of each candidate of a module, by width and rank."""
+    return [
+        [module_parameters(options.width, width, rank, options.use_bias) for rank in module.ranks]
+        for width in module.widths
+    ]
 
 
 def other_parameters(model: AsrModel) -> int:
@@ -64,13 +72,7 @@ def budget(model: AsrModel, space: SearchSpace, target_millions: float) -> int:
     """
     options, most = model.encoder.options, math.floor(round(target_millions * 1e6, 3))
     smallest = other_parameters(model) + sum(
-        min(
-            module_parameters(options.width, width, rank, options.use_bias)
-            for width in module.widths
-            for rank in module.ranks
-        )
-        for block in space
-        for module in block
+        min(map(min, candidate_parameters(options, module))) for block in space for module in block
     )
     if most < smallest:
         raise MpqError(
@@ -174,16 +176,9 @@ class Supernet(nn.Module):
         sizes = [(len(module.widths), len(module.ranks)) for module in self.space]
         self.width_logits = nn.ParameterList(nn.Parameter(torch.zeros(widths, device=device)) for widths, _ in sizes)
         self.rank_logits = nn.ParameterList(nn.Parameter(torch.zeros(ranks, device=device)) for _, ranks in sizes)
-        counts = [
-            [
-                [module_parameters(options.width, width, rank, options.use_bias) for rank in module.ranks]
-                for width in module.widths
-            ]
-            for module in self.space
-        ]
-        self.counts: list[list[list[int]]] = counts
+        self.counts = [candidate_parameters(options, module) for module in self.space]
         """Parameters of each module's candidates, by width and rank."""
-        self._millions = [torch.tensor(table, device=device, dtype=torch.float32) / 1e6 for table in counts]
+        self._millions = [torch.tensor(table, device=device, dtype=torch.float32) / 1e6 for table in self.counts]
         self.rest = other_parameters(model)
         """Parameters of all else, BatchNorm's running means and variances included."""
 

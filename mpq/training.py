@@ -14,14 +14,13 @@ from pathlib import Path
 import torch
 
 from mpq.config import Recipe
-from mpq.errors import MpqError
+from mpq.files import make_folder
 from mpq.models.building import build_model
-from mpq.models.checkpoint import MODEL_FILE
 from mpq.objectives import Transcripts
 from mpq.runtime import choose_device, processes
 from mpq.text import train_tokenizer
 from mpq.training_data import read_set, read_transcripts
-from mpq.training_folder import check_folder, clean_up, training_fingerprint
+from mpq.training_folder import check_folder, finished_training, training_fingerprint
 from mpq.training_loop import Job
 from mpq.training_record import TrainingResult
 from mpq.weight_loop import WeightTrainer
@@ -40,10 +39,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
         MpqError: Bad data; a folder that holds another training; a loss that is not finite, with the batch.
     """
     where = choose_device(device)
-    try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MpqError(f"{out}: the folder cannot be made: {error.strerror}") from None
+    make_folder(out)
     tokenizer = train_tokenizer(recipe.tokens.type, read_transcripts(recipe.data), recipe.tokens.vocabulary_size)
     torch.manual_seed(recipe.seed)
     model = build_model(recipe, tokenizer).to(where)
@@ -53,10 +49,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     fingerprint = training_fingerprint(recipe, data, dev)
     check_folder(Path(out), fingerprint)
     with processes(where) as workers:
-        if (Path(out) / "training.json").exists() and (Path(out) / MODEL_FILE).exists():
-            if workers.rank == 0:
-                clean_up(Path(out))  # in case the training was killed before it did so
-            return TrainingResult.load(Path(out) / "training.json")
+        if done := finished_training(Path(out), workers.rank):
+            return done
         job = Job(
             model=model,
             data=data,

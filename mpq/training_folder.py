@@ -1,7 +1,5 @@
 """Whose training a checkpoint folder holds: claimed at the start, checked before any other, tidied at the end."""
 
-import hashlib
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,10 +7,10 @@ from typing import Any
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import read_json, write_json
+from mpq.files import digest, read_json, write_json
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.training_data import TrainingSet
-from mpq.training_record import TRAINING_FORMAT
+from mpq.training_record import TRAINING_FORMAT, TrainingResult
 
 STARTED_FORMAT = "mpq.started/1"
 NEUTRAL = ("save_minutes", "workers", "tensorboard")
@@ -30,7 +28,7 @@ def weight_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
 def training_fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
     """Returns a digest of all that the weights depend on; a newer mpq may go on with an older one's training."""
     work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, weight_options(recipe), data_identity(data, dev)]
-    return hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+    return digest(work)
 
 
 def data_identity(*sets: TrainingSet | None) -> list[tuple[Any, ...]]:
@@ -79,6 +77,20 @@ def clean_up(out: Path) -> None:
     for name in ("state.pt", "started.json"):
         (out / name).unlink(missing_ok=True)
     shutil.rmtree(out / "epochs", ignore_errors=True)
+
+
+def finished_training(out: Path, rank: int) -> TrainingResult | None:
+    """Returns the result of the training that a folder holds, None where it is not finished.
+
+    Args:
+        out: The folder, as `check_folder` has checked it.
+        rank: Of this process; the first one removes what a kill at the very end has left.
+    """
+    if not ((out / "training.json").exists() and (out / MODEL_FILE).exists()):
+        return None
+    if rank == 0:
+        clean_up(out)
+    return TrainingResult.load(out / "training.json")
 
 
 def claim_folder(out: Path, fingerprint: str) -> None:

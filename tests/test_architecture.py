@@ -13,7 +13,7 @@ LAYERS = [
     {"files", "validation", "config"},
     {"options", "search_space"},
     {"contradictions"},
-    {"records", "scores", "journal", "audio", "recipes", "run_record", "mu_law"},
+    {"records", "scores", "journal", "audio", "recipes", "run_record", "mu_law", "figures"},
     {"pareto", "significance", "packing", "grids", "features", "text", "decoding", "runtime", "pitch", "optimization"},
     {"metrics", "gptq"},
     {"quantizers"},

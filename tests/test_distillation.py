@@ -1,7 +1,6 @@
 """The losses of a padded batch against plain loops over utterances in double precision."""
 
 import copy
-from collections.abc import Iterator
 from itertools import groupby
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from conftest import tiny_model
 from tiny_finetune import disturbed
-from tiny_training import recipe, write_speech
+from tiny_training import one_thread, recipe, write_speech
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,6 +20,8 @@ from mpq.models.building import build_model
 from mpq.quantizers import QuantSpec
 from mpq.storage import Storage
 from mpq.text import CharTokenizer
+
+__all__ = ["one_thread"]  # a fixture
 
 FRAMES = (61, 96, 33, 80)
 TOKENS = ([0, 1, 2], [3], [], [4, 4, 5])
@@ -45,14 +46,6 @@ class Case(NamedTuple):
 
 def targets() -> Targets:
     return Targets.of([list(one) for one in TOKENS])
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(params=["hybrid", "nemo"])

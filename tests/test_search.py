@@ -4,7 +4,6 @@ import copy
 import itertools
 import json
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from click.testing import CliRunner
 from test_training import CrashError, fails_at
 from tiny_finetune import disturbed, two_processes, write_hybrid
 from tiny_search import contents, run, search_recipe, write_search
-from tiny_training import log_of, write_speech
+from tiny_training import log_of, one_thread, write_speech
 from torch import Tensor
 
 from mpq import objectives, search_loop, weight_loop
@@ -38,13 +37,7 @@ from mpq.supernet import Supernet
 from mpq.training_loop import TrainingLoop
 from mpq.weight_loop import WeightTrainer
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+__all__ = ["one_thread"]  # a fixture
 
 
 @pytest.fixture(scope="module")

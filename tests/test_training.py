@@ -7,7 +7,7 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file
-from tiny_training import TEXTS, log_of, recipe, train_as_process, write_recipe, write_speech
+from tiny_training import TEXTS, log_of, one_thread, recipe, train_as_process, write_recipe, write_speech
 
 from mpq import objectives, weight_loop
 from mpq.audio import pad_batch, read_audio
@@ -35,6 +35,8 @@ from mpq.training_data import BatchReader, plan_epoch
 from mpq.training_log import TrainingLog
 from mpq.training_record import EpochResult, TrainingResult, rank_epochs
 
+__all__ = ["one_thread"]  # a fixture
+
 PLAIN = {
     "augment__speed": [1.0],
     "augment__noise": [],
@@ -45,15 +47,6 @@ PLAIN = {
 
 class CrashError(Exception):
     """What the tests raise in the middle of things."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """The processes that tests start have one thread, and the sums of several differ in the last bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,15 +3,15 @@
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_training import one_thread, write_speech
 from tiny_training import recipe as training_recipe
-from tiny_training import write_speech
 from torch import Tensor
 
 from mpq.assignment import planned_bytes
@@ -29,6 +29,8 @@ from mpq.records import Allocation, QuantSpec
 from mpq.storage import Storage
 from mpq.text import CharTokenizer
 
+__all__ = ["one_thread"]  # a fixture
+
 NEAREST = Storage(QuantSpec(8, rounding="nearest"))
 OPTIONS = {
     "epochs": 2,
@@ -45,14 +47,6 @@ OPTIONS = {
 
 
 TRAINED = ("abc", "bad", "deed", "bed cab")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
