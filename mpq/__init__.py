@@ -1,7 +1,11 @@
 """Mixed-precision quantization of Conformer speech recognisers.
 
-The package imports nothing here, so that `mpq --help` starts without torch. Start at `mpq.models.load_model`,
-`mpq.sensitivity.measure_sensitivity`, `mpq.allocation.allocate`, `mpq.artifact.pack` and `mpq.compare.compare`.
+`mpq.load_model(path)` returns the model in a checkpoint or packed file. The packages are named after the steps of the
+work; docs/architecture.md has the map. Nothing heavy is imported here, so that `mpq --help` starts without torch.
 """
 
+from mpq.public import names
+
 __version__ = "0.1.0"
+
+__getattr__ = names(__name__, load_model="loading")

@@ -1,5 +1,5 @@
 """`python -m mpq`, and `torchrun ... -m mpq`: the command line."""
 
-from mpq.cli import main
+from mpq.cli.main import main
 
 main()

@@ -1,7 +1,7 @@
 """Recipes: a TOML file that says all of a model, its training and its compression.
 
 The classes below are the schema, the defaults and the documentation (`docs/recipes.md` is made from them) at once.
-`mpq.recipes` reads the files. Relative paths start at the folder of the recipe.
+`mpq.pipeline.read` reads the files. Relative paths start at the folder of the recipe.
 """
 
 import types
@@ -89,7 +89,7 @@ class ModelConfig(_Section):
 
 
 class LoopConfig(_Section):
-    """What every training loop needs (`mpq.training_loop`)."""
+    """What every training loop needs (`mpq.training.loop`)."""
 
     epochs: Whole = Field(50, description="Passes over the training data.")
     batch_frames: Whole = Field(20000, description="Feature frames in a batch, padding counted, over all processes.")

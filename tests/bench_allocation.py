@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-from test_allocation import by_milp, random_options, totals
+from knapsacks import by_milp, random_options, totals
 
-from mpq.pareto import pareto_frontier, smallest_kl
-from mpq.records import SensitivityTable
+from mpq.allocation.knapsack import pareto_frontier, smallest_kl
+from mpq.sensitivity.records import SensitivityTable
 
 
 def main() -> None:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import click
 
-from mpq.calibration import draw, in_batches, input_grams, one_by_one
-from mpq.fisher import fisher_scores, rounding_errors
-from mpq.models import load_model
-from mpq.quantizers import QuantSpec
-from mpq.sensitivity import measure_kl
-from mpq.storage import Storage
+from mpq.artifact.weights import Storage
+from mpq.loading import load_model
+from mpq.quantization.spec import QuantSpec
+from mpq.sensitivity.calibration import draw, in_batches, input_grams, one_by_one
+from mpq.sensitivity.fisher import fisher_scores, rounding_errors
+from mpq.sensitivity.measure import measure_kl
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

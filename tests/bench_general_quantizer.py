@@ -16,9 +16,9 @@ import click
 import torch
 from torch import Tensor
 
-from mpq.general_quantizer import SoftToHard, soft_assign
-from mpq.mu_law import mu_law_centroids
-from mpq.quantizers import QuantSpec
+from mpq.quantization.mu_law import mu_law_centroids
+from mpq.quantization.soft_assignment import SoftToHard, soft_assign
+from mpq.quantization.spec import QuantSpec
 
 ALPHA = 100.0
 

@@ -60,17 +60,19 @@ import torch.nn.functional as F
 from modelopt.torch.quantization.nn import QuantLinearConvBase, register_quant_backend
 from torch import Tensor, nn
 
-from mpq.allocation import allocate
-from mpq.artifact import fixed_bytes
-from mpq.data import batches, calibration_subset, prepare_data, read_batch
-from mpq.evaluate import evaluate
+from mpq.allocation.pack import pack
+from mpq.allocation.records import Allocation
+from mpq.allocation.solve import allocate
+from mpq.artifact.file import fixed_bytes
+from mpq.artifact.weights import Storage, layer_bytes
 from mpq.files import sha256_file
-from mpq.models import load_model
+from mpq.loading import load_model
 from mpq.models.base import AsrModel, Stage
-from mpq.pack import pack
-from mpq.quantizers import fake_quantize
-from mpq.records import FLOAT_BITS, Allocation, SensitivityTable
-from mpq.storage import Storage, layer_bytes
+from mpq.quantization.quantizers import fake_quantize
+from mpq.quantization.spec import FLOAT_BITS
+from mpq.scoring.evaluate import evaluate
+from mpq.sensitivity.records import SensitivityTable
+from mpq.speech.data import batches, calibration_subset, prepare_data, read_batch
 
 METHODS, GRIDS = ("gradient", "kl_div"), ("modelopt", "mpq")
 

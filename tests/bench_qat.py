@@ -16,15 +16,15 @@ import click
 import torch
 from torch import Tensor, nn
 
+from mpq.artifact.weights import Storage
 from mpq.config import FinetuneConfig
-from mpq.distillation import Distillation
-from mpq.fake_quant import QuantizedWeights
-from mpq.losses import Targets, ctc_loss
-from mpq.models import load_model
-from mpq.optimization import choose_precision
-from mpq.records import QuantSpec
+from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.loading import load_model
+from mpq.quantization.spec import QuantSpec
 from mpq.runtime import keep_freed_memory
-from mpq.storage import Storage
+from mpq.training.distillation import Distillation
+from mpq.training.losses import Targets, ctc_loss
+from mpq.training.optimization import choose_precision
 
 
 class _Plain(nn.Module):

@@ -13,14 +13,14 @@ import itertools
 import click
 import torch
 
-from mpq.artifact import fixed_bytes
-from mpq.data import batches, prepare_data, read_batch
-from mpq.metrics import measure
-from mpq.models import load_model
+from mpq.artifact.file import fixed_bytes
+from mpq.artifact.weights import Storage, layer_bytes
+from mpq.loading import load_model
 from mpq.models.base import AsrModel
-from mpq.quantizers import QuantSpec, fake_quantize
-from mpq.records import SCHEMES
-from mpq.storage import Storage, layer_bytes
+from mpq.quantization.quantizers import fake_quantize
+from mpq.quantization.spec import SCHEMES, QuantSpec
+from mpq.scoring.metrics import measure
+from mpq.speech.data import batches, prepare_data, read_batch
 
 OPTIONS = [
     ("symmetric", "tensor", "none"),

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from mpq.config import FeaturesConfig, ModelConfig, Recipe
-from mpq.losses import JointLoss, Targets
-from mpq.models.building import build_model
-from mpq.optimization import make_optimizer
 from mpq.runtime import keep_freed_memory
-from mpq.search_loop import BETAS
-from mpq.search_space import ModuleSpace
-from mpq.supernet import Supernet
-from mpq.text import WordTokenizer
+from mpq.search.loop import BETAS
+from mpq.search.space import ModuleSpace
+from mpq.search.supernet import Supernet
+from mpq.speech.text import WordTokenizer
+from mpq.training.building import build_model
+from mpq.training.losses import JointLoss, Targets
+from mpq.training.optimization import make_optimizer
 
 SIZES = {
     "digits": (

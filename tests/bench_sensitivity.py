@@ -10,11 +10,12 @@ import time
 import click
 import torch
 
-from mpq.data import batches, calibration_subset, prepare_data, read_batch
-from mpq.models import load_model
-from mpq.quantizers import QuantSpec, fake_quantize
-from mpq.sensitivity import mean_kl, measure_kl
-from mpq.storage import Storage
+from mpq.artifact.weights import Storage
+from mpq.loading import load_model
+from mpq.quantization.quantizers import fake_quantize
+from mpq.quantization.spec import QuantSpec
+from mpq.sensitivity.measure import mean_kl, measure_kl
+from mpq.speech.data import batches, calibration_subset, prepare_data, read_batch
 
 
 def whole_forwards(model, data, points, spec: QuantSpec) -> dict:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mpq.cli import main
+from mpq.cli.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])

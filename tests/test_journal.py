@@ -133,7 +133,7 @@ def test_kill_in_the_middle_of_pack(tmp_path: Path, deeper_archive: Path) -> Non
     command = [sys.executable, "-m", "mpq", *arguments]
     subprocess.run([*command, str(tmp_path / "whole.safetensors")], check=True, capture_output=True)
     out, partial = tmp_path / "cut.safetensors", tmp_path / "cut.safetensors.partial"
-    slow = "import os, time; from mpq.cli import main; os.replace = lambda *_: time.sleep(600); main({})"
+    slow = "import os, time; from mpq.cli.main import main; os.replace = lambda *_: time.sleep(600); main({})"
     kill_when([sys.executable, "-c", slow.format([*arguments, str(out)])], partial.exists)
     assert not out.exists()
     subprocess.run([*command, str(out)], check=True, capture_output=True)

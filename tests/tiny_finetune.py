@@ -14,20 +14,21 @@ from tiny_training import one_thread, write_speech
 from tiny_training import recipe as training_recipe
 from torch import Tensor
 
-from mpq.assignment import planned_bytes
+from mpq.allocation.assignment import planned_bytes
+from mpq.allocation.records import Allocation
+from mpq.artifact.weights import Storage
 from mpq.config import Recipe
-from mpq.distillation import Distillation, DistillationLosses
 from mpq.files import sha256_file
-from mpq.finetune import finetune
-from mpq.finetune_loop import Finetuner
-from mpq.finetune_record import FinetuneResult
-from mpq.models import load_model
-from mpq.models.building import build_model
+from mpq.finetuning.loop import Finetuner
+from mpq.finetuning.record import FinetuneResult
+from mpq.finetuning.run import finetune
+from mpq.loading import load_model
 from mpq.models.checkpoint import write_checkpoint
-from mpq.recipes import make_recipe
-from mpq.records import Allocation, QuantSpec
-from mpq.storage import Storage
-from mpq.text import CharTokenizer
+from mpq.pipeline.read import make_recipe
+from mpq.quantization.spec import QuantSpec
+from mpq.speech.text import CharTokenizer
+from mpq.training.building import build_model
+from mpq.training.distillation import Distillation, DistillationLosses
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -212,7 +213,7 @@ def run_as_process(rank: int, port: int, arguments: list[str], is_spoilt: bool) 
         arguments: The command.
         is_spoilt: Whether this process's losses are not finite from the third update on.
     """
-    from mpq.cli import main
+    from mpq.cli.main import main
 
     losses = Distillation.forward
 

@@ -7,9 +7,9 @@ from typing import Any
 from tiny_training import write_recipe
 
 from mpq.config import Recipe
-from mpq.recipes import load_recipe
-from mpq.search import search
-from mpq.search_record import SearchResult
+from mpq.pipeline.read import load_recipe
+from mpq.search.record import SearchResult
+from mpq.search.run import search
 
 SEARCH = {
     "model__dropout": 0.1,

@@ -13,7 +13,7 @@ import soundfile
 import torch
 
 from mpq.config import Recipe
-from mpq.recipes import load_recipe
+from mpq.pipeline.read import load_recipe
 
 RATE = 8000
 HERTZ = {"a": 400, "b": 800, "c": 1400, "d": 2200, "e": 3200}
@@ -120,8 +120,8 @@ def train_as_process(rank: int, port: int, path: Path, out: Path, stop_at: int |
         out: The checkpoint folder.
         stop_at: This process is asked to stop (SIGTERM) before the update after so many.
     """
-    from mpq import weight_loop
-    from mpq.cli import main
+    from mpq.cli.main import main
+    from mpq.training import weights as weight_loop
 
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "TORCHELASTIC_RUN_ID": "test"}
@@ -135,3 +135,24 @@ def train_as_process(rank: int, port: int, path: Path, out: Path, stop_at: int |
 
     weight_loop.WeightTrainer._update = stopping
     main(["train", str(path), "--out", str(out), "--quiet"])
+
+
+class CrashError(Exception):
+    """What the tests raise in the middle of things."""
+
+
+def fails_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch, after: bool = False) -> None:
+    """Lets a function fail at its n-th call, before or after it has done its work."""
+    function, calls = getattr(owner, name), 0
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call and not after:
+            raise CrashError
+        result = function(*arguments, **options)
+        if calls == call:
+            raise CrashError
+        return result
+
+    patch.setattr(owner, name, failing)

@@ -1,5 +1,6 @@
-"""Models of every family behind one interface: `load_model(path)` returns an `AsrModel`."""
+"""Speech recognisers of every family behind one interface, `base.AsrModel`.
 
-from mpq.models.loading import load_model, model_file
-
-__all__ = ["load_model", "model_file"]
+`conformer`, `attention_decoder`, `positions` and `batch_norm` are the blocks, `hybrid` is mpq's own model with its
+`checkpoint`, `nemo` reads NeMo's; `reshaping` changes feed-forward widths. It may use the packages from `quantization`
+down.
+"""

@@ -17,10 +17,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from mpq.decoding import GREEDY, DecodeOptions, NextLogProbs, ctc_greedy, ctc_prefix_beam, joint_beam
 from mpq.errors import MpqError
-from mpq.features import LogMelOptions
-from mpq.text import Tokenizer
+from mpq.speech.decoding import GREEDY, DecodeOptions, NextLogProbs, ctc_greedy, ctc_prefix_beam, joint_beam
+from mpq.speech.features import LogMelOptions
+from mpq.speech.text import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
-        """Returns what `mpq.decoding.joint_beam` asks of the attention decoder; None for a model without one.
+        """Returns what `mpq.speech.decoding.joint_beam` asks of the attention decoder; None for a model without one.
 
         Args:
             encoded, encoded_lengths: (N, T', D), (N,) as `encode` returned them.

@@ -15,9 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
+from mpq.models.attention_decoder import DecoderContext
 from mpq.models.base import Stage
 from mpq.models.batch_norm import batch_norm
-from mpq.models.decoder import DecoderContext
 from mpq.models.positions import sinusoids
 
 

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mpq.decoding import NextLogProbs, ctc_greedy
-from mpq.features import LogMel, LogMelOptions
+from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder, decoder_context
 from mpq.models.base import AsrModel, Stage
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
-from mpq.models.decoder import DecoderOptions, TransformerDecoder, decoder_context
-from mpq.text import Tokenizer, tokenizer_from_config
+from mpq.speech.decoding import NextLogProbs, ctc_greedy
+from mpq.speech.features import LogMel, LogMelOptions
+from mpq.speech.text import Tokenizer, tokenizer_from_config
 
 PITCH_FEATURES = 3
 
@@ -80,7 +80,7 @@ class HybridConformer(AsrModel):
         features, lengths = self.featurizer(waveforms, waveform_lengths)
         if self.encoder.options.features == features.shape[2]:
             return features, lengths
-        from mpq.pitch import pitch_features
+        from mpq.speech.pitch import pitch_features
 
         mel = self.featurizer.options
         pitch = pitch_features(waveforms, waveform_lengths, mel.sample_rate, mel.hop_length, features.shape[1])

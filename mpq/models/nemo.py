@@ -23,10 +23,10 @@ import yaml
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.features import LogMel, LogMelOptions
 from mpq.models.base import AsrModel, Stage, load_state
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
-from mpq.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
+from mpq.speech.features import LogMel, LogMelOptions
+from mpq.speech.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
 _NOT_NEMO = ("ffn2_width", "ffn_rank", "ffn2_rank", "subsampling_padding", "dropout")
 """Options that no archive of NeMo sets; a model whose feed-forward modules were changed since may."""

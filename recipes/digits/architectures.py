@@ -15,8 +15,8 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-from mpq.compare import compare, read_evaluations
-from mpq.recipes import load_recipe
+from mpq.pipeline.read import load_recipe
+from mpq.scoring.compare import compare, read_evaluations
 
 RECIPE = Path(__file__).with_name("search.toml")
 TESTS = ("babble_0", "babble_5", "white_0", "white_5", "clean")

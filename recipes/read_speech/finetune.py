@@ -14,19 +14,19 @@ from pathlib import Path
 
 import click
 
-from mpq.allocation import allocate
-from mpq.compare import compare, read_evaluations
-from mpq.evaluate import evaluate
-from mpq.finetune import finetune
-from mpq.models import load_model
-from mpq.models.loading import PACKED_FILE
-from mpq.pack import pack
-from mpq.quantizers import QuantSpec
-from mpq.recipes import make_recipe
-from mpq.records import Allocation, SensitivityTable
-from mpq.scores import Comparison
-from mpq.sensitivity import measure_sensitivity
-from mpq.storage import Storage
+from mpq.allocation.pack import pack
+from mpq.allocation.records import Allocation
+from mpq.allocation.solve import allocate
+from mpq.artifact.weights import Storage
+from mpq.finetuning.run import finetune
+from mpq.loading import PACKED_FILE, load_model
+from mpq.pipeline.read import make_recipe
+from mpq.quantization.spec import QuantSpec
+from mpq.scoring.compare import compare, read_evaluations
+from mpq.scoring.evaluate import evaluate
+from mpq.scoring.records import Comparison
+from mpq.sensitivity.measure import measure_sensitivity
+from mpq.sensitivity.records import SensitivityTable
 
 WIDTHS = [1, 2, 3, 4, 5, 6, 8]
 

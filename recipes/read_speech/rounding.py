@@ -18,21 +18,22 @@ import torch
 from torch import Tensor
 
 import mpq
-from mpq.allocation import allocate
-from mpq.calibration import draw, one_by_one
-from mpq.calibration import statistics as input_statistics
-from mpq.data import batches, prepare_data, read_batch
-from mpq.decoding import ctc_greedy
+from mpq.allocation.solve import allocate
+from mpq.artifact.weights import Storage, quantize_layer
 from mpq.files import sha256_file
-from mpq.fisher import fisher_scores, typical_scores
 from mpq.journal import Journal
-from mpq.metrics import score, split_words
-from mpq.models import load_model
+from mpq.loading import load_model
 from mpq.models.base import AsrModel
-from mpq.quantizers import QuantSpec
-from mpq.records import LayerSensitivity, SensitivityTable
-from mpq.significance import align
-from mpq.storage import Storage, quantize_layer
+from mpq.quantization.spec import QuantSpec
+from mpq.scoring.metrics import score
+from mpq.scoring.significance import align
+from mpq.sensitivity.calibration import draw, one_by_one
+from mpq.sensitivity.calibration import statistics as input_statistics
+from mpq.sensitivity.fisher import fisher_scores, typical_scores
+from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
+from mpq.speech.data import batches, prepare_data, read_batch
+from mpq.speech.decoding import ctc_greedy
+from mpq.speech.trn import split_words
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SIZES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)

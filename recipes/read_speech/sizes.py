@@ -9,11 +9,11 @@ is every weight at 4 bits, rounded with the same calibration audio. Divergences 
 import sys
 from pathlib import Path
 
-from mpq.allocation import allocate
-from mpq.compare import compare, read_evaluations
-from mpq.evaluate import evaluate
-from mpq.pack import pack
-from mpq.records import SensitivityTable
+from mpq.allocation.pack import pack
+from mpq.allocation.solve import allocate
+from mpq.scoring.compare import compare, read_evaluations
+from mpq.scoring.evaluate import evaluate
+from mpq.sensitivity.records import SensitivityTable
 
 
 def main(model: Path, data: Path, run: Path, sizes: list[str]) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import soundfile
 
 from mpq.files import write_text
-from mpq.manifests import read_data
+from mpq.speech.manifests import read_data
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "demo"))
 from synthesize import SAMPLE_RATE, fresh_espeak, speakers_of, utterance

@@ -27,9 +27,9 @@ from pathlib import Path
 
 import soundfile
 
-from mpq.audio import TOLERANCE_SECONDS, probe_audio
 from mpq.errors import MpqError
 from mpq.files import atomic_path, read_text, write_text
+from mpq.speech.audio import TOLERANCE_SECONDS, probe_audio
 
 RATE = 8000  # Hz
 SIDES = "AB"  # of channel 1 and 2

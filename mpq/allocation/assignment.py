@@ -1,0 +1,136 @@
+"""An allocation applied to a checkpoint: the widths of its weights, how they are stored, and the size of the file.
+
+What packing and fine-tuning have in common: is the allocation for this model, does the file keep its budget, and where
+do the statistics come from that rounding needs.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpq.allocation.records import Allocation
+from mpq.artifact.file import HEADER_SLACK, check_names, fixed_bytes
+from mpq.artifact.weights import Storage, layer_bytes
+from mpq.errors import MpqError
+from mpq.models.base import AsrModel
+from mpq.quantization.spec import FLOAT_BITS
+from mpq.runtime import memory_for
+from mpq.sensitivity.calibration import CalibrationData, cached_statistics, redraw, statistics
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What an allocation says of a model.
+
+    Attributes:
+        bits: {weight name: width}, of every weight.
+        storage: How they are stored.
+        size_bytes: Of the packed file.
+    """
+
+    bits: dict[str, int]
+    storage: Storage
+    size_bytes: int
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the rounding looks at the layers' inputs."""
+        return self.storage.spec.rounding == "gptq" and any(bits not in FLOAT_BITS for bits in self.bits.values())
+
+
+def assign(
+    model: AsrModel, checkpoint: Path, sha256: str, allocation: Allocation, storage: Storage, out: Path
+) -> Assignment:
+    """Returns what an allocation says of a float model.
+
+    Args:
+        model: The float model.
+        checkpoint, sha256: Its file.
+        allocation: The widths.
+        storage: How the weights are stored.
+        out: The packed file, for messages.
+
+    Raises:
+        MpqError: The allocation is for another model, or the file would be above its budget.
+    """
+    if allocation.model.get("sha256", sha256) != sha256:
+        raise MpqError(f"{checkpoint}: the allocation was made for another checkpoint, {allocation.model.get('path')}")
+    size = planned_bytes(model, allocation.bits, storage)
+    if abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
+        size = allocation.predicted_bytes  # as promised, also where another version of the compressor made the promise
+    if size > allocation.target_bytes:
+        raise MpqError(
+            f"{out}: the file would have {size} bytes, above the allocation's target of {allocation.target_bytes} (it "
+            f"predicted {allocation.predicted_bytes}); its sizes are of another model or quantizer: run mpq "
+            "sensitivity and mpq allocate for this one"
+        )
+    return Assignment(dict(allocation.bits), storage, size)
+
+
+def planned_bytes(model: AsrModel, bits: Mapping[str, int], storage: Storage) -> int:
+    """Returns the size of the packed file of a model with these widths.
+
+    Raises:
+        MpqError: `bits` has missing or unknown names.
+    """
+    refs = model.weights()
+    check_names(refs, bits)
+    return fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in refs)
+
+
+def recall(model: AsrModel, allocation: Allocation, data: Path | None) -> tuple[CalibrationData | None, str]:
+    """Returns the audio that an allocation was made with; or None, and why it is not there.
+
+    Args:
+        model: The float model.
+        allocation: Says which audio.
+        data: Where it is now, if not where it was.
+
+    Raises:
+        MpqError: `data` is not that audio.
+    """
+    if "sha256" not in allocation.data:
+        return None, "no calibration data are known; --data names some"
+    try:
+        return redraw(model, allocation.data, data), ""
+    except MpqError as error:
+        if data is not None:
+            raise
+        return None, str(error).splitlines()[0] + "; --data says where they are now"
+
+
+def recalled_statistics(
+    model: AsrModel,
+    sha256: str,
+    drawn: CalibrationData | None,
+    allocation: Allocation | None,
+    storage: Storage,
+    note: str,
+    out: Path,
+    quiet: bool,
+) -> dict[str, Tensor]:
+    """Returns the statistics that the rounding "gptq" needs, collected from audio or out of the cache.
+
+    Args:
+        model, sha256: The float model and its file's digest.
+        drawn: The audio; None if it is not there.
+        allocation: Says whose statistics the cache may have; None if there is none.
+        storage: Names the rounding.
+        note: Why there is no audio.
+        out: What is to be written, for messages.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Neither audio nor cached statistics.
+    """
+    if drawn is not None:
+        with memory_for(f"{drawn.path}: the statistics"):
+            return statistics(model, sha256, drawn, storage, quiet)
+    known: dict[str, Any] = allocation.data if allocation else {}
+    grams = cached_statistics(model, sha256, known.get("sha256", "")) if allocation else None
+    if grams is None:
+        raise MpqError(f"{out}: rounding gptq needs calibration data: {note}")
+    return grams

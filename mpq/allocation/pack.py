@@ -1,0 +1,200 @@
+"""From a float checkpoint and bit-widths to the packed file, checked against its budget.
+
+What the file's output loses is measured, with all layers quantized together, on audio that the sensitivities have not
+seen: sums of one-layer divergences say little about it (docs/rounding.md).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpq.allocation.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
+from mpq.allocation.records import Allocation
+from mpq.artifact.file import read_artifact, write_artifact
+from mpq.artifact.weights import Storage
+from mpq.errors import MpqError
+from mpq.files import check_output, sha256_file
+from mpq.loading import load_model, model_file
+from mpq.models.base import AsrModel
+from mpq.runtime import choose_device, memory_for, progress
+from mpq.sensitivity.calibration import (
+    BATCH_SECONDS,
+    CALIBRATION_SECONDS,
+    HELD_OUT_SECONDS,
+    CalibrationData,
+    draw,
+    further,
+    in_batches,
+    unseen,
+)
+from mpq.sensitivity.divergence import output_divergence
+
+
+@dataclass(frozen=True)
+class PackResult:
+    """What was written.
+
+    Attributes:
+        path: The file.
+        size_bytes: Its size.
+        predicted_bytes: What the allocation said; None without one.
+        target_bytes: The budget; None without an allocation.
+        nominal_bytes: What papers count: every parameter at its width, without scales, tokenizer and header.
+        float_bytes: Every parameter in float32, for the ratio.
+        average_bits: Code bits per weight.
+        rounding: "nearest" or "gptq".
+        predicted_kl: What the allocation said; None without one.
+        measured_kl: Divergence of the file's outputs from the checkpoint's (bounded: `mpq.sensitivity.divergence`),
+            nats per frame, or of an attention decoder per token; None if not measured.
+        measured_on: On which audio, or why it was not measured.
+    """
+
+    path: Path
+    size_bytes: int
+    predicted_bytes: int | None
+    target_bytes: int | None
+    nominal_bytes: int
+    float_bytes: int
+    average_bits: float
+    rounding: str
+    predicted_kl: float | None
+    measured_kl: float | None
+    measured_on: str
+
+    @property
+    def ratio(self) -> float:
+        """How many times smaller the file is than the float32 parameters."""
+        return self.float_bytes / self.size_bytes
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": "mpq.pack/1",
+            "path": str(self.path),
+            "size_bytes": self.size_bytes,
+            "predicted_bytes": self.predicted_bytes,
+            "target_bytes": self.target_bytes,
+            "nominal_bytes": self.nominal_bytes,
+            "float_bytes": self.float_bytes,
+            "ratio": self.ratio,
+            "average_bits": self.average_bits,
+            "rounding": self.rounding,
+            "predicted_kl": self.predicted_kl,
+            "measured_kl": self.measured_kl,
+            "measured_on": self.measured_on,
+        }
+
+
+def pack(
+    checkpoint: Path,
+    out: Path,
+    allocation: Allocation | None = None,
+    bits: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    device: str = "auto",
+    *,
+    data: Path | None = None,
+    max_seconds: float | None = CALIBRATION_SECONDS,
+    seed: int = 0,
+    channel: str = "error",
+    skip_bad: bool = False,
+    quiet: bool = True,
+) -> PackResult:
+    """Writes the packed file `out`; nothing is left under that name if it would be above the budget.
+
+    Args:
+        checkpoint: The float model.
+        out: The file to write.
+        allocation: The bit-width of every layer, the quantizer and the audio that it was made for.
+        bits: One width for all layers instead, 1 to 8; with neither, the weights stay in `rest_dtype`.
+        options: Quantizer options ("scheme", ...) that were asked for; they may not contradict the allocation's.
+            Without an allocation, "rounding" is "gptq" by default if there is `data` and the scheme has it.
+        device: As in `mpq.runtime.choose_device`.
+        data: Calibration audio; with an allocation it need not be given where the file that this names is still there,
+            and has to be the same audio.
+        max_seconds, seed, channel, skip_bad: What part of `data` to use without an allocation, as in
+            `mpq.sensitivity.calibration.draw`.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
+    """
+    checkpoint = model_file(checkpoint)
+    check_output(out, checkpoint, data)
+    storage = _storage(allocation, bits, dict(options or {}), data)
+    model = load_model(checkpoint, choose_device(device))
+    if model.quantized_bits:
+        raise MpqError(f"{checkpoint}: already packed; pack the float checkpoint that it was made from")
+    sha256 = sha256_file(checkpoint)
+    refs = model.weights()
+    if allocation is not None:
+        assigned = assign(model, checkpoint, sha256, allocation, storage, out)
+    else:
+        widths = {ref.name: bits or storage.float_bits for ref in refs}
+        assigned = Assignment(widths, storage, planned_bytes(model, widths, storage))
+    widths, size = assigned.bits, assigned.size_bytes
+    drawn, note = None, "no calibration data are known; --data names some"
+    if allocation is not None and "sha256" in allocation.data:
+        drawn, note = recall(model, allocation, data)
+    elif data is not None and assigned.needs_statistics:
+        drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
+    elif data is not None:
+        drawn = unseen(model, data, seed, channel, skip_bad)
+    grams: dict[str, Tensor] = {}
+    if assigned.needs_statistics:
+        grams = recalled_statistics(model, sha256, drawn, allocation, storage, note, out, quiet)
+    with progress("packing", len(refs), quiet, "layers") as advance:
+        write_artifact(out, model, widths, storage, size, grams, advance)
+    measured_kl = None
+    if drawn is not None:
+        try:
+            measured_kl, note = _measured(model, out, drawn, allocation)
+        except MpqError as error:  # the file is whole all the same
+            note = str(error)
+    parameters = model.parameter_counts()["total"]
+    weights = sum(ref.numel for ref in refs)
+    code_bits = sum(widths[ref.name] * ref.numel for ref in refs)
+    return PackResult(
+        path=out,
+        size_bytes=size,
+        predicted_bytes=allocation.predicted_bytes if allocation else None,
+        target_bytes=allocation.target_bytes if allocation else None,
+        nominal_bytes=-(-(code_bits + storage.float_bits * (parameters - weights)) // 8),
+        float_bytes=4 * parameters,
+        average_bits=code_bits / weights,
+        rounding=storage.spec.rounding,
+        predicted_kl=allocation.predicted_kl if allocation else None,
+        measured_kl=measured_kl,
+        measured_on=note,
+    )
+
+
+def _storage(allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None) -> Storage:
+    """Returns the quantizer: the allocation's, or what the options say."""
+    if allocation is None:
+        return Storage.from_options(options, has_data=bool(data and bits))
+    for key, value in options.items():
+        if key in allocation.quantizer and allocation.quantizer[key] != value:
+            raise MpqError(
+                f"--{key.replace('_', '-')} {value}: the allocation was made for {allocation.quantizer[key]}; "
+                "leave the option out, or measure and allocate again with it"
+            )
+    return Storage.from_json(allocation.quantizer | options)
+
+
+def _measured(
+    model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None
+) -> tuple[float | None, str]:
+    """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
+    if allocation is not None and allocation.refinement:
+        drawn = further(model, drawn, allocation.refinement["max_seconds"])
+    fresh = further(model, drawn, HELD_OUT_SECONDS)
+    if not fresh.utterances:
+        return None, f"{drawn.path} has no audio left that was not used for calibration"
+    packed = read_artifact(out).to(next(model.parameters()).device)
+    with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
+        batches = in_batches(model, fresh, BATCH_SECONDS)
+        kl = output_divergence(model, packed, batches)
+    return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that the sensitivities have not seen"

@@ -1,0 +1,278 @@
+"""The packed file: one safetensors file that holds all that is needed to run the model, and is as small as promised.
+
+docs/artifact-format.md describes the bytes. In short: the quantized weights are one stream of packed codes, zero
+points and scales; the rest (biases, norms) is in half or single precision; the configuration is compressed. The
+header is padded so that the size depends on nothing but the bit-widths, which is why `allocate` can predict it to the
+byte. The file is a function of its content alone: no time, no random order (the safetensors library writes its
+metadata in random order, hence the own writer; it reads the file).
+"""
+
+import hashlib
+import json
+import lzma
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mpq import __version__
+from mpq.artifact.weights import (
+    Cursor,
+    Storage,
+    decode,
+    encode,
+    encode_floats,
+    float_bytes,
+    layer_bytes,
+    quantize_weight,
+    read_floats,
+)
+from mpq.errors import MpqError
+from mpq.files import atomic_path
+from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
+from mpq.models.checkpoint import FAMILIES
+from mpq.quantization.quantizers import Quantized
+from mpq.quantization.spec import FLOAT_BITS
+
+FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
+HEADER_SLACK = 128
+"""Bytes to spare in the header, so that what another version of the compressor makes, which may differ by a few bytes,
+still fits into the size that this one gave."""
+
+_TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
+
+
+def fixed_bytes(model: AsrModel, storage: Storage) -> int:
+    """Returns the size of the packed file less its layers: header, configuration, tokenizer, biases and norms."""
+    sizes = {name: len(part) for name, part in _parts(model, storage).items()}
+    largest = sum(layer_bytes(ref.shape, 32, storage) for ref in model.weights())
+    header = len(_header(sizes | {"weights": largest}, storage, checksum="0" * 64))
+    header = -(-(header + HEADER_SLACK) // 8) * 8  # so that the first tensor is aligned
+    return 8 + header + sum(sizes.values())
+
+
+def write_artifact(
+    path: Path,
+    model: AsrModel,
+    bits: Mapping[str, int],
+    storage: Storage,
+    size_bytes: int,
+    grams: Mapping[str, Tensor] | None = None,
+    on_layer: Callable[[float], None] = lambda amount: None,
+    quantized: Mapping[str, Quantized] | None = None,
+    like: AsrModel | None = None,
+) -> None:
+    """Quantizes and packs a model; the file appears under its name when it is whole.
+
+    Args:
+        path: The file to write or replace.
+        model: A float model.
+        bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
+        storage: How to store it.
+        size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
+        grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`).
+        on_layer: Told 1 with each finished layer.
+        quantized: Of weights that are quantized already, which are stored as they are.
+        like: The model that the size was planned for, if the values have changed since: what its file would have in
+            half precision is in half precision.
+
+    Raises:
+        MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into
+            `size_bytes`, or the file cannot be written.
+    """
+    refs = model.weights()
+    check_names(refs, bits)
+    parts = _parts(model, storage, like)
+    state = model.state_dict()
+    parts["bits"] = bytes(bits[ref.name] for ref in refs)
+    payloads = []
+    for ref in refs:
+        width, weight = bits[ref.name], state[ref.name]
+        if width in FLOAT_BITS:
+            payloads.append(encode_floats(ref.name, weight, width))
+        elif quantized and ref.name in quantized:
+            payloads.append(encode(quantized[ref.name], width, storage))
+        else:
+            payloads.append(encode(*quantize_weight(ref.name, weight, storage, [width], grams or {}), width, storage))
+        on_layer(1)
+        assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
+    parts["weights"] = b"".join(payloads)
+    data = _file(parts, storage, size_bytes)
+    if len(data) != size_bytes:
+        raise MpqError(f"{path}: the content takes {len(data)} bytes and does not fit into the {size_bytes} planned")
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def read_artifact(path: Path) -> AsrModel:
+    """Returns the model in a packed file: its weights are the fake-quantized ones, bit for bit.
+
+    Raises:
+        MpqError: Not such a file, cut off, changed after it was written, or of a newer version.
+    """
+    parts = _read_parts(path)
+    try:
+        return _model(parts)
+    except (KeyError, ValueError, TypeError, lzma.LZMAError, RuntimeError, MpqError) as error:
+        raise MpqError(f"{path}: the parts of the file contradict each other: {error}") from None
+
+
+def _model(parts: Mapping[str, bytes]) -> AsrModel:
+    manifest = json.loads(lzma.decompress(parts["manifest"]))
+    storage = Storage.from_json(manifest["quantizer"])
+    model = FAMILIES[manifest["model"]["family"]].from_config(manifest["model"], parts["tokenizer"])
+    refs = {ref.name: ref for ref in model.weights()}
+    state: dict[str, Tensor] = {}
+    cursor = Cursor(parts["weights"])
+    for name, width in zip(manifest["weights"], parts["bits"], strict=True):
+        shape = refs[name].shape
+        state[name] = decode(cursor.take(layer_bytes(shape, width, storage)), shape, width, storage)
+    own = model.state_dict()
+    for blob, dtype in (("rest", manifest["quantizer"]["rest_dtype"]), ("exact", "float32")):
+        cursor = Cursor(parts[blob] if blob == "rest" else lzma.decompress(parts[blob]))
+        for name in manifest[blob]:
+            size = own[name].numel() * np.dtype(dtype).itemsize
+            state[name] = read_floats(cursor.take(size), tuple(own[name].shape), dtype)
+    load_state(model, state)
+    model.quantized_bits = dict(zip(manifest["weights"], parts["bits"], strict=True))
+    model.quantized_bytes = {
+        name: layer_bytes(refs[name].shape, bits, storage) for name, bits in model.quantized_bits.items()
+    }
+    return model
+
+
+def exact_names(model: AsrModel, storage: Storage) -> set[str]:
+    """Returns the trained tensors that half precision would spoil, so that the file has them compressed in full.
+
+    How many bytes they take depends on their values.
+    """
+    state, weights = model.state_dict(), {ref.name for ref in model.weights()}
+    return {name for name in _trained(model) - weights if not _stays_half(name, state[name], storage)}
+
+
+def is_artifact(path: Path) -> bool:
+    """Returns whether a file looks like safetensors: a header length and an opening brace."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    return len(start) == 9 and start[8:] == b"{"
+
+
+def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
+    """Raises MpqError unless `bits` names each weight and nothing else."""
+    names = [ref.name for ref in refs]
+    for what, some in (
+        ("has no bit-width for", [name for name in names if name not in bits]),
+        ("names layers that the model lacks:", [name for name in bits if name not in set(names)]),
+    ):
+        if some:
+            more = f" and {len(some) - 1} more" if len(some) > 1 else ""
+            raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
+
+
+def _parts(model: AsrModel, storage: Storage, like: AsrModel | None = None) -> dict[str, bytes]:
+    """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length."""
+    decides = (like or model).state_dict()
+    names = [ref.name for ref in model.weights()]
+    trained = _trained(model)
+    rest: dict[str, bytes] = {}
+    exact: dict[str, bytes] = {}
+    for name, tensor in model.state_dict().items():
+        if name in names or is_counter(name):
+            continue
+        if name in trained and _stays_half(name, decides[name], storage):
+            rest[name] = float_bytes(tensor, storage.rest_dtype)
+        else:
+            exact[name] = float_bytes(tensor, "float32")
+    config, tokenizer = model.to_config()
+    manifest = {
+        "model": config,
+        "quantizer": storage.to_json(),
+        "weights": names,
+        "rest": list(rest),
+        "exact": list(exact),
+    }
+    return {
+        "rest": b"".join(rest.values()),
+        "exact": lzma.compress(b"".join(exact.values()), preset=9),
+        "manifest": lzma.compress(json.dumps(manifest, ensure_ascii=False, sort_keys=True).encode(), preset=9),
+        "tokenizer": tokenizer,
+        "bits": b"\0" * len(names),
+    }
+
+
+def _trained(model: AsrModel) -> set[str]:
+    """Returns the names of parameters and running statistics."""
+    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
+    return statistics | {name for name, _ in model.named_parameters()}
+
+
+def _stays_half(name: str, tensor: Tensor, storage: Storage) -> bool:
+    """Returns whether rest_dtype keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
+    if storage.rest_dtype == "float32":
+        return True
+    error = (tensor.half().float() - tensor).abs()
+    reference = tensor.abs() if name.endswith("running_var") else tensor.abs().amax()
+    return bool((error <= 2**-10 * reference).all())  # false for infinity and NaN too
+
+
+def _file(parts: Mapping[str, bytes], storage: Storage, size_bytes: int) -> bytes:
+    """Returns the safetensors file: length of the header, header, data; padded with spaces in the header."""
+    header = _header({name: len(part) for name, part in parts.items()}, storage, _checksum(parts))
+    padding = size_bytes - 8 - len(header) - sum(len(part) for part in parts.values())
+    header += b" " * max(padding, 0)
+    return len(header).to_bytes(8, "little") + header + b"".join(parts[name] for name in _TENSORS)
+
+
+def _header(sizes: Mapping[str, int], storage: Storage, checksum: str) -> bytes:
+    """Returns the header of a file whose parts have these sizes in bytes, without padding."""
+    metadata = {"format": f"{FORMAT_NAME}{FORMAT_VERSION}", "mpq": __version__, "sha256": checksum}
+    entries: dict[str, Any] = {"__metadata__": metadata}
+    start = 0
+    for name in _TENSORS:
+        dtype, width = (f"F{storage.float_bits}", storage.float_bits // 8) if name == "rest" else ("U8", 1)
+        end = start + sizes[name]
+        entries[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [start, end]}
+        start = end
+    return json.dumps(entries, separators=(",", ":")).encode()
+
+
+def _checksum(parts: Mapping[str, bytes]) -> str:
+    """Returns the SHA-256 of all parts, each with its name and length."""
+    digest = hashlib.sha256()
+    for name in _TENSORS:
+        digest.update(f"{name}:{len(parts[name])}:".encode())
+        digest.update(parts[name])
+    return digest.hexdigest()
+
+
+def _read_parts(path: Path) -> dict[str, bytes]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            _check_format(path, metadata.get("format"))
+            names = set(file.keys())
+            if names != set(_TENSORS):
+                raise MpqError(f"{path}: expected the tensors {', '.join(_TENSORS)}, got {', '.join(sorted(names))}")
+            parts = {name: file.get_tensor(name).tobytes() for name in _TENSORS}
+    except FileNotFoundError:
+        raise MpqError(f"{path}: no such file") from None
+    except (SafetensorError, OSError) as error:
+        raise MpqError(f"{path}: not a whole safetensors file (cut off or damaged): {error}") from None
+    if _checksum(parts) != metadata.get("sha256"):
+        raise MpqError(f"{path}: the content does not match its checksum: changed or damaged after it was written")
+    return parts
+
+
+def _check_format(path: Path, format: str | None) -> None:
+    if format == f"{FORMAT_NAME}{FORMAT_VERSION}":
+        return
+    version = (format or "").removeprefix(FORMAT_NAME)
+    if format and format.startswith(FORMAT_NAME) and version.isdigit() and int(version) > FORMAT_VERSION:
+        raise MpqError(
+            f"{path}: format {format} is newer than this mpq {__version__} reads "
+            f"({FORMAT_NAME}{FORMAT_VERSION}); update mpq"
+        )
+    raise MpqError(f"{path}: expected format {FORMAT_NAME}{FORMAT_VERSION}, got {format!r}: not written by `mpq pack`")

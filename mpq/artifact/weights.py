@@ -1,0 +1,199 @@
+"""How one weight is stored in the packed file: its size, its bytes, and back.
+
+docs/artifact-format.md describes them.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mpq.artifact.codes import pack_codes, packed_size, unpack_codes
+from mpq.errors import MpqError
+from mpq.quantization.quantizers import Quantized, code_range, dequantize, quantize_widths, scale_shape
+from mpq.quantization.spec import FLOAT_BITS, QuantSpec
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How a whole model is stored.
+
+    Attributes:
+        spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
+        rest_dtype: "float16" or "float32": of whatever is not quantized.
+    """
+
+    spec: QuantSpec
+    rest_dtype: str = "float16"
+
+    def __post_init__(self) -> None:
+        if self.rest_dtype not in ("float16", "float32"):
+            raise MpqError(f"rest_dtype: expected float16 or float32, got {self.rest_dtype!r}")
+
+    @property
+    def float_bits(self) -> int:
+        """Width of a layer that is left unquantized."""
+        return 16 if self.rest_dtype == "float16" else 32
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns the "quantizer" object of the sensitivity and allocation files."""
+        spec = self.spec
+        return {
+            "scheme": spec.scheme,
+            "granularity": spec.granularity,
+            "clip": spec.clip,
+            "rounding": spec.rounding,
+            "scale_dtype": spec.scale_dtype,
+            "rest_dtype": self.rest_dtype,
+        }
+
+    @classmethod
+    def from_json(cls, quantizer: Mapping[str, Any]) -> "Storage":
+        """Returns what a "quantizer" object says; keys that it lacks have their default.
+
+        Raises:
+            MpqError: An unknown key or value.
+        """
+        known = cls(QuantSpec(8)).to_json()
+        if unknown := set(quantizer) - set(known):
+            raise MpqError(f"quantizer: unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
+        options = known | dict(quantizer)
+        return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "Storage":
+        """Returns what options say; without a "rounding" it is gptq where there are data and the scheme has it.
+
+        Raises:
+            MpqError: As `from_json`.
+        """
+        is_gptq = has_data and options.get("scheme") != "mulaw"
+        return cls.from_json({"rounding": "gptq" if is_gptq else "nearest"} | dict(options))
+
+
+def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
+    """Returns what a layer takes in the file: codes, zero points or centroids, scales; its floats at 16 or 32 bits."""
+    numel = int(np.prod(shape))
+    if bits in FLOAT_BITS:
+        return numel * bits // 8
+    spec = replace(storage.spec, bits=bits)
+    groups = int(np.prod(scale_shape(shape, spec)))
+    zero_points = packed_size(groups, 2**bits) if spec.scheme == "asymmetric" else 0
+    centroids = 2**bits if spec.scheme == "mulaw" else 0
+    scales = groups * np.dtype(spec.scale_dtype).itemsize
+    return packed_size(numel, _levels(spec)) + zero_points + centroids + scales
+
+
+def quantize_layer(
+    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+) -> list[Tensor]:
+    """Returns what the file gives back of a weight stored at each of several widths.
+
+    Args:
+        name: Of the weight.
+        weight: Of any shape.
+        storage: How it is stored.
+        widths: 1 to 8.
+        grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at when rounding is
+            "nearest".
+
+    Raises:
+        MpqError: The weight cannot be quantized; the message names it.
+    """
+    return [dequantize(one, storage.spec) for one in quantize_weight(name, weight, storage, widths, grams)]
+
+
+def quantize_weight(
+    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+) -> list[Quantized]:
+    """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
+
+    Raises:
+        MpqError: As `quantize_layer`.
+    """
+    if storage.spec.rounding == "gptq" and name not in grams:
+        raise MpqError(
+            f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
+        )
+    try:
+        return quantize_widths(weight, storage.spec, widths, grams.get(name))
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
+
+
+def _levels(spec: QuantSpec) -> int:
+    """Returns how many codes the spec uses, for `packing`."""
+    q_min, q_max = code_range(spec)
+    return 2 if spec.bits == 1 else q_max - q_min + 1
+
+
+def encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
+    """Returns the floats of a weight that is left unquantized."""
+    try:
+        return float_bytes(weight, f"float{bits}")
+    except MpqError as error:
+        raise MpqError(f"{name}: {error}") from None
+
+
+def encode(quantized: Quantized, bits: int, storage: Storage) -> bytes:
+    """Returns codes, zero points or centroids, and scales of a weight."""
+    spec = replace(storage.spec, bits=bits)
+    codes = quantized.codes.flatten().to(torch.int16).cpu()
+    codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
+    encoded = pack_codes(codes.numpy(), _levels(spec))
+    if quantized.zero_point is not None:
+        encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), 2**bits)
+    if quantized.centroids is not None:
+        encoded += quantized.centroids.cpu().numpy().tobytes()
+    return encoded + float_bytes(quantized.scale, spec.scale_dtype)
+
+
+def decode(data: bytes, shape: tuple[int, ...], bits: int, storage: Storage) -> Tensor:
+    """Returns the float32 weight that `encode` stored."""
+    if bits in FLOAT_BITS:
+        return read_floats(data, shape, f"float{bits}")
+    spec = replace(storage.spec, bits=bits)
+    cursor = Cursor(data)
+    numel, scales = int(np.prod(shape)), scale_shape(shape, spec)
+    groups = int(np.prod(scales))
+    stored = unpack_codes(cursor.take(packed_size(numel, _levels(spec))), numel, _levels(spec))
+    codes, zero_point, centroids = torch.from_numpy(stored).to(torch.int16), None, None
+    if spec.scheme == "mulaw":
+        centroids = torch.from_numpy(np.frombuffer(cursor.take(2**bits), dtype=np.int8).copy())
+    elif spec.scheme == "asymmetric":
+        zero_points = unpack_codes(cursor.take(packed_size(groups, 2**bits)), groups, 2**bits)
+        zero_point = torch.from_numpy(zero_points).reshape(scales)
+    else:
+        codes = codes * 2 - 1 if bits == 1 else codes + code_range(spec)[0]
+    scale = read_floats(cursor.take(groups * np.dtype(spec.scale_dtype).itemsize), scales, spec.scale_dtype)
+    return dequantize(Quantized(codes.reshape(shape), scale, zero_point, centroids), spec)
+
+
+def float_bytes(tensor: Tensor, dtype: str) -> bytes:
+    """Returns a tensor as little-endian floats; raises MpqError if a value does not fit."""
+    stored = tensor.detach().cpu().to(getattr(torch, dtype))
+    if not stored.isfinite().all():
+        raise MpqError(f"a value of {float(tensor.abs().max()):g} does not fit into {dtype}; use --rest-dtype float32")
+    return stored.numpy().astype(f"<f{stored.element_size()}").tobytes()
+
+
+def read_floats(data: bytes, shape: tuple[int, ...], dtype: str) -> Tensor:
+    """Returns the float32 tensor that `float_bytes` wrote."""
+    values = np.frombuffer(data, dtype=np.dtype(dtype).newbyteorder("<")).astype(np.float32)
+    return torch.from_numpy(values).reshape(shape)
+
+
+class Cursor:
+    """Reads a blob from front to back."""
+
+    def __init__(self, data: bytes) -> None:
+        self.data, self.position = data, 0
+
+    def take(self, size: int) -> bytes:
+        self.position += size
+        if self.position > len(self.data):
+            raise MpqError("a part is shorter than the manifest says")
+        return self.data[self.position - size : self.position]

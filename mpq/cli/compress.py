@@ -1,0 +1,255 @@
+"""The commands that compress: sensitivity, allocate, pack."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpq.cli.options import (
+    EXISTING,
+    PatternBits,
+    Widths,
+    channel_options,
+    common_options,
+    data_options,
+    given,
+    print_once,
+    print_result,
+    quantizer_options,
+    seconds_or_all,
+)
+from mpq.errors import MpqError
+
+
+@click.command()
+@click.argument("checkpoint", type=EXISTING)
+@data_options
+@click.option("--bits", required=True, type=Widths(), help="Bit-widths to measure, 1 to 8.")
+@click.option("--out", required=True, type=EXISTING, help="The mpq.sensitivity/1 file to write.")
+@quantizer_options
+@click.option(
+    "--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder", "decoder"]), help="Whose KL."
+)
+@click.option(
+    "--method",
+    default="fisher",
+    show_default=True,
+    type=click.Choice(["fisher", "kl"]),
+    help="fisher: second order, fast; kl: one layer at a time, exact (Li et al. 2023, Eq. 7).",
+)
+@click.option(
+    "--seconds", help="Use a random part of the data of this length, or all. Default: 300 (fisher) or 60 (kl)."
+)
+@common_options
+def sensitivity(
+    checkpoint: Path,
+    data: Path,
+    bits: list[int],
+    out: Path,
+    channel: str,
+    skip_bad: bool,
+    device: str,
+    quiet: bool,
+    output: str,
+    method: str,
+    seconds: str | None,
+    seed: int,
+    as_json: bool,
+    **quantizer: Any,
+) -> None:
+    """Measure how much the output suffers from each layer at each bit-width: KL divergence per frame, in nats.
+
+    A run that was cut off goes on where it stopped; with more --bits only the new ones are measured. Transcripts are
+    not used. Under torchrun the processes of one machine share the work.
+
+    \b
+    Example:
+      mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
+    """
+    from mpq.artifact.weights import Storage
+    from mpq.cli.tables import sensitivity_view
+    from mpq.sensitivity.measure import METHODS, measure_sensitivity
+
+    table = measure_sensitivity(
+        checkpoint,
+        data,
+        bits,
+        out,
+        Storage.from_options(given(quantizer)),
+        method=method,
+        output=output,
+        max_seconds=seconds_or_all(seconds, METHODS[method]),
+        seed=seed,
+        channel=channel,
+        skip_bad=skip_bad,
+        device=device,
+        quiet=quiet,
+    )
+    print_once(table, as_json, sensitivity_view(table))
+
+
+@click.command()
+@click.argument("sensitivity", type=EXISTING)
+@click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
+@click.option("--target-ratio", type=float, help="How many times smaller than with every layer at 32 bits.")
+@click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
+@click.option(
+    "--max-divergence",
+    type=float,
+    help="The smallest file with at most this; with --measure: measured.",
+)
+@click.option("--keep", multiple=True, type=PatternBits(), help="At least BITS for the layers that match.")
+@click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
+@click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
+@click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
+@click.option("--measure", type=EXISTING, metavar="CKPT", help="Measure the answer, all layers quantized together.")
+@click.option("--refine", type=EXISTING, metavar="CKPT", help="Measure it, and look for moves that make it better.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long to look for moves. Default: 10.")
+@click.option("--points", type=click.IntRange(0, 1000), help="Sizes of the frontier that are measured too. Default: 5.")
+@click.option("--data", type=EXISTING, help="Where the calibration data are now, if not where SENSITIVITY says.")
+@click.option("--out", required=True, type=EXISTING, help="The mpq.allocation/1 file to write.")
+@common_options
+def allocate(
+    sensitivity: Path,
+    target_mb: float | None,
+    target_ratio: float | None,
+    average_bits: float | None,
+    max_divergence: float | None,
+    keep: tuple[tuple[str, int], ...],
+    exclude: tuple[str, ...],
+    tie: tuple[str, ...],
+    whole_frontier: bool,
+    measure: Path | None,
+    refine: Path | None,
+    minutes: float | None,
+    points: int | None,
+    data: Path | None,
+    out: Path,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Choose the bit-width of every layer: the least divergence within the size, exactly (Li et al. 2023, Eq. 8).
+
+    The size is that of the packed file in bytes, everything included. Patterns are globs on layer names; one that
+    matches nothing is an error. With --measure or --refine, the checkpoint is quantized as the answer says, and the
+    divergence of its output is measured on audio that the sensitivities have not seen.
+
+    \b
+    Examples:
+      mpq allocate sens.json --target-mb 7.5 --out alloc.json
+      mpq allocate sens.json --average-bits 4 --keep 'decoder.*=8' --out alloc.json
+      mpq allocate sens.json --target-ratio 8 --tie 'encoder.layers.*.self_attn.linear_[qkv].weight' --out alloc.json
+      mpq allocate sens.json --max-divergence 0.15 --measure model.nemo --out alloc.json
+      mpq allocate sens.json --target-mb 5 --refine model.nemo --minutes 5 --out alloc.json
+    """
+    from mpq.allocation import solve as step
+    from mpq.cli.tables import allocation_view
+    from mpq.files import check_output
+    from mpq.sensitivity.records import SensitivityTable
+
+    if (data or points is not None or minutes is not None) and not (measure or refine):
+        raise MpqError("--data, --points, --minutes: nothing is measured; give --measure or --refine CKPT with them")
+    if measure and refine:
+        raise MpqError("--measure and --refine: give one of them; --refine measures too")
+    check_output(out, sensitivity)
+    budgets = {
+        "target_mb": target_mb,
+        "target_ratio": target_ratio,
+        "average_bits": average_bits,
+        "max_divergence": max_divergence,
+    }
+    constraints = {
+        "keep": {pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
+        "exclude": exclude,
+        "tie": tie,
+        "whole_frontier": whole_frontier,
+    }
+    table = SensitivityTable.load(sensitivity)
+    if checkpoint := measure or refine:
+        from mpq.allocation.refine import allocate_measured
+
+        allocation = allocate_measured(
+            table,
+            checkpoint,
+            out,
+            budgets,
+            **constraints,
+            points=5 if points is None else points,
+            refine_minutes=(minutes or 10.0) if refine else 0,
+            data=data,
+            device=device,
+            quiet=quiet,
+        )
+    else:
+        allocation = step.allocate(table, **budgets, **constraints)
+        allocation.save(out)
+    print_result(allocation, as_json, allocation_view(allocation))
+
+
+@click.command()
+@click.argument("checkpoint", type=EXISTING)
+@click.option("--allocation", type=EXISTING, help="The bit-widths that `mpq allocate` chose.")
+@click.option("--bits", type=click.IntRange(1, 8), help="One width for all layers instead.")
+@click.option("--data", type=EXISTING, help="Calibration data; with --allocation, if not where that says.")
+@click.option("--seconds", help="With --bits: use a random part of the data of this length, or all. Default: 300.")
+@channel_options
+@quantizer_options
+@click.option("--out", required=True, type=EXISTING, help="The safetensors file to write.")
+@common_options
+def pack(
+    checkpoint: Path,
+    allocation: Path | None,
+    bits: int | None,
+    data: Path | None,
+    seconds: str | None,
+    channel: str,
+    skip_bad: bool,
+    out: Path,
+    device: str,
+    seed: int,
+    quiet: bool,
+    as_json: bool,
+    **quantizer: Any,
+) -> None:
+    """Write the packed file: one safetensors file with all that is needed to run the model.
+
+    Its size is what `mpq allocate` predicted, to the byte. Quantizer options and calibration data come from the
+    allocation. The divergence of the file's output is measured, on audio that the sensitivities have not seen. With
+    neither --allocation nor --bits, the weights are stored in --rest-dtype.
+
+    \b
+    Examples:
+      mpq pack model.nemo --allocation alloc.json --out small.safetensors
+      mpq pack model.nemo --bits 4 --data train.jsonl --out uniform4.safetensors
+    """
+    from mpq.allocation import pack as step
+    from mpq.allocation.records import Allocation
+    from mpq.cli.tables import pack_line
+    from mpq.files import check_output
+    from mpq.sensitivity.calibration import CALIBRATION_SECONDS
+
+    if allocation is not None and bits is not None:
+        raise MpqError("--allocation and --bits: give one of them")
+    if allocation:
+        check_output(out, allocation)
+    chosen = Allocation.load(allocation) if allocation else None
+    if (seconds or channel != "error" or skip_bad) and (data is None or (chosen and "sha256" in chosen.data)):
+        why = "the allocation says which audio was used" if chosen else "no --data are given"
+        raise MpqError(f"--seconds, --channel, --skip-bad: {why}; leave them out")
+    result = step.pack(
+        checkpoint,
+        out,
+        chosen,
+        bits,
+        given(quantizer),
+        device,
+        data=data,
+        max_seconds=seconds_or_all(seconds, CALIBRATION_SECONDS),
+        seed=seed,
+        channel=channel,
+        skip_bad=skip_bad,
+        quiet=quiet,
+    )
+    print_result(result, as_json, pack_line(result))

@@ -1,0 +1,180 @@
+"""The command line: it parses, calls one function, prints. Everything else is imported inside the commands, so that
+`mpq --help` starts without torch."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from mpq import __version__
+from mpq.cli.compress import allocate, pack, sensitivity
+from mpq.cli.options import EXISTING, common_options, data_options, decode_options, print_result, set_option
+from mpq.cli.train import finetune, run, search, train
+from mpq.errors import MpqError
+
+
+class Cli(click.Group):
+    """The border where errors become one line and an exit status: 2 bad input, 130 interrupted, 1 a fault of mpq."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        try:
+            status = super().main(*args, **{**options, "standalone_mode": False})
+        except MpqError as error:
+            click.echo(f"mpq: {error}", err=True)
+            status = 2
+        except click.ClickException as error:
+            error.show()
+            status = 2
+        except (click.Abort, KeyboardInterrupt):
+            click.echo("mpq: interrupted; the same command goes on where it stopped", err=True)
+            status = 130
+        sys.exit(status if isinstance(status, int) else 0)
+
+
+@click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="mpq")
+def main() -> None:
+    """Make a trained speech recogniser as small as its device needs, and test that it is no worse.
+
+    \b
+    mpq evaluate    model.nemo --data dev.jsonl --out runs/fp32
+    mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
+    mpq allocate    sens.json --target-mb 7.5 --out alloc.json
+    mpq pack        model.nemo --allocation alloc.json --out small.safetensors
+    mpq finetune    model.nemo --allocation alloc.json --train train.jsonl --dev dev.jsonl --out runs/qat
+    mpq evaluate    small.safetensors --data dev.jsonl --out runs/small
+    mpq compare     runs/fp32 runs/small
+    """
+
+
+@main.command()
+@click.argument("checkpoint", type=EXISTING)
+@data_options
+@click.option("--out", required=True, type=EXISTING, help="Folder for hyp.trn, ref.trn and metrics.json.")
+@decode_options
+@click.option("--batch-seconds", default=60.0, show_default=True, help="Padded audio in one batch.")
+@common_options
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    channel: str,
+    skip_bad: bool,
+    decode: str,
+    beam_size: int,
+    ctc_weight: float,
+    length_bonus: float,
+    batch_seconds: float,
+    device: str,
+    quiet: bool,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Transcribe a test set and count the word errors.
+
+    CHECKPOINT is a NeMo archive, a folder of `mpq train` or a file that `mpq pack` wrote. All faults of the data are
+    reported before any work starts. A run that was cut off goes on where it stopped.
+
+    \b
+    Example:
+      mpq evaluate stt_en_conformer_ctc_small.nemo --data dev.jsonl --out runs/fp32
+    """
+    from mpq.cli.tables import evaluation_view
+    from mpq.scoring import evaluate as step
+    from mpq.speech.decoding import DecodeOptions
+
+    result = step.evaluate(
+        checkpoint,
+        data,
+        out,
+        decode=DecodeOptions(decode, beam_size, ctc_weight, length_bonus),
+        max_batch_seconds=batch_seconds,
+        channel=channel,
+        skip_bad=skip_bad,
+        device=device,
+        quiet=quiet,
+    )
+    print_result(result, as_json, evaluation_view(result))
+
+
+@main.command()
+@click.argument("path", type=EXISTING)
+@set_option
+@common_options
+def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, **_: Any) -> None:
+    """Show what is in a checkpoint or packed file: layers, shapes, bits, bytes, totals; or what a recipe describes.
+
+    \b
+    Examples:
+      mpq inspect small.safetensors
+      mpq inspect recipes/swbd/swbd.toml --set model.ffn_width=5120 --set model.ffn_rank=160
+    """
+    from mpq.cli import inspection
+    from mpq.cli.tables import inspection_view
+
+    result = inspection.inspect(path, device, overrides)
+    print_result(result, as_json, inspection_view(result))
+
+
+@main.command()
+@click.argument("folders", nargs=-1, type=EXISTING, metavar="[BASELINE COMPRESSED]")
+@click.option("--ref", type=EXISTING, help="Reference transcripts (trn).")
+@click.option("--a", "a_path", type=EXISTING, help="Transcripts of the baseline (trn).")
+@click.option("--b", "b_path", type=EXISTING, help="Transcripts of the compressed system (trn).")
+@click.option("--alpha", default=0.05, show_default=True, help="Level of the tests.")
+@click.option("--resamples", default=10_000, show_default=True, help="Of the bootstrap.")
+@click.option("--changes", default=5, show_default=True, help="How many changed outputs to show.")
+@click.option("--out", type=EXISTING, help="Write the mpq.comparison/1 file, with all changed outputs.")
+@common_options
+def compare(
+    folders: tuple[Path, ...],
+    ref: Path | None,
+    a_path: Path | None,
+    b_path: Path | None,
+    alpha: float,
+    resamples: int,
+    seed: int,
+    changes: int,
+    out: Path | None,
+    as_json: bool,
+    **_: Any,
+) -> None:
+    """Test whether the compressed system is significantly worse than the baseline.
+
+    Word errors of both and their difference; MAPSSWE exactly as NIST SCTK's sc_stats, which decides "lossless"; the
+    exact McNemar test; a bootstrap interval; the changed outputs. Differences are (errors of the baseline) - (errors
+    of the compressed system) per segment, so a negative Z means that the baseline is better.
+
+    \b
+    Examples:
+      mpq compare runs/fp32 runs/small
+      mpq compare --ref ref.trn --a fp32.trn --b small.trn --out comparison.json
+    """
+    from mpq.cli.tables import changes_view, comparison_view
+    from mpq.files import check_output
+    from mpq.scoring import compare as step
+    from mpq.speech.trn import read_trn
+
+    files = (ref, a_path, b_path)
+    if out:
+        check_output(out, *files)
+    if len(folders) == 2 and not any(files):
+        transcripts = step.read_evaluations(*folders)
+        names = (str(folders[0]), str(folders[1]))
+    elif not folders and all(files):
+        transcripts = tuple(read_trn(file) for file in files if file)
+        names = (str(a_path), str(b_path))
+    else:
+        raise MpqError("expected two folders that mpq evaluate wrote, or --ref, --a and --b")
+    result = step.compare(*transcripts, names=names, alpha=alpha, resamples=resamples, seed=seed)
+    if out:
+        result.save(out)
+    views = [comparison_view(result)]
+    if changes > 0 and result.changed:
+        views.append(changes_view(result, changes))
+    print_result(result, as_json, *views)
+
+
+for command in (train, search, run, sensitivity, allocate, pack, finetune):
+    main.add_command(command)

@@ -1,0 +1,156 @@
+"""What several commands share: options that mean the same wherever a command takes them, and printing results."""
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+from pydantic import BaseModel
+
+from mpq.config import describe_section
+from mpq.errors import MpqError
+
+EXISTING = click.Path(path_type=Path)
+
+
+def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for decorator in reversed(decorators):
+            command = decorator(command)
+        return command
+
+    return decorate
+
+
+channel_options = _together(
+    click.option(
+        "--channel", default="error", show_default=True, help="Of several: error, mix (their mean), 0, 1, ..."
+    ),
+    click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out, and count them."),
+)
+data_options = _together(
+    click.option("--data", required=True, type=EXISTING, help="Manifest (JSON lines) or Kaldi data directory."),
+    channel_options,
+)
+common_options = _together(
+    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N]."),
+    click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random."),
+    click.option("--quiet", is_flag=True, help="Show no progress."),
+    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+)
+set_option = click.option(
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
+)
+recipe_options = _together(
+    click.argument("recipe", type=EXISTING),
+    click.option("--out", required=True, type=EXISTING, help="Folder to write."),
+    set_option,
+)
+decode_options = _together(
+    click.option(
+        "--decode",
+        default="greedy",
+        show_default=True,
+        type=click.Choice(["greedy", "prefix", "joint"]),
+        help="Greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
+    ),
+    click.option("--beam-size", default=10, show_default=True, help="Hypotheses that a beam search keeps."),
+    click.option("--ctc-weight", default=0.3, show_default=True, help="Of the joint search."),
+    click.option("--length-bonus", default=0.0, show_default=True, help="Of the joint search, nats for each token."),
+)
+quantizer_options = _together(
+    click.option("--scheme", type=click.Choice(["symmetric", "asymmetric", "mulaw"]), help="Default: asymmetric."),
+    click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
+    click.option("--clip", metavar="none|mse|mae|percentile:P", help="How the range is chosen. Default: mse."),
+    click.option(
+        "--rounding",
+        type=click.Choice(["nearest", "gptq"]),
+        help="gptq makes up for errors by what the layers see of the data, and is the default; without data, and for "
+        "mulaw, nearest is.",
+    ),
+    click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
+    click.option(
+        "--rest-dtype",
+        type=click.Choice(["float16", "float32"]),
+        help="Of what is not quantized (biases, norms). Default: float16.",
+    ),
+)
+
+
+def section_options(section: type[BaseModel], without: Sequence[str] = ()) -> Callable[[Any], Any]:
+    """Returns options for the keys of a section of a recipe; a command gets their texts, None for those not given."""
+    options = []
+    for key, kind, default, description in describe_section(section):
+        if key in without:
+            continue
+        flag = f"--{key.replace('_', '-')}"
+        shown = f"{description} Default: {default}." if default else description
+        options.append(click.option(flag, key, metavar=kind.replace("\\", "").upper(), help=shown))
+    return _together(*options)
+
+
+def with_seed(overrides: Sequence[str]) -> list[str]:
+    """Returns the --set options of a command that follows a recipe, and --seed as one more if it was given."""
+    context = click.get_current_context()
+    is_given = context.get_parameter_source("seed") is ParameterSource.COMMANDLINE
+    return [*overrides, *([f"seed={context.params['seed']}"] if is_given else [])]
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the quantizer options that were given."""
+    return {key: value for key, value in options.items() if value is not None}
+
+
+def seconds_or_all(text: str | None, default: float) -> float | None:
+    """Returns the number of seconds that an option says, None for "all"."""
+    try:
+        return default if text is None else None if text == "all" else float(text)
+    except ValueError:
+        raise MpqError(f"--seconds: expected a number or all, got {text!r}") from None
+
+
+class Widths(click.ParamType):
+    """A list such as 2,3,4,8."""
+
+    name = "2,3,4,..."
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return value if isinstance(value, list) else [int(item) for item in value.split(",")]
+        except ValueError:
+            self.fail(f"expected whole numbers with commas between them, got {value!r}", param, ctx)
+
+
+class PatternBits(click.ParamType):
+    """PATTERN=BITS."""
+
+    name = "PATTERN=BITS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if isinstance(value, tuple):
+            return value
+        pattern, equals, bits = value.rpartition("=")
+        if not (pattern and equals and re.fullmatch("[0-9]+", bits)):
+            self.fail(f"expected PATTERN=BITS such as 'decoder.*=8', got {value!r}", param, ctx)
+        return pattern, int(bits)
+
+
+def print_result(result: Any, as_json: bool, *views: Any) -> None:
+    """Prints a result on stdout: as JSON, or its views for a person."""
+    if as_json:
+        click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        return
+    from mpq.cli.tables import console
+
+    for view in views:
+        console().print(view, soft_wrap=isinstance(view, str))
+
+
+def print_once(result: Any, as_json: bool, *views: Any) -> None:
+    """Prints in one of torchrun's processes."""
+    if int(os.environ.get("RANK", "0")) == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
+        print_result(result, as_json, *views)

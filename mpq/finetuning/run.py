@@ -1,0 +1,201 @@
+"""Quantization-aware fine-tuning of a trained model at the bit-widths of an allocation (`mpq finetune`).
+
+The folder holds `packed.safetensors` (the packed artifact; of several allocations one each, `packed-NAME.safetensors`),
+`float.safetensors` (the weights before rounding, a float checkpoint), `recipe.json` (all options, the seed),
+`log.jsonl` (a line for each update and epoch), `learning_curve.svg` (where matplotlib is installed) and
+`finetune.json` (the result). While it runs, `state.pt` is where it goes on after an interruption, and `epochs/` has
+what may be kept; epoch 0 is the start. The weights that are trained are the weights in the file, bit for bit.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+from mpq.allocation.assignment import assign, recall, recalled_statistics
+from mpq.allocation.records import Allocation
+from mpq.artifact.file import exact_names
+from mpq.artifact.weights import Storage
+from mpq.config import Recipe
+from mpq.errors import MpqError
+from mpq.files import digest, make_folder, sha256_file
+from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
+from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
+from mpq.loading import PACKED_FILE, load_model, model_file
+from mpq.models.base import AsrModel
+from mpq.models.checkpoint import MODEL_FILE
+from mpq.quantization.spec import FLOAT_BITS
+from mpq.runtime import choose_device, processes
+from mpq.sensitivity.calibration import CALIBRATION_SECONDS, draw
+from mpq.training.data import TrainingSet, read_set
+from mpq.training.folder import NEUTRAL, check_folder, clean_up, data_identity
+from mpq.training.loop import Job, NotFiniteError
+
+
+def finetune(
+    checkpoint: Path,
+    allocations: Sequence[Path],
+    recipe: Recipe,
+    out: Path,
+    *,
+    calibration: Path | None = None,
+    device: str = "auto",
+    quiet: bool = False,
+) -> FinetuneResult:
+    """Fine-tunes a model and writes the folder `out`; an interrupted fine-tuning goes on.
+
+    Args:
+        checkpoint: The float model.
+        allocations: Files of `mpq.allocation/1`.
+        recipe: Says the data (train and dev), the options, the augmentation and the seed.
+        out: The folder.
+        calibration: Where the audio that the allocations were made with is now, if not where it was.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Bad input of any kind; a folder that holds another training; a loss that is not finite, with the
+            update and the layer. The best weights until then are packed all the same.
+    """
+    out, checkpoint = Path(out), model_file(checkpoint)
+    where = choose_device(device)
+    sha256 = sha256_file(checkpoint)
+    teacher = load_model(checkpoint, where)
+    if teacher.quantized_bits:
+        raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
+    if not teacher.decoder_stages and recipe.finetune.ctc_weight != 1:
+        recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
+    names = [path.stem for path in allocations]
+    for path in allocations:
+        if names.count(path.stem) > 1:
+            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
+    loaded = {path: Allocation.load(path) for path in allocations}
+    targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
+    options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
+    scheme = targets[0].assigned.storage.spec.scheme
+    for key in ("scales",) if scheme == "mulaw" else ("alpha", "anneal"):
+        if key in options.model_fields_set:
+            raise MpqError(f"finetune.{key}: does nothing for the scheme {scheme} of the allocation; leave it out")
+    statistics = {name for name in exact_names(teacher, targets[0].assigned.storage) if "running_" in name}
+    if options.batch_norm == "updated" and statistics:
+        raise MpqError(
+            f'finetune.batch_norm: "updated" would change {sorted(statistics)[0]}, which half precision spoils, so '
+            'the file would not have the promised size; use "frozen", or allocate with --rest-dtype float32'
+        )
+    texts = "used" if options.transcript_weight else "ignored"
+    data = read_set(recipe.data.train, recipe.data, teacher, fastest, is_training=True, texts=texts)
+    transcribed = sum(item.text is not None for item in data.utterances)
+    if options.transcript_weight and not transcribed:
+        raise MpqError(
+            f"finetune.transcript_weight: {options.transcript_weight:g} needs transcripts, and none of the "
+            f"{len(data.utterances)} training utterances has one; give 0 for distillation alone"
+        )
+    assert recipe.data.dev is not None
+    dev = read_set([recipe.data.dev], recipe.data, teacher, 1.0, is_training=False, texts="ignored")
+    if options.select == "wer" and all(item.text is None for item in dev.utterances):
+        raise MpqError('finetune.select: "wer" needs transcripts in the held-out data; give them, or choose "loss"')
+    fingerprint = _fingerprint(recipe, sha256, targets, data, dev)
+    make_folder(out)
+    models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
+    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, models)
+    with processes(where) as workers:
+        if (out / RESULT_FILE).exists() and all(target.path.exists() for target in targets):
+            if workers.rank == 0:
+                clean_up(out)  # in case it was killed before it did so
+            return FinetuneResult.load(out / RESULT_FILE)
+        weights = _weights(teacher, sha256, targets, loaded, recipe, calibration, out, quiet or workers.rank > 0)
+        job = Job(
+            model=copy.deepcopy(teacher),
+            data=data,
+            options=options,
+            augment=recipe.finetune_augment,
+            channel=recipe.data.channel,
+            seed=recipe.seed,
+            out=out,
+            fingerprint=fingerprint,
+            workers=workers,
+            quiet=quiet,
+        )
+        tuner = Finetuner(job, recipe, teacher, weights.to(where), targets, dev)
+        try:
+            tuner.run()
+        except NotFiniteError as error:
+            kept = tuner.keep_best()
+            raise MpqError(f"{error}; {kept}") from None
+        return tuner.finish({"path": str(checkpoint), "sha256": sha256}, transcribed)
+
+
+def _targets(
+    teacher: AsrModel,
+    checkpoint: Path,
+    sha256: str,
+    loaded: dict[Path, Allocation],
+    recipe: Recipe,
+    out: Path,
+) -> list[Target]:
+    """Returns what the allocations say, the largest first."""
+    found = []
+    for path, allocation in loaded.items():
+        storage = Storage.from_json(allocation.quantizer)
+        packed = out / (PACKED_FILE if len(loaded) == 1 else f"packed-{path.stem}.safetensors")
+        try:
+            assigned = assign(teacher, checkpoint, sha256, allocation, storage, packed)
+        except MpqError as error:
+            raise MpqError(f"{path}: {str(error).removeprefix(f'{packed}: ')}") from None
+        if all(bits in FLOAT_BITS for bits in assigned.bits.values()):
+            raise MpqError(f"{path}: quantizes no layer, so there is nothing to train")
+        found.append(Target(path.stem, assigned, packed))
+    for target in found:
+        if target.assigned.storage != found[0].assigned.storage:
+            quantizers = [one.assigned.storage.to_json() for one in (found[0], target)]
+            raise MpqError(
+                f"allocations {found[0].name} and {target.name}: expected one quantizer, got {quantizers[0]} and "
+                f"{quantizers[1]}; allocate both from one sensitivity file"
+            )
+    audio = {json.dumps(allocation.data.get("sha256")) for allocation in loaded.values()}
+    if len(audio) > 1 and found[0].assigned.storage.spec.rounding == "gptq":
+        raise MpqError(
+            f"allocations {found[0].name} and {found[-1].name}: made with different calibration audio; allocate all "
+            "from one sensitivity file"
+        )
+    return sorted(found, key=lambda target: -target.assigned.size_bytes)
+
+
+def _weights(
+    teacher: AsrModel,
+    sha256: str,
+    targets: Sequence[Target],
+    loaded: dict[Path, Allocation],
+    recipe: Recipe,
+    calibration: Path | None,
+    out: Path,
+    quiet: bool,
+) -> QuantizedWeights:
+    """Returns the weights at the start of the training."""
+    storage = targets[0].assigned.storage
+    grams: dict[str, Tensor] = {}
+    needed = any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed"
+    if calibration is not None and not needed:
+        raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
+    if needed:
+        allocation = next(iter(loaded.values()))
+        if calibration is not None and "sha256" not in allocation.data:  # written by hand or by another tool
+            drawn, note = draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel), ""
+        else:
+            drawn, note = recall(teacher, allocation, calibration)
+        grams = recalled_statistics(teacher, sha256, drawn, allocation, storage, note, out, quiet)
+    state = teacher.state_dict()
+    trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
+    allocations = [target.assigned.bits for target in targets]
+    return QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
+
+
+def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> str:
+    """Returns a digest of all that the weights depend on."""
+    options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
+    sizes = [(one.name, one.assigned.bits, one.assigned.storage.to_json(), one.assigned.size_bytes) for one in targets]
+    work = [FINETUNE_FORMAT, recipe.seed, recipe.data.channel, options, recipe.finetune_augment.model_dump(), sha256]
+    return digest([*work, sizes, data_identity(data, dev)])

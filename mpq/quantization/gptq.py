@@ -1,0 +1,118 @@
+"""Rounding that makes up for its own errors (GPTQ, Frantar et al. 2023).
+
+What matters is not the error of a weight but that of the layer's output. For a layer y = W x it is, summed over the
+data, tr(D H D') with D the error of W and H = sum of x x', the Gram matrix of the inputs. Columns are rounded in order,
+and the error of each is fed to the columns after it, by as much as the inputs of both go together: with U the upper
+Cholesky factor of the inverse of H (U'U), column j's error e adds -e U[j, k] / U[j, j] to each column k after it. A
+group's levels are searched when the rounding reaches it, on the weights as they are by then.
+
+H is damped: DAMPING of its mean diagonal is added to the diagonal, so that it can be inverted however little data
+there is. Rows that share no inputs (the channels of a depthwise kernel, the parts of a grouped convolution) have a Gram
+matrix each. A row whose inputs are all zero can be rounded in any way; it is rounded to nearest.
+
+Legend: B Gram matrices, R rows for each of them, K columns, W bit-widths that are worked on side by side (the loop over
+columns is the same for all, and its overhead what counts).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mpq.errors import MpqError
+from mpq.quantization.grids import choose_grid, code_range, is_sign
+from mpq.quantization.spec import QuantSpec
+
+DAMPING = 0.01
+"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md has what others do)."""
+
+_BLOCK = 64
+
+
+def gptq(matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Returns codes (C, K), scales (C, G) and zero points (C, G), float32 all, for each of several specs.
+
+    The result for a spec does not depend on which others are there.
+
+    Args:
+        matrix: (C, K) float32 weights: C = B * R rows; the first R go with the first Gram matrix, and so on.
+        specs: Of the same scheme, granularity, clip and scale_dtype; granularity "tensor" shares one scale, (1, 1).
+        gram: (B, K, K) sums of the outer products of the inputs.
+
+    Raises:
+        MpqError: The Gram matrix is not finite, of the wrong shape, or zero (no data reached the layer); or a scale
+            does not fit into the spec's scale_dtype.
+    """
+    blocks, columns = gram.shape[0], matrix.shape[1]
+    if gram.shape[1:] != (columns, columns) or len(matrix) % blocks:
+        raise MpqError(
+            f"statistics of shape {tuple(gram.shape)} do not fit a weight of {tuple(matrix.shape)} (rows, columns); "
+            "they are of another layer"
+        )
+    factor = inverse_factor(gram)  # (B, K, K)
+    rows = len(matrix) // blocks
+    size = min(specs[0].group_size or columns, columns)
+    one_scale = specs[0].granularity == "tensor"
+    groups = -(-columns // size)
+    ranges = torch.tensor([code_range(spec) for spec in specs], dtype=torch.float32, device=matrix.device)
+    q_min, q_max = ranges[:, 0, None, None], ranges[:, 1, None, None]  # (W, 1, 1)
+    signs = torch.tensor([is_sign(spec) for spec in specs], device=matrix.device)[:, None, None]
+    # columns first, so that each is one piece of memory
+    weights = matrix.t().reshape(columns, 1, blocks, rows).repeat(1, len(specs), 1, 1)  # (K, W, B, R)
+    codes = torch.empty_like(weights)
+    scales = weights.new_empty(groups, len(specs), blocks, rows)
+    zero_points = torch.empty_like(scales)
+    steps = factor.permute(1, 2, 0)[:, :, None, :, None]  # (K, K, 1, B, 1)
+    for group in range(groups):
+        first, last = group * size, min((group + 1) * size, columns)
+        for index, spec in enumerate(specs):
+            part = weights[first:last, index].flatten(1).t()  # (C, size)
+            grid = choose_grid((part.reshape(1, 1, -1) if one_scale else part[:, None]).contiguous(), spec)
+            scales[group, index], zero_points[group, index] = (
+                values.expand(blocks, rows) if one_scale else values.reshape(blocks, rows) for values in grid
+            )
+        scale, zero_point = scales[group], zero_points[group]  # (W, B, R)
+        inverse_scale = scale.reciprocal()
+        for start in range(first, last, _BLOCK):
+            stop = min(start + _BLOCK, last)
+            errors = weights.new_empty(stop - start, len(specs), blocks, rows)
+            for column in range(start, stop):
+                values = weights[column]
+                rounded = torch.round(values * inverse_scale).add_(zero_point)
+                rounded = torch.minimum(torch.maximum(rounded, q_min), q_max)
+                codes[column] = torch.where(signs, torch.where(values >= 0, 1.0, -1.0), rounded)
+                error = (values - (codes[column] - zero_point) * scale) / steps[column, column]
+                weights[column + 1 : stop] -= steps[column, column + 1 : stop] * error
+                errors[column - start] = error
+            for index in range(len(specs)):  # one at a time, so that each result is the same whatever the others
+                fed = torch.einsum("bjk,jbr->kbr", factor[:, start:stop, stop:], errors[:, index])
+                weights[stop:, index] -= fed
+    results = []
+    for index in range(len(specs)):
+        parameters = (values[:, index].flatten(1).t() for values in (scales, zero_points))  # (C, G) each
+        results.append(
+            (codes[:, index].flatten(1).t(), *(values[:1] if one_scale else values for values in parameters))
+        )
+    return results
+
+
+def inverse_factor(gram: Tensor) -> Tensor:
+    """Returns the upper Cholesky factors (B, K, K), float32, of the inverses of damped Gram matrices.
+
+    Raises:
+        MpqError: As `gptq`.
+    """
+    gram = gram.to(torch.float64)
+    diagonal = gram.diagonal(dim1=1, dim2=2)  # (B, K)
+    mean = diagonal.mean(dim=1, keepdim=True)
+    if not gram.isfinite().all():
+        raise MpqError("the statistics of its inputs are not finite; the data or the model's activations are broken")
+    if not bool((mean > 0).any()):
+        raise MpqError("no calibration data reached it: all of its inputs are zero, or it takes no part in the output")
+    damped = gram + torch.diag_embed((DAMPING * mean).expand_as(diagonal))
+    damped[mean[:, 0] <= 0] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
+    try:
+        inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+        return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
+    except torch.linalg.LinAlgError as error:
+        raise MpqError(f"the statistics of its inputs are singular, although damped: {error}") from None

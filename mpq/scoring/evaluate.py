@@ -1,0 +1,158 @@
+"""A model on a test set: hypotheses, word errors and speed, in a folder that `compare` reads.
+
+The folder holds `ref.trn`, `hyp.trn` and `metrics.json`; the last is written last, so a folder with it is complete.
+Finished batches are kept in a journal, so a run that was killed resumes.
+"""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq.errors import MpqError
+from mpq.files import make_folder, sha256_file, write_json, write_text
+from mpq.journal import Journal
+from mpq.loading import load_model, model_file
+from mpq.runtime import choose_device, memory_for, progress
+from mpq.scoring.metrics import Metrics, measure
+from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
+from mpq.speech.decoding import GREEDY, DecodeOptions
+from mpq.speech.manifests import Utterance
+from mpq.speech.trn import escape_markup, format_trn, write_trn
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `metrics.json` holds.
+
+    Attributes:
+        metrics: The word errors.
+        compute_seconds: Time spent on features, model and search; reading audio is not counted.
+        skipped: Utterances left out because they are faulty.
+        escaped: Outputs with characters that mean something to SCTK, written as U+FFFD in hyp.trn.
+        model: {"path", "sha256", "architecture"}.
+        data: {"path"}.
+        device: Where it ran.
+        decode: How the transcripts were searched for.
+    """
+
+    metrics: Metrics
+    compute_seconds: float
+    skipped: int
+    escaped: int
+    model: dict[str, Any]
+    data: dict[str, Any]
+    device: str
+    decode: DecodeOptions = GREEDY
+
+    @property
+    def real_time_factor(self) -> float:
+        """Compute time divided by audio time; below 1 is faster than real time."""
+        return self.compute_seconds / self.metrics.audio_seconds
+
+    def to_json(self) -> dict[str, Any]:
+        return self.metrics.to_json() | {
+            "rtf": self.real_time_factor,
+            "compute_seconds": self.compute_seconds,
+            "skipped": self.skipped,
+            "escaped": self.escaped,
+            "model": self.model,
+            "data": self.data,
+            "device": self.device,
+            "decode": asdict(self.decode),
+        }
+
+
+def evaluate(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    *,
+    decode: DecodeOptions = GREEDY,
+    max_batch_seconds: float = 60.0,
+    channel: str = "error",
+    skip_bad: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> Evaluation:
+    """Transcribes a test set and writes the folder `out`.
+
+    Args:
+        checkpoint: A float checkpoint or a packed file.
+        data: Manifest or Kaldi directory with transcripts.
+        out: The folder to create or to replace the results in.
+        decode: How to search for the transcripts.
+        max_batch_seconds: Padded audio in one batch.
+        channel, skip_bad: As in `mpq.speech.data.prepare_data`.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Bad input of any kind.
+    """
+    where = choose_device(device)
+    checkpoint = model_file(checkpoint)
+    model = load_model(checkpoint, where)
+    if decode.method == "joint" and not model.decoder_stages:
+        raise MpqError(f"{checkpoint}: joint search needs an attention decoder, which this model does not have")
+    checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
+    record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
+    utt_ids = [item.utt_id for item in checked.utterances]
+    references = [item.text or "" for item in checked.utterances]
+    ref = format_trn(data, utt_ids, references)
+    planned = batches(checked.utterances, checked.durations, max_batch_seconds)
+    make_folder(out)
+    journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds, decode))
+    entries = journal.read()
+    journal.begin()
+    hypotheses = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
+    seconds = sum(entry["seconds"] for entry in entries)
+    duration = dict(zip((item.utt_id for item in checked.utterances), checked.durations, strict=True))
+    todo = [batch for batch in planned if batch[0].utt_id not in hypotheses]
+    with progress("evaluate", sum(len(batch) for batch in todo), quiet, "utterances") as advance:
+        for batch in todo:
+            waveforms, lengths = read_batch(batch, model.sample_rate, channel)
+            start = time.perf_counter()
+            with memory_for(
+                f"{batch[0].source}: a batch of {len(batch)} x {waveforms.shape[1] / model.sample_rate:.0f} s"
+            ):
+                texts = model.transcribe(waveforms.to(where), lengths.to(where), decode)
+            entry = {
+                "hyp": dict(zip((item.utt_id for item in batch), texts, strict=True)),
+                "seconds": time.perf_counter() - start,
+            }
+            journal.append(entry)
+            hypotheses |= entry["hyp"]
+            seconds += entry["seconds"]
+            advance(len(batch))
+    texts = [hypotheses[name] for name in utt_ids]
+    metrics = measure(utt_ids, references, texts, [duration[name] for name in utt_ids])
+    escaped = sum(escape_markup(text).count("\ufffd") > text.count("\ufffd") for text in texts)
+    result = Evaluation(metrics, seconds, checked.skipped, escaped, record, {"path": str(data)}, str(where), decode)
+    (out / "metrics.json").unlink(missing_ok=True)
+    write_text(out / "ref.trn", ref)
+    write_trn(out / "hyp.trn", utt_ids, list(map(escape_markup, texts)))
+    write_json(out / "metrics.json", result.to_json())
+    journal.remove()
+    return result
+
+
+def _fingerprint(
+    model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float, decode: DecodeOptions
+) -> str:
+    identity = _identity(checked.utterances)
+    parts = [model_sha256, channel, max_batch_seconds, identity, checked.durations, asdict(decode)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _identity(utterances: Sequence[Utterance]) -> list[tuple[Any, ...]]:
+    """Returns what tells these utterances from others; of the audio, the file's size and time of change."""
+    stats = {item.audio_path: item.audio_path.stat() for item in utterances}
+    return [
+        (item.utt_id, str(item.audio_path), item.text, item.offset, item.duration, stat.st_size, stat.st_mtime_ns)
+        for item in utterances
+        for stat in [stats[item.audio_path]]
+    ]

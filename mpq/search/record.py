@@ -1,0 +1,113 @@
+"""What an architecture search says of itself: the architecture it chose, and the whole search."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mpq.files import read_json
+from mpq.training.record import EpochResult, TrainingResult
+
+ARCHITECTURE_FORMAT = "mpq.architecture/1"
+SEARCH_FORMAT = "mpq.search/1"
+
+
+@dataclass(frozen=True)
+class SearchedModule:
+    """One feed-forward module.
+
+    Attributes:
+        name: In the model.
+        width, rank: That were chosen; rank 0: not factored.
+        widths, ranks: The candidates, ascending.
+        width_probabilities, rank_probabilities: softmax(alpha) of these at the end of the search.
+    """
+
+    name: str
+    width: int
+    rank: int
+    widths: tuple[int, ...]
+    ranks: tuple[int, ...]
+    width_probabilities: tuple[float, ...]
+    rank_probabilities: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """`mpq.architecture/1`: what the second stage of a search chose.
+
+    Attributes:
+        fingerprint: Of supernet, options and held-out data.
+        modules: Each block's first, then its second.
+        millions: Parameters of the whole model, BatchNorm's running statistics included.
+        largest_millions, expected_millions: Of the supernet, and the mean over the probabilities.
+        largest_loss, largest_wer: Of the supernet as a whole, on the held-out data; nats a token (of a distillation:
+            divergence) and a fraction, None without transcripts.
+        loss, wer: Of the architecture, with the supernet's weights.
+        epochs: Of the logits; the losses have the penalty in them.
+        seconds: Wall-clock time.
+    """
+
+    fingerprint: str
+    modules: tuple[SearchedModule, ...]
+    millions: float
+    largest_millions: float
+    expected_millions: float
+    largest_loss: float
+    largest_wer: float | None
+    loss: float
+    wer: float | None
+    epochs: tuple[EpochResult, ...]
+    seconds: float
+
+    def shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
+        """Returns for each block the (width, rank) of its first and of its second module."""
+        flat = [(one.width, one.rank) for one in self.modules]
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": ARCHITECTURE_FORMAT} | asdict(self)
+
+    @classmethod
+    def load(cls, path: Path) -> "Architecture":
+        """Reads an `architecture.json`."""
+        return cls.of(read_json(path, ARCHITECTURE_FORMAT))
+
+    @classmethod
+    def of(cls, raw: dict[str, Any]) -> "Architecture":
+        """Returns what `to_json` returned."""
+        rest = {key: value for key, value in raw.items() if key != "format"}
+        modules = [
+            SearchedModule(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
+            for one in raw["modules"]
+        ]
+        return cls(**rest | {"modules": tuple(modules), "epochs": tuple(EpochResult(**one) for one in raw["epochs"])})
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """`mpq.search/1`: a finished search.
+
+    Attributes:
+        checkpoint: {"path", "sha256"} of the trained model that it began with; None: it began from scratch.
+        space, method: "widths", "ranks" or "both"; "gumbel" or "softmax".
+        eta, target_millions: The penalty; one of them is None.
+        supernet: The folder of the supernet.
+        supernet_seconds: Wall-clock time of its training, of whichever search did it.
+        architecture: What was chosen.
+        training: Of the model found.
+    """
+
+    checkpoint: dict[str, str] | None
+    space: str
+    method: str
+    eta: float | None
+    target_millions: float | None
+    supernet: str
+    supernet_seconds: float
+    architecture: Architecture
+    training: TrainingResult
+
+    def to_json(self) -> dict[str, Any]:
+        own = {key: getattr(self, key) for key in self.__dataclass_fields__}
+        parts = {"architecture": self.architecture.to_json(), "training": self.training.to_json()}
+        return {"format": SEARCH_FORMAT} | own | parts

@@ -1,0 +1,332 @@
+"""How much the output suffers from n-bit quantization of each layer, by one of two methods.
+
+"fisher" (`mpq.sensitivity.fisher`) is the second-order score: one backward pass for each utterance serves all layers
+and widths.
+
+"kl" is exact (Li et al. 2023, Eq. 7): for every weight tensor and every bit-width, that one tensor is replaced by its
+quantized values and the model's output distribution is compared with the unquantized one's: the mean over all valid
+frames of KL(original || changed).
+
+A change in stage s of the model leaves everything before s as it was. So the calibration data walk through the model
+once, stage by stage; at each stage the hidden state is kept, the stage's own layers are measured by running only the
+stages from there on, and then the state moves one stage further. The numbers are those of whole forward passes, in
+a third of the time for NVIDIA's 13 M Conformer (tests/bench_sensitivity.py). Memory: one hidden state and
+one float64 log-distribution of the calibration data.
+
+Finished points or utterances are kept in a journal beside the result, so a run that was killed resumes; under
+`torchrun` they are shared out among the processes.
+
+Legend: N utterances, T feature frames, F features, L layers, W widths.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mpq import __version__
+from mpq.artifact.file import fixed_bytes
+from mpq.artifact.weights import Storage, layer_bytes, quantize_layer
+from mpq.errors import MpqError
+from mpq.files import check_output, digest, sha256_file
+from mpq.journal import Journal
+from mpq.loading import load_model, model_file
+from mpq.models.base import AsrModel
+from mpq.quantization.spec import QuantSpec
+from mpq.runtime import Processes, choose_device, memory_for, processes, progress
+from mpq.sensitivity.calibration import (
+    BATCH_SECONDS,
+    CALIBRATION_SECONDS,
+    CalibrationData,
+    draw,
+    in_batches,
+    one_by_one,
+    statistics,
+)
+from mpq.sensitivity.divergence import OUTPUTS, OutputBatch, StageTree, mean_kl, owner
+from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
+from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
+
+Point = tuple[str, int]
+"""(layer name, bits)."""
+Score = tuple[float, tuple[float, float] | None]
+"""Nats per frame, and the ends of the 95 % confidence interval where there is one."""
+
+METHODS = {"fisher": CALIBRATION_SECONDS, "kl": 60.0}
+"""The methods, and how many seconds of audio the command line gives each by default."""
+
+
+def measure_sensitivity(
+    checkpoint: Path,
+    data: Path,
+    bits: Sequence[int],
+    out: Path,
+    storage: Storage,
+    *,
+    method: str = "fisher",
+    output: str = "ctc",
+    max_seconds: float | None = 300.0,
+    seed: int = 0,
+    channel: str = "error",
+    skip_bad: bool = False,
+    device: str = "auto",
+    quiet: bool = False,
+) -> SensitivityTable:
+    """Measures every layer at every width and writes the `mpq.sensitivity/1` file `out`.
+
+    What `out` or its journal already has from the same model, data, method and quantizer is not measured again.
+
+    Args:
+        checkpoint: The float model.
+        data: Manifest or Kaldi directory; transcripts are not used.
+        bits: Widths, 1 to 8.
+        out: The file to write.
+        storage: The quantizer.
+        method: "fisher" or "kl".
+        output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`.
+        max_seconds: A random part of the data of at most so many seconds is used; None is all.
+        seed: Of that choice, and of the signs that "fisher" draws.
+        channel, skip_bad: As in `mpq.speech.data.prepare_data`.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Show no progress.
+
+    Raises:
+        MpqError: Bad input of any kind.
+    """
+    widths = tuple(sorted(set(bits)))
+    for width in widths:
+        QuantSpec(width)  # refuses what is not a width
+    for name, value, known in (("--output", output, OUTPUTS), ("--method", method, tuple(METHODS))):
+        if value not in known:
+            raise MpqError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+    checkpoint = model_file(checkpoint)
+    check_output(out, checkpoint, data)
+    where = choose_device(device)
+    model = load_model(checkpoint, where)
+    if model.quantized_bits:
+        raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
+    StageTree(model).check(output)
+    drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
+    model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
+    work = [
+        __version__,
+        model_record["sha256"],
+        drawn.sha256,
+        output,
+        method,
+        seed if method == "fisher" else 0,
+        storage.to_json(),
+    ]
+    fingerprint = digest(work)
+    journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
+    refs = model.weights()
+    with processes() as workers:
+        done = _finished(out, fingerprint)
+        workers.barrier()
+        if workers.rank == 0:
+            journal.begin()
+        workers.barrier()
+        with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
+            if workers.rank == 0:  # one process collects them, the others find them in the cache
+                grams = statistics(model, model_record["sha256"], drawn, storage, quiet)
+            workers.barrier()
+            if workers.rank > 0:
+                grams = statistics(model, model_record["sha256"], drawn, storage)
+            measure = _measure_fisher if method == "fisher" else _measure_kl
+            silent = quiet or workers.rank > 0
+            features = one_by_one(model, drawn)
+            done |= measure(
+                _Task(model, drawn, features, widths, done, storage, output, grams, journal, workers, silent)
+            )
+        table = SensitivityTable(
+            layers=tuple(
+                LayerSensitivity(
+                    name=ref.name,
+                    kind=ref.kind,
+                    shape=ref.shape,
+                    numel=ref.numel,
+                    size_bytes={width: layer_bytes(ref.shape, width, storage) for width in widths},
+                    kl={width: done[ref.name, width][0] for width in widths},
+                    interval=_intervals(ref.name, widths, done),
+                    float_bytes=layer_bytes(ref.shape, storage.float_bits, storage),
+                )
+                for ref in refs
+            ),
+            bits=widths,
+            fixed_bytes=fixed_bytes(model, storage),
+            model=model_record,
+            data=drawn.to_json() | {"frames": sum(int(model.encoded_lengths(lengths)) for _, lengths in features)},
+            output=output,
+            method=method,
+            quantizer=storage.to_json(),
+            fingerprint=fingerprint,
+        )
+        if workers.rank == 0:
+            table.save(out)
+            journal.remove()
+        workers.barrier()
+    return table
+
+
+def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
+    """Returns the points of the same measurement that a finished file holds."""
+    if not out.exists():
+        return {}
+    try:
+        table = SensitivityTable.load(out)
+    except MpqError:
+        return {}  # whatever it is, it will be replaced, as --out says
+    if table.fingerprint != fingerprint:
+        return {}
+    return {
+        (layer.name, width): (kl, layer.interval[width] if layer.interval else None)
+        for layer in table.layers
+        for width, kl in layer.kl.items()
+    }
+
+
+def _intervals(name: str, widths: Sequence[int], done: Mapping[Point, Score]) -> dict[int, tuple[float, float]] | None:
+    found = {width: interval for width in widths if (interval := done[name, width][1]) is not None}
+    return found if len(found) == len(widths) else None
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What there is to measure, and with what.
+
+    Attributes:
+        features: ((1, T, F), (1,) frames) of each utterance of `data`.
+        done: The points that need not be measured.
+        silent: Show no progress.
+    """
+
+    model: AsrModel
+    data: CalibrationData
+    features: Sequence[tuple[Tensor, Tensor]]
+    widths: Sequence[int]
+    done: Mapping[Point, Score]
+    storage: Storage
+    output: str
+    grams: Mapping[str, Tensor]
+    journal: Journal
+    workers: Processes
+    silent: bool
+
+
+def _measure_kl(task: _Task) -> dict[Point, Score]:
+    """Returns all points that are not done."""
+    model, journal, workers = task.model, task.journal, task.workers
+    known = set(task.done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
+    workers.barrier()  # so that all have read the same
+    todo = [(ref.name, width) for ref in model.weights() for width in task.widths if (ref.name, width) not in known]
+    todo = todo[workers.rank :: workers.count]
+    with progress("sensitivity", len(todo), task.silent, "points") as advance:
+
+        def keep(name: str, width: int, kl: float) -> None:
+            journal.append({"name": name, "bits": width, "kl": kl})
+            advance(1)
+
+        if todo:
+            batches = in_batches(model, task.data, BATCH_SECONDS)
+            measure_kl(model, batches, todo, task.storage, task.output, keep, task.grams)
+    workers.barrier()
+    return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
+
+
+def _measure_fisher(task: _Task) -> dict[Point, Score]:
+    """Returns the points of all widths of which one is not done."""
+    model, journal, workers = task.model, task.journal, task.workers
+    names = [ref.name for ref in model.weights()]
+    todo = [width for width in task.widths if any((name, width) not in task.done for name in names)]
+
+    def finished() -> dict[int, dict]:
+        return {entry["utterance"]: entry for entry in journal.read() if entry["bits"] == todo}
+
+    known = finished()
+    workers.barrier()  # so that all have read the same
+    left = [index for index in range(len(task.features)) if index not in known][workers.rank :: workers.count]
+    if not todo:
+        return {}
+    if left:
+        with progress("rounding", len(names), task.silent, "layers") as advance:
+            errors = rounding_errors(model, task.storage, todo, task.grams, advance)
+        with progress("sensitivity", len(left), task.silent, "utterances") as advance:
+            for index in left:
+                scores, frames = fisher_scores(model, errors, *task.features[index], task.data.seed, task.output)
+                journal.append({"utterance": index, "bits": todo, "frames": frames, "scores": scores.tolist()})
+                advance(1)
+    workers.barrier()
+    entries = [entry for _, entry in sorted(finished().items())]
+    sums = torch.tensor([entry["scores"] for entry in entries], dtype=torch.float64)  # (U, L, W)
+    mean, low, high = typical_scores(sums, torch.tensor([entry["frames"] for entry in entries]))
+    return {
+        (name, width): (
+            float(mean[i, k]),
+            (float(low[i, k]), float(high[i, k])) if math.isfinite(high[i, k]) else None,
+        )
+        for i, name in enumerate(names)
+        for k, width in enumerate(todo)
+    }
+
+
+def measure_kl(
+    model: AsrModel,
+    data: Sequence[tuple[Tensor, Tensor]],
+    points: Sequence[Point],
+    storage: Storage,
+    output: str = "ctc",
+    on_point: Callable[[str, int, float], None] = lambda name, bits, kl: None,
+    grams: Mapping[str, Tensor] | None = None,
+) -> dict[Point, float]:
+    """Returns the mean KL divergence per frame, in nats, of each point: one layer at one bit-width.
+
+    Args:
+        model: The float model; the same when this returns.
+        data: Batches of ((N, T, F) features, (N,) valid frames), on the model's device.
+        points: What to measure.
+        storage: The quantizer.
+        output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper;
+            "decoder": over the attention decoder's distributions of the tokens (`mpq.sensitivity.divergence`). Weights
+                that the
+            output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's over
+            "decoder".
+        on_point: Called with each finished point.
+        grams: For the rounding "gptq": `mpq.sensitivity.calibration.input_grams`.
+
+    Raises:
+        MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
+            finite; the message names the layer.
+    """
+    tree = StageTree(model)
+    tree.check(output)
+    owners = {name: owner(name, tree.stages) for name, _ in points}
+    over = {name: tree.measured_over(index, output) for name, index in owners.items()}
+    parameters = dict(model.named_parameters())
+    results: dict[Point, float] = {}
+    with torch.inference_mode():
+        batches = [OutputBatch(model, features, lengths) for features, lengths in data]
+        references = [batch.log_distributions(tree, tuple(dict.fromkeys(over.values()))) for batch in batches]
+        for index, stage in enumerate(tree.stages):
+            for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
+                widths = [bits for other, bits in points if other == name]
+                chain = [tree.stages[later] for later in tree.path(over[name]) if later >= index]
+                original = parameters[name].data
+                rounded = quantize_layer(name, original, storage, widths, grams or {})
+                for bits, weight in zip(widths, rounded, strict=True):
+                    parameters[name].data = weight
+                    try:
+                        changed = (batch.log_distribution(chain, over[name]) for batch in batches)
+                        kl = mean_kl(zip((own[over[name]] for own in references), changed, strict=True))
+                    finally:
+                        parameters[name].data = original
+                    if not math.isfinite(kl):
+                        raise MpqError(f"{name} at {bits} bits: expected a finite divergence, got {kl}")
+                    results[name, bits] = kl
+                    on_point(name, bits, kl)
+            if index + 1 in tree.sources:  # not after the head, which the decoder does not read
+                for batch in batches:
+                    batch.advance(stage)
+    return results

@@ -1,0 +1,6 @@
+"""Audio and text: what goes into a recogniser and what comes out.
+
+`audio` reads files, `features` and `pitch` are what a model hears, `augment` disturbs training audio, `manifests` and
+`data` say which utterances there are and whether they can be used, `text` has the vocabularies, `trn` the transcript
+files, `decoding` the searches. It may use the modules at the top of `mpq`.
+"""

@@ -1,0 +1,83 @@
+"""The log of a training: `log.jsonl` (a line for each update and epoch), TensorBoard if asked for, a line on stderr."""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mpq.errors import MpqError
+from mpq.training.record import EpochResult
+
+
+class TrainingLog:
+    """What one training writes while it runs.
+
+    Args:
+        out: The checkpoint folder.
+        epochs: That are planned.
+        is_writing: Whether this process writes.
+        quiet: Print nothing.
+        tensorboard: Write TensorBoard's files too.
+    """
+
+    def __init__(self, out: Path, epochs: int, is_writing: bool, quiet: bool, tensorboard: bool) -> None:
+        self.path, self.epochs, self.is_writing, self.quiet = out / "log.jsonl", epochs, is_writing, quiet
+        self.tensorboard = tensorboard and is_writing
+        self._board: Any = None
+
+    @contextmanager
+    def opened(self, size: int, step: int) -> Iterator[None]:
+        """Drops what an interrupted run wrote after its last saved state: `size` bytes and `step` updates stay.
+
+        Raises:
+            MpqError: TensorBoard is asked for and not installed.
+        """
+        if self.is_writing and self.path.exists():
+            os.truncate(self.path, min(size, self.path.stat().st_size))
+        if not self.tensorboard:
+            yield
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            raise MpqError("train.tensorboard: tensorboard is not installed; install mpq[tensorboard]") from None
+        with SummaryWriter(str(self.path.parent / "tensorboard"), purge_step=step + 1) as self._board:
+            yield
+
+    def add_update(self, step: int, epoch: int, record: Mapping[str, float]) -> int:
+        """Writes an update's losses; returns the size of the log."""
+        if self._board:
+            for key, value in record.items():
+                self._board.add_scalar(f"train/{key}", value, step)
+        return self._write({"step": step, "epoch": epoch} | dict(record))
+
+    def add_epoch(self, done: EpochResult) -> int:
+        """Writes and prints an epoch's result; returns the size of the log."""
+        dev = ""
+        for name, value, text in (
+            ("loss", done.dev_loss, f"dev {done.dev_loss or 0:.3g}"),
+            ("wer", done.dev_wer, f"WER {100 * (done.dev_wer or 0):.2f}%"),
+        ):
+            if value is not None:
+                dev += f", {text}"
+                if self._board:
+                    self._board.add_scalar(f"dev/{name}", value, done.step)
+        if not self.quiet:
+            loss = "the start" if done.train_loss is None else f"loss {done.train_loss:.3f}"
+            print(
+                f"epoch {done.epoch}/{self.epochs}: {loss}{dev}; {done.step} updates, {done.seconds:.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        return self._write(asdict(done))
+
+    def _write(self, entry: dict[str, Any]) -> int:
+        if not self.is_writing:
+            return 0
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            return file.tell()

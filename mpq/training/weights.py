@@ -1,0 +1,133 @@
+"""The loop that trains all weights of a model, whole or as the paths of a supernet, and writes a checkpoint folder."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mpq.config import Recipe
+from mpq.files import write_json
+from mpq.models.checkpoint import MODEL_FILE, write_checkpoint
+from mpq.training.data import TrainingSet
+from mpq.training.folder import claim_folder, clean_up
+from mpq.training.loop import Batch, Job, TrainingLoop
+from mpq.training.objectives import Objective
+from mpq.training.optimization import make_optimizer
+from mpq.training.orthogonal import constrained_factors, semi_orthogonal_step
+from mpq.training.record import TrainingResult, average_weights
+
+
+class WeightTrainer(TrainingLoop):
+    """The training of a recipe's [train], semi-orthogonal factors included.
+
+    Args:
+        job: What to train.
+        recipe: Says how; it is put on record.
+        objective: What for.
+        dev: Held-out data; None: without.
+        sample: Called before each update with its number (from 0), and before held-out data are scored with None: has
+            the model compute as a path of a supernet, or as the whole; None for a model that is no supernet.
+    """
+
+    def __init__(
+        self,
+        job: Job,
+        recipe: Recipe,
+        objective: Objective,
+        dev: TrainingSet | None,
+        sample: Callable[[int | None], None] | None = None,
+    ) -> None:
+        self.recipe, self.train_options, self.dev = recipe, recipe.train, dev
+        self.objective, self.sample = objective, sample
+        optimizer = make_optimizer(job.model, recipe.train.weight_decay, recipe.train.betas)
+        super().__init__(job, objective.module, optimizer, objective.logged)
+        self.factors = constrained_factors(job.model.encoder, recipe.train.semi_orthogonal)
+
+    def train(self) -> TrainingResult:
+        """Trains what is left and writes the model."""
+        self.run()
+        return self._finish()
+
+    def begin(self) -> None:
+        if self.is_chief:
+            claim_folder(self.out, self.job.fingerprint)
+            write_json(self.out / "recipe.json", self.recipe.model_dump())
+
+    def prepare_update(self) -> None:
+        self.objective.prepare()
+        if self.sample:
+            self.sample(self.step)
+
+    def passes(self) -> int:
+        return 1
+
+    def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
+        return self.objective.losses(self.loss, batch, self.data)
+
+    def total(self, values: dict[str, float]) -> float:
+        return self.objective.total(values)
+
+    def finish_update(self) -> None:
+        if self.factors and (self.step + 1) % self.train_options.semi_orthogonal_every == 0:
+            for factor in self.factors:
+                semi_orthogonal_step(factor)
+
+    def blame(self, batch: Batch | None) -> str:
+        return ""
+
+    def evaluate(self) -> tuple[float | None, float | None]:
+        """Returns loss and WER of dev; None without one."""
+        if self.dev is None:
+            return None, None
+        if self.sample:
+            self.sample(None)
+        return self.objective.held_out(self.dev)
+
+    def write_candidate(self, path: Path) -> None:
+        write_checkpoint(path, self.model)
+
+    def state(self) -> dict[str, Any]:
+        return self.model.state_dict()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.model.load_state_dict(state)
+
+    def _load_average(self, epochs: list[int]) -> None:
+        self.model.load_state_dict(average_weights([self.candidate_path(epoch) for epoch in epochs]), strict=False)
+
+    def _finish(self) -> TrainingResult:
+        """Writes the model: the average of the best epochs, or the best one where that is better on dev."""
+        ranked = self.candidates()
+        choices = [ranked] if len(ranked) <= 1 or self.dev is None else [ranked, ranked[:1]]
+        results = []
+        for epochs in choices:
+            if epochs:
+                self._load_average(epochs)
+            loss, wer = self.evaluate()
+            score = loss if self.options.select == "loss" or wer is None else wer
+            results.append((score or 0.0, loss, wer, epochs))
+        _, loss, wer, epochs = min(results, key=lambda one: one[0])
+        if epochs is not choices[-1]:
+            self._load_average(epochs)
+        result = TrainingResult(
+            fingerprint=self.job.fingerprint,
+            epochs=tuple(self.epochs),
+            averaged=tuple(sorted(epochs)),
+            dev_loss=loss,
+            dev_wer=wer,
+            parameters=self.model.parameter_counts(),
+            utterances=len(self.data.utterances),
+            hours=sum(self.data.durations) / 3600,
+            skipped=self.data.skipped,
+            too_long=self.data.too_long,
+            seconds=self.seconds,
+            device=str(self.device),
+            processes=self.workers.count,
+        )
+        if self.is_chief:
+            write_checkpoint(self.out / MODEL_FILE, self.model)
+            write_json(self.out / "training.json", result.to_json())
+            clean_up(self.out)
+        self.workers.barrier()
+        return result

@@ -1,0 +1,504 @@
+"""Hybrid CTC/attention models: the decoder against torch's own layer, and every step against whole forward passes."""
+
+import itertools
+import json
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from click.testing import CliRunner
+from tiny_data import drawn_parts
+from tiny_models import tiny_model
+from torch import Tensor, nn
+
+from mpq.allocation.records import Allocation
+from mpq.artifact.file import fixed_bytes, write_artifact
+from mpq.artifact.weights import Storage, layer_bytes
+from mpq.cli.main import main
+from mpq.errors import MpqError
+from mpq.loading import load_model
+from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder
+from mpq.models.base import AsrModel, Stage
+from mpq.models.checkpoint import write_checkpoint
+from mpq.models.conformer import ConformerOptions
+from mpq.models.hybrid import HybridConformer
+from mpq.quantization.quantizers import fake_quantize
+from mpq.quantization.spec import QuantSpec
+from mpq.sensitivity.calibration import cache_folder, input_grams
+from mpq.sensitivity.divergence import JointDivergence, OutputBatch, StageTree, output_divergence, owner
+from mpq.sensitivity.fisher import fisher_scores, rounding_errors
+from mpq.sensitivity.measure import measure_kl
+from mpq.sensitivity.records import SensitivityTable
+from mpq.speech.audio import pad_batch
+from mpq.speech.decoding import DecodeOptions
+from mpq.speech.features import LogMelOptions
+from mpq.speech.text import CharTokenizer
+
+LABELS = [" ", *"adeforsw"]
+CLASSES = len(LABELS) + 1
+SAMPLES = (16000, 12000, 7000, 3300)
+EMBED, SOURCE, OUTPUT = "decoder.embed.weight", "decoder.layers.0.src_attn.linear_k.weight", "decoder.output.weight"
+HEAD, ENCODER = "ctc.weight", "encoder.layers.0.conv.depthwise_conv.weight"
+
+
+def hybrid(decoder_layers: int = 2) -> HybridConformer:
+    """Returns a model with random weights whose outputs are far from uniform; 0 decoder layers: a CTC model."""
+    encoder = ConformerOptions(
+        features=40,
+        layers=2,
+        width=16,
+        heads=2,
+        ffn_width=32,
+        kernel_size=5,
+        subsampling="striding",
+        subsampling_factor=4,
+        subsampling_channels=6,
+        subsampling_padding=0,
+    )
+    decoder = DecoderOptions(decoder_layers, heads=2, ffn_width=24) if decoder_layers else None
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = HybridConformer(encoder, decoder, LogMelOptions(16000, 40, 512, 400, 160), CharTokenizer(LABELS))
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if name.endswith("norm_out.weight"):
+                    tensor.uniform_(0.5, 1.5)
+                else:
+                    tensor.add_(0.3 * torch.randn_like(tensor))
+    return model
+
+
+def waves() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    return [0.1 * torch.randn(size, generator=generator) for size in SAMPLES]
+
+
+def utterances(model: AsrModel) -> list[tuple[Tensor, Tensor]]:
+    """Returns the features of each utterance on its own, without padding."""
+    found = [model.features(wave[None], torch.tensor([len(wave)])) for wave in waves()]
+    return [(features[:, : int(lengths)], lengths) for features, lengths in found]
+
+
+def batched(model: AsrModel, *sizes: int) -> list[tuple[Tensor, Tensor]]:
+    each = iter(waves())
+    return [model.features(*pad_batch(list(itertools.islice(each, size)))) for size in sizes]
+
+
+def with_weights(weights: dict[str, Tensor]) -> HybridConformer:
+    model = hybrid()
+    for name, tensor in weights.items():
+        dict(model.named_parameters())[name].data = tensor.clone()
+    return model
+
+
+def rounded(bits: int, *names: str) -> dict[str, Tensor]:
+    model = hybrid()
+    parameters = dict(model.named_parameters())
+    chosen = names or [ref.name for ref in model.weights()]
+    return {name: fake_quantize(parameters[name].data, QuantSpec(bits)) for name in chosen}
+
+
+def spoken(model: HybridConformer, encoded: Tensor) -> list[int]:
+    """Returns the tokens of the best CTC path of (1, T', D), in plain Python."""
+    path = model.ctc(encoded)[0].argmax(dim=-1).tolist()
+    return [new for old, new in zip([None, *path], path, strict=False) if new not in (old, CLASSES - 1)]
+
+
+@torch.inference_mode()
+def plain_rows(model: HybridConformer, changed: HybridConformer, output: str, features, lengths) -> Tensor:
+    """Returns (rows, classes) probabilities of the changed model for one utterance, by one whole forward pass."""
+    encoded = changed.encode(features, lengths)[0]
+    if output == "encoder":
+        logits = encoded[0]
+    elif output == "ctc":
+        logits = changed.ctc(encoded)[0]
+    else:
+        tokens = spoken(model, model.encode(features, lengths)[0])
+        logits = changed.decoder(torch.tensor([[CLASSES - 1, *tokens]]), encoded, torch.tensor([encoded.shape[1]]))[0]
+    return logits.double().softmax(dim=-1)
+
+
+def plain_kl(changed: HybridConformer, output: str) -> list[Tensor]:
+    """Returns the KL of each row of each utterance."""
+    model = hybrid()
+    found = []
+    for one in utterances(model):
+        p, q = (plain_rows(model, of, output, *one) for of in (model, changed))
+        found.append((p * (p / q).log()).sum(dim=-1))
+    return found
+
+
+def plain_sums(changed: HybridConformer, *outputs: str) -> Tensor:
+    """Returns (utterances, 2): the sum of KL, at most 1 a row, over the rows of all outputs, and their number."""
+    each = [torch.cat(rows) for rows in zip(*(plain_kl(changed, output) for output in outputs), strict=True)]
+    return torch.tensor([[float(rows.clamp(max=1.0).sum()), len(rows)] for rows in each], dtype=torch.float64)
+
+
+@cache
+def random_inputs() -> tuple[TransformerDecoder, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(2)
+    encoded = torch.randn(3, 9, 16, generator=generator)
+    prefixes = torch.randint(0, CLASSES, (3, 6), generator=generator)
+    return hybrid().decoder, prefixes, encoded, torch.tensor([9, 4, 1])
+
+
+def test_a_decoder_layer_is_torchs() -> None:
+    decoder, prefixes, encoded, lengths = random_inputs()
+    layer = decoder.layers[1]
+    reference = nn.TransformerDecoderLayer(16, 2, 24, dropout=0.0, batch_first=True, norm_first=True).eval()
+    state = {}
+    for theirs, ours in (("self_attn", layer.self_attn), ("multihead_attn", layer.src_attn)):
+        for kind in ("weight", "bias"):
+            q, k, v = (getattr(linear, kind) for linear in (ours.linear_q, ours.linear_k, ours.linear_v))
+            state[f"{theirs}.in_proj_{kind}"] = torch.cat([q, k, v])
+            state[f"{theirs}.out_proj.{kind}"] = getattr(ours.linear_out, kind)
+    norms = {"norm1": layer.norm_self_att, "norm2": layer.norm_src_att, "norm3": layer.norm_feed_forward}
+    for theirs, ours in (norms | {"linear1": layer.linear1, "linear2": layer.linear2}).items():
+        state |= {f"{theirs}.{name}": tensor for name, tensor in ours.state_dict().items()}
+    reference.load_state_dict(state)
+    seen: list[Tensor] = []
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0][1], output[1]]))
+    with torch.no_grad():
+        decoder(prefixes, encoded, lengths)
+        handle.remove()
+        expected = reference(
+            seen[0],
+            encoded,
+            tgt_mask=torch.ones(6, 6, dtype=torch.bool).triu(1),
+            memory_key_padding_mask=torch.arange(9) >= lengths[:, None],
+        )
+    torch.testing.assert_close(seen[1], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_embedding_positions_and_output_by_hand() -> None:
+    """A decoder whose layers add nothing: what is left is the table, the sinusoids, the last norm and the last map."""
+    decoder, prefixes, encoded, lengths = random_inputs()
+    bare = TransformerDecoder(16, CLASSES, replace(decoder.options, layers=1)).eval()
+    bare.load_state_dict({name: value for name, value in decoder.state_dict().items() if "layers.1" not in name})
+    for module in (bare.layers[0].self_attn.linear_out, bare.layers[0].src_attn.linear_out, bare.layers[0].linear2):
+        nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
+    with torch.no_grad():
+        got = bare(prefixes, encoded, lengths)[1, 3].numpy()
+        x = 4 * bare.embed.weight[prefixes[1, 3]].double().numpy()
+        x += [(np.sin, np.cos)[i % 2](3 / 10000 ** (i // 2 * 2 / 16)) for i in range(16)]
+        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
+        x = x * bare.after_norm.weight.numpy() + bare.after_norm.bias.numpy()
+        np.testing.assert_allclose(got, bare.output.weight.numpy() @ x + bare.output.bias.numpy(), atol=1e-5)
+
+
+def test_padding_takes_no_part_and_no_position_looks_ahead() -> None:
+    decoder, prefixes, encoded, lengths = random_inputs()
+    with torch.no_grad():
+        together = decoder(prefixes, encoded, lengths)
+        noise = torch.randn(encoded.shape, generator=torch.Generator().manual_seed(5))
+        padding = (torch.arange(9) >= lengths[:, None])[:, :, None]
+        torch.testing.assert_close(decoder(prefixes, torch.where(padding, noise, encoded), lengths), together)
+        for i, length in enumerate(lengths.tolist()):
+            alone = decoder(prefixes[i : i + 1, :4], encoded[i : i + 1, :length], lengths[i : i + 1])
+            torch.testing.assert_close(alone[0], together[i, :4], rtol=1e-5, atol=1e-5)
+        changed = decoder((prefixes + (torch.arange(6) >= 4)) % CLASSES, encoded, lengths)
+        torch.testing.assert_close(changed[:, :4], together[:, :4], rtol=1e-6, atol=1e-6)
+        assert bool(((changed[:, 4:] - together[:, 4:]).abs().amax(dim=-1) > 1e-3).all())
+
+
+def test_what_a_search_asks_is_the_forward_pass() -> None:
+    model = hybrid()
+    waveforms, lengths = pad_batch(waves())
+    with torch.inference_mode():
+        encoded, valid = model.encode(*model.features(waveforms, lengths))
+        prefixes = torch.randint(0, CLASSES, (7, 5), generator=torch.Generator().manual_seed(1))
+        utterances = torch.tensor([3, 0, 0, 2, 1, 3, 0])
+        expected = model.decoder(prefixes, encoded[utterances], valid[utterances])[:, -1].log_softmax(dim=-1)
+        torch.testing.assert_close(model.next_token(encoded, valid)(prefixes, utterances), expected, atol=1e-5, rtol=0)
+
+
+def test_decoder_stages_are_its_forward_pass_and_own_every_weight() -> None:
+    model = hybrid()
+    (features, lengths) = batched(model, 4)[0]
+    with torch.inference_mode():
+        context, rows = model.output_context(features, lengths)
+        encoded, frames = model.encode(features, lengths)
+        hidden = encoded
+        for stage in model.decoder_stages:
+            hidden = stage.run(hidden, context)
+        assert torch.equal(hidden, model.decoder(context.decoder.prefixes, encoded, frames))
+    assert hidden.shape == (4, int(rows.max()), CLASSES)
+    tree = StageTree(model)
+    owners = [owner(ref.name, tree.stages) for ref in model.weights()]
+    assert set(owners) == set(range(len(tree.stages))) and len(model.decoder_stages) == 4
+    assert sum(ref.numel for ref in model.weights() if ref.name.startswith("decoder.")) == 2 * 16 * CLASSES + 2 * (
+        8 * 16 * 16 + 2 * 16 * 24
+    )
+
+
+def test_the_tokens_are_the_models_own_and_depend_on_no_batch() -> None:
+    model = hybrid()
+    together, rows = model.output_context(*batched(model, 4)[0])
+    for i, (features, lengths) in enumerate(utterances(model)):
+        with torch.no_grad():
+            expected = [CLASSES - 1, *spoken(model, model.encode(features, lengths)[0])]
+        alone, own = model.output_context(features, lengths)
+        assert alone.decoder.prefixes.tolist() == [expected] and int(rows[i]) == int(own) == len(expected)
+        assert together.decoder.prefixes[i, : len(expected)].tolist() == expected
+    assert sorted(rows.tolist())[::3] == [1, 7]  # one of them is empty
+    with torch.no_grad():  # only blanks: <eos> after <sos> is left
+        model.ctc.weight.zero_()
+        model.ctc.bias.copy_(torch.eye(CLASSES)[-1])
+    silent, rows = model.output_context(*batched(model, 4)[0])
+    assert silent.decoder.prefixes.tolist() == [[CLASSES - 1]] * 4 and rows.tolist() == [1] * 4
+    batch = OutputBatch(model, *batched(model, 4)[0])
+    assert batch.log_distributions(StageTree(model), ("decoder",))["decoder"].shape == (4, CLASSES)
+
+
+def measured_over(name: str, output: str) -> str:
+    """The rule, written down again: over the chosen output, or over one that the weight takes part in."""
+    if name.startswith("ctc."):
+        return "ctc"
+    return "decoder" if name.startswith("decoder.") else output
+
+
+@pytest.mark.parametrize("output", ["ctc", "encoder", "decoder"])
+def test_exact_sensitivity_is_whole_forward_passes(output: str) -> None:
+    model = hybrid()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = [
+        ENCODER,
+        "encoder.pre_encode.out.weight",
+        HEAD,
+        EMBED,
+        SOURCE,
+        "decoder.layers.1.linear2.weight",
+        OUTPUT,
+    ]
+    points = [(name, bits) for name in names for bits in (2, 5)]
+    got = measure_kl(model, batched(model, 2, 2), points, Storage(QuantSpec(8)), output)
+    assert set(got) == set(points)
+    for name, bits in points:
+        rows = torch.cat(plain_kl(with_weights(rounded(bits, name)), measured_over(name, output)))
+        assert got[name, bits] == pytest.approx(float(rows.mean()), rel=1e-4, abs=1e-10)
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+    assert min(got.values()) > 1e-9 and max(got.values()) > 0.01
+
+
+def test_the_encoder_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measuring decoder weights runs no stage of the encoder, but for the tokens, the references and the one walk."""
+    model, ran = hybrid(), []
+    stages = tuple(
+        Stage(stage.prefixes, lambda x, context, run=stage.run, index=index: ran.append(index) or run(x, context))
+        for index, stage in enumerate(model.stages)
+    )
+    monkeypatch.setattr(HybridConformer, "stages", property(lambda _: stages))
+    points = [(ref.name, bits) for ref in model.weights() for bits in (2, 3) if not ref.name.startswith("encoder.")]
+    measure_kl(model, batched(model, 4), points, Storage(QuantSpec(8)))
+    assert ran == 3 * list(range(9))
+
+
+@pytest.mark.parametrize("output", ["ctc", "encoder", "decoder"])
+def test_second_order_scores_approach_exact_ones(output: str) -> None:
+    model = hybrid()
+    errors = rounding_errors(model, Storage(QuantSpec(8)), (6, 7), {})
+    sums, frames, rows = torch.zeros(len(errors), 2, dtype=torch.float64), 0, []
+    for features, lengths in utterances(model):
+        draws = [fisher_scores(model, errors, features, lengths, seed, output) for seed in range(8)]
+        sums += torch.stack([scores for scores, _ in draws]).mean(dim=0)
+        rows.append(draws[0][1])
+    frames = sum(rows)
+    assert rows == [len(one) for one in plain_kl(model, output)]
+    points = [(name, bits) for name in errors for bits in (6, 7)]
+    exact = measure_kl(model, batched(model, 4), points, Storage(QuantSpec(8)), output)
+    ratios = {point: float(sums[i // 2, i % 2]) / frames / exact[point] for i, point in enumerate(points)}
+    logs = {name: np.mean([np.log(ratios[name, bits]) for bits in (6, 7)]) for name in errors}
+    of_decoder = [log for name, log in logs.items() if name.startswith("decoder.")]
+    assert len(of_decoder) == 22 and np.abs(np.median(of_decoder)) < 0.35
+    assert np.abs(np.median(list(logs.values()))) < 0.35 and max(map(abs, logs.values())) < 1.6
+    both = np.log([[float(sums[i // 2, i % 2]), exact[point]] for i, point in enumerate(points)])
+    assert np.corrcoef(both.T)[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1, 1), (4,), (1, 3)])
+def test_a_whole_model_is_measured_over_all_that_recognition_uses(sizes: tuple[int, ...]) -> None:
+    model = hybrid()
+    data = batched(model, *sizes)
+    weights = rounded(3)
+    expected = plain_sums(with_weights(weights), "ctc", "decoder")
+    mean = float(expected[:, 0].sum() / expected[:, 1].sum())
+    assert output_divergence(model, with_weights(weights), data) == pytest.approx(mean, rel=1e-5)
+    joint = JointDivergence(model, data)
+    assert joint.frames == int(expected[:, 1].sum()) and joint.mean == 0
+    torch.testing.assert_close(joint.measure(weights), expected[:, 0], rtol=1e-5, atol=1e-6)
+    for output in ("ctc", "encoder", "decoder"):
+        alone = plain_sums(with_weights(weights), output)
+        mean = float(alone[:, 0].sum() / alone[:, 1].sum())
+        assert mean > 0.01
+        assert output_divergence(model, with_weights(weights), data, output) == pytest.approx(mean, rel=1e-5)
+        torch.testing.assert_close(
+            JointDivergence(model, data, output).measure(weights), alone[:, 0], atol=1e-6, rtol=1e-5
+        )
+
+
+def test_one_change_after_another_is_all_at_once() -> None:
+    """Changes of the encoder, of the head and of the decoder, in any order, and back."""
+    model = hybrid()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    joint = JointDivergence(model, batched(model, 2, 2))
+    now: dict[str, Tensor] = {}
+    for step in (
+        rounded(2, OUTPUT),
+        rounded(2, HEAD),
+        rounded(3, ENCODER, EMBED),
+        rounded(3, SOURCE),
+        {HEAD: state[HEAD]},
+        rounded(2, "encoder.layers.1.self_attn.linear_q.weight"),
+        {OUTPUT: state[OUTPUT], ENCODER: state[ENCODER]},
+        {},
+    ):
+        promised = joint.measure(step)
+        joint.change(step)
+        now |= step
+        assert torch.equal(joint.kl, promised)
+        expected = plain_sums(with_weights(now), "ctc", "decoder")[:, 0]
+        torch.testing.assert_close(joint.kl, expected, rtol=1e-5, atol=1e-6)
+    joint.restore()
+    assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_statistics_of_every_weight() -> None:
+    """The decoder's by hand, the encoder's as those of the same model without a decoder."""
+    model = hybrid()
+    grams = input_grams(model, utterances(model))
+    assert set(grams) == {ref.name for ref in model.weights()}
+    memory, outputs, tokens = torch.zeros(16, 16), torch.zeros(16, 16), 0
+    with torch.no_grad():
+        for features, lengths in utterances(model):
+            encoded = model.encode(features, lengths)[0]
+            memory += encoded[0].T @ encoded[0]
+            prefix = torch.tensor([[CLASSES - 1, *spoken(model, encoded)]])
+            tokens += prefix.shape[1]
+            seen: list[Tensor] = []
+            handle = model.decoder.after_norm.register_forward_hook(lambda *found, seen=seen: seen.append(found[2][0]))
+            model.decoder(prefix, encoded, torch.tensor([encoded.shape[1]]))
+            handle.remove()
+            outputs += seen[0].T @ seen[0]
+    torch.testing.assert_close(grams[SOURCE][0], memory, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(grams[OUTPUT][0], outputs, rtol=1e-4, atol=1e-3)
+    assert torch.equal(grams[EMBED], 4 * torch.eye(16)[None])
+    bare = hybrid(0)
+    bare.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if name in bare.state_dict()})
+    for name, gram in input_grams(bare, utterances(bare)).items():
+        torch.testing.assert_close(grams[name], gram)
+
+
+@pytest.mark.parametrize("model", [tiny_model(), hybrid(0)], ids=["nemo", "hybrid without decoder"])
+def test_a_model_without_decoder_has_no_decoder_output(model: AsrModel) -> None:
+    data = batched(model, 4)
+    words = "this model has no attention decoder; expected ctc or encoder"
+    name = model.weights()[0].name
+    errors = rounding_errors(model, Storage(QuantSpec(8)), (2,), {})
+    for measure in (
+        lambda: measure_kl(model, data, [(name, 2)], Storage(QuantSpec(8)), "decoder"),
+        lambda: fisher_scores(model, errors, *utterances(model)[0], output="decoder"),
+        lambda: JointDivergence(model, data, "decoder"),
+        lambda: output_divergence(model, model, data, "decoder"),
+    ):
+        with pytest.raises(MpqError, match=words):
+            measure()
+    assert model.decoder_stages == () and StageTree(model).recognition == ("ctc",)
+    assert model.output_context(*data[0])[1] is None
+    assert output_divergence(model, model, data) == 0
+
+
+def test_a_packed_file_gives_back_every_bit(tmp_path: Path) -> None:
+    model = hybrid()
+    storage = Storage(QuantSpec(8, rounding="gptq"))
+    refs = model.weights()
+    bits = {ref.name: (2, 3, 8, 16, 5)[i % 5] for i, ref in enumerate(refs)}
+    grams = input_grams(model, utterances(model))
+    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in refs)
+    path = tmp_path / "m.safetensors"
+    write_artifact(path, model, bits, storage, size, grams)
+    assert path.stat().st_size == size
+    expected = model.state_dict()
+    for name, width in bits.items():
+        spec = QuantSpec(min(width, 8), rounding="gptq")
+        whole = expected[name].half().float() if width == 16 else fake_quantize(expected[name], spec, grams[name])
+        expected[name] = whole
+    for name, tensor in expected.items():
+        if name not in bits and (name in dict(model.named_parameters()) or "running" in name):
+            expected[name] = tensor.half().float()
+    packed = load_model(path)
+    assert isinstance(packed, HybridConformer) and packed.decoder.options == model.decoder.options
+    assert packed.quantized_bits == bits
+    assert all(torch.equal(packed.state_dict()[name], tensor) for name, tensor in expected.items())
+    model.load_state_dict(expected)
+    waveforms = pad_batch(waves())
+    for method in ("joint", "prefix", "greedy"):
+        options = DecodeOptions(method, beam_size=4)
+        found = packed.transcribe(*waveforms, options)
+        assert found == model.transcribe(*waveforms, options) and any(found)
+    assert packed.transcribe(*waveforms, DecodeOptions("joint", beam_size=4)) != packed.transcribe(*waveforms)
+
+
+def mpq(*arguments: object) -> dict | str:
+    """Runs a command and returns what it printed, parsed where it is JSON."""
+    done = CliRunner().invoke(main, [*map(str, arguments), "--quiet", "--device", "cpu"])
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout) if "--json" in arguments else done.stdout
+
+
+@pytest.mark.parametrize("method, rounding", [("fisher", "gptq"), ("kl", "nearest")])
+def test_the_whole_chain(tmp_path: Path, tiny_manifest: Path, method: str, rounding: str) -> None:
+    """Measured, allocated, packed, inspected and recognised with, all from files."""
+    checkpoint, sens, alloc, packed = (
+        tmp_path / name for name in ("m.safetensors", "s.json", "a.json", "p.safetensors")
+    )
+    write_checkpoint(checkpoint, hybrid())
+    names = [ref.name for ref in hybrid().weights()]
+    before = set(cache_folder().glob("*"))
+    options = ["--method", method, "--rounding", rounding, "--output", "decoder", "--seconds", "1.5"]
+    text = mpq("sensitivity", checkpoint, "--data", tiny_manifest, "--bits", "2,4,8", "--out", sens, *options)
+    assert "KL divergence of the decoder output, nats per token" in text
+    table = SensitivityTable.load(sens)
+    assert [layer.name for layer in table.layers] == names
+    assert all(layer.kl[2] > layer.kl[8] > 0 for layer in table.layers)
+    assert len(set(cache_folder().glob("*")) - before) == (rounding == "gptq")
+    found = mpq(
+        "allocate", sens, "--average-bits", "4", "--measure", checkpoint, "--points", "0", "--out", alloc, "--json"
+    )
+    assert found["measured_kl"] > 0
+    allocation = Allocation.load(alloc)
+    assert len(set(allocation.bits.values())) == 3
+    done = mpq("pack", checkpoint, "--allocation", alloc, "--out", packed, "--json")
+    assert done["size_bytes"] == packed.stat().st_size == allocation.predicted_bytes
+    assert done["measured_kl"] == pytest.approx(found["measured_kl"], rel=1e-2)  # rest_dtype is no part of the latter
+    (_, fresh) = drawn_parts(tiny_manifest, 1.5, 300.0)
+    assert done["measured_kl"] == pytest.approx(plain_divergence(load_model(packed), fresh), rel=1e-4)
+    shown = mpq("inspect", packed, "--json")
+    assert {layer["name"]: layer["bits"] for layer in shown["layers"]} == allocation.bits
+    evaluate = ["evaluate", packed, "--data", tiny_manifest, "--decode", "joint", "--beam-size", "2", "--json"]
+    assert mpq(*evaluate, "--out", tmp_path / "e")["words"] == 18
+
+
+def plain_divergence(packed: AsrModel, files: list[Path]) -> float:
+    """Returns the mean of KL, at most 1 each, over the frames and tokens of these files."""
+    model, rows = hybrid(), []
+    for file in files:
+        samples = torch.from_numpy(soundfile.read(file, dtype="float32")[0])
+        features, lengths = model.features(samples[None], torch.tensor([len(samples)]))
+        for output in ("ctc", "decoder"):
+            one = features[:, : int(lengths)], lengths
+            p, q = (plain_rows(model, of, output, *one) for of in (model, packed))
+            rows += (p * (p / q).log()).sum(dim=-1).clamp(max=1.0).tolist()
+    return float(np.mean(rows))
+
+
+def test_a_ctc_model_has_no_decoder_to_ask(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
+    done = CliRunner().invoke(
+        main,
+        f"sensitivity {tiny_archive} --data {tiny_manifest} --bits 2 --output decoder --out {tmp_path / 's.json'}",
+    )
+    assert done.exit_code == 2 and "no attention decoder" in done.output
+    assert list(tmp_path.iterdir()) == []

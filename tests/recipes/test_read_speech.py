@@ -1,0 +1,62 @@
+"""The scripts of recipes/read_speech that make the table of fine-tuning, on a tiny model and a few tones."""
+
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import soundfile
+from click.testing import CliRunner
+
+from mpq.allocation.records import Allocation
+from mpq.pipeline.read import load_recipe
+
+FOLDER = Path(__file__).resolve().parents[2] / "recipes/read_speech"
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"read_speech_{name}", FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_fine_tuned_row(
+    tiny_archive: Path, tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(tiny_manifest.parent, tmp_path / "data")
+    for name in ("train", "dev", "test", "test_clean"):
+        shutil.copy(tmp_path / "data/data.jsonl", tmp_path / f"data/{name}.jsonl")
+    module = script("finetune", monkeypatch)
+    monkeypatch.setattr(module, "ROWS", (module.ROWS[0], module.Row("tuned", 3, epochs=1)))
+    arguments = [str(one) for one in (tiny_archive, tmp_path / "data", tmp_path / "data", tmp_path / "run")]
+    done = CliRunner().invoke(module.main, arguments, catch_exceptions=False)
+    head, _, full, tuned = done.stdout.splitlines()
+    allocation = Allocation.load(tmp_path / "run/asymmetric-gptq-mixed-3.json")
+    assert allocation.average_bits <= 3
+    cells = [cell.strip() for cell in tuned.strip("|").split("|")]
+    assert len(cells) == head.strip("|").count("|") + 1 and cells[:2] == ["tuned", str(allocation.predicted_bytes)]
+    name, size, ratio = (cell.strip() for cell in full.split("|")[1:4])
+    assert (name, ratio) == ("float32", "1") and float(cells[2]) == round(int(size) / int(cells[1]), 2)
+    again = CliRunner().invoke(module.main, arguments, catch_exceptions=False)  # nothing is done twice
+    assert again.stdout == done.stdout
+
+
+def test_synthetic_voices(tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["synthetic.py", str(tiny_manifest), str(tmp_path / "out"), "--count", "3"])
+    module = script("synthetic", monkeypatch)
+    module.main()
+    lines = [json.loads(line) for line in (tmp_path / "out/synthetic.jsonl").read_text().splitlines()]
+    assert len(lines) == 3 and all(set(line) == {"audio_filepath", "duration"} for line in lines)
+    for line in lines:
+        samples, rate = soundfile.read(tmp_path / "out" / line["audio_filepath"])
+        assert rate == 16000 and abs(len(samples) / rate - line["duration"]) < 1e-3 and samples.std() > 0.01
+
+
+def test_the_recipe_names_its_stages() -> None:
+    recipe = load_recipe(FOLDER / "finetune.toml", need_files=False)
+    assert recipe.stages == ["evaluate", "sensitivity", "allocate", "pack", "finetune", "compare"]

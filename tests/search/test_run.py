@@ -1,0 +1,761 @@
+"""Architecture search from end to end: three stages, their folders, interruptions, faults, sizes."""
+
+import copy
+import itertools
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner
+from tiny_finetune import disturbed, two_processes, write_hybrid
+from tiny_search import contents, run, search_recipe, write_search
+from tiny_training import CrashError, fails_at, log_of, one_thread, write_speech
+from torch import Tensor
+
+from mpq.cli.inspection import inspect
+from mpq.cli.main import main
+from mpq.config import Recipe
+from mpq.errors import MpqError
+from mpq.loading import load_model
+from mpq.models.base import AsrModel
+from mpq.models.checkpoint import write_checkpoint
+from mpq.models.reshaping import sliced
+from mpq.pipeline.read import load_recipe
+from mpq.search import loop as search_loop
+from mpq.search import run as search_module
+from mpq.search.importance import unit_importance
+from mpq.search.loop import ArchitectureSearch
+from mpq.search.record import Architecture, SearchResult
+from mpq.search.supernet import Supernet
+from mpq.sensitivity.calibration import draw, input_grams, one_by_one
+from mpq.training import objectives
+from mpq.training import weights as weight_loop
+from mpq.training.loop import TrainingLoop
+from mpq.training.losses import JointLoss
+from mpq.training.orthogonal import constrained_factors, orthogonality_error
+from mpq.training.weights import WeightTrainer
+
+__all__ = ["one_thread"]  # a fixture
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl, dev.jsonl, other.jsonl and the checkpoint `hybrid`."""
+    folder = tmp_path_factory.mktemp("speech")
+    write_speech(folder)
+    write_speech(folder, ["abed", "dace", "a bee"], "dev.jsonl")
+    write_speech(folder, ["bead", "cab", "deed", "a bed"], "other.jsonl")
+    write_hybrid(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(speech: Path) -> Recipe:
+    return search_recipe(speech)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that recipe's search, without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(recipe, out)
+    return out
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["search", *map(str, arguments), "--quiet"])
+
+
+def refusal(*arguments: object) -> str:
+    """Returns what a command that is refused says: one line."""
+    done = command(*arguments)
+    assert done.exit_code == 2 and done.stdout == "", done.output
+    (line,) = done.stderr.removeprefix("mpq: ").splitlines()
+    return line
+
+
+# ---- the folder
+
+
+def test_a_search_leaves_a_checkpoint_folder(whole: Path, recipe: Recipe) -> None:
+    top = {"model.safetensors", "recipe.json", "log.jsonl", "training.json", "search.json", "recipe.toml"}
+    assert {path.name for path in whole.iterdir()} == top | {"architecture.svg", "supernet", "architecture"}
+    assert {path.name for path in (whole / "supernet").iterdir()} == top - {"search.json", "recipe.toml"}
+    assert {path.name for path in (whole / "architecture").iterdir()} == {
+        "architecture.json", "log.jsonl", "recipe.json",
+    }  # fmt: skip
+    model, largest = load_model(whole), load_model(whole / "supernet")
+    raw = json.loads((whole / "search.json").read_text())
+    assert (raw["format"], raw["space"], raw["method"], raw["checkpoint"]) == ("mpq.search/1", "widths", "gumbel", None)
+    assert (raw["eta"], raw["target_millions"], raw["supernet"]) == (50.0, None, str(whole / "supernet"))
+    found = Architecture.load(whole / "architecture/architecture.json")
+    assert Architecture.of(raw["architecture"]) == found
+    assert model.encoder.options.ffn_shapes() == found.shapes()
+    assert found.millions * 1e6 == pytest.approx(model.parameter_counts()["total"])
+    assert found.largest_millions * 1e6 == pytest.approx(largest.parameter_counts()["total"])
+    assert largest.encoder.options.ffn_shapes() == [((32, 0), (32, 0))]
+    assert raw["training"]["parameters"] == model.parameter_counts()
+    names = [one.name for one in found.modules]
+    assert names == ["encoder.layers.0.feed_forward1", "encoder.layers.0.feed_forward2"]
+    expected = found.millions * 0
+    for one in found.modules:
+        assert (one.widths, one.ranks, one.rank_probabilities) == ((4, 12, 32), (0,), (1.0,))
+        assert one.width == one.widths[one.width_probabilities.index(max(one.width_probabilities))]
+        assert sum(one.width_probabilities) == pytest.approx(1)
+        expected += sum(
+            share * (33 * width + 16) for share, width in zip(one.width_probabilities, one.widths, strict=True)
+        )
+    rest = largest.parameter_counts()["total"] - 2 * (33 * 32 + 16)
+    assert found.expected_millions * 1e6 == pytest.approx(rest + expected, rel=1e-5)
+    assert [one.epoch for one in found.epochs] == [1, 2, 3] and found.epochs[0].dev_loss is None
+
+
+def test_losses_of_the_choice_are_those_of_its_models(whole: Path, recipe: Recipe) -> None:
+    """Of the supernet as a whole, and of what is cut out of it, on the held-out data."""
+    found, largest = Architecture.load(whole / "architecture/architecture.json"), load_model(whole / "supernet")
+    data = search_module.read_set(["dev.jsonl"], recipe.data, largest, 1.0, is_training=False)
+    one = search_module.processes
+    with one(torch.device("cpu")) as workers:
+        for model, loss, wer in (
+            (largest, found.largest_loss, found.largest_wer),
+            (sliced(largest, found.shapes()), found.loss, found.wer),
+        ):
+            expected = objectives.Transcripts(model, recipe.train, "error", workers).held_out(data)
+            assert (loss, wer) == pytest.approx(expected, rel=1e-5)
+    assert found.loss != found.largest_loss
+
+
+def test_the_logs_of_the_stages(whole: Path) -> None:
+    first, second, last = (log_of(whole / name) for name in ("supernet", "architecture", "."))
+    assert [line["epoch"] for line in first if "dev_wer" in line] == [1, 2]
+    assert [line["epoch"] for line in last if "dev_wer" in line] == [1, 2]
+    rates = [line["rate"] for line in second if "rate" in line]
+    assert set(rates) == {0.2} and len(rates) == 3
+    for line in second:
+        if "rate" in line:
+            total = 0.2 * line["ctc"] + 0.8 * line["attention"] + 50 * line["millions"]
+            assert line["loss"] == pytest.approx(total, rel=1e-6)
+            assert 2 * (33 * 4 + 16) < 1e6 * line["millions"] < 2 * (33 * 32 + 16)
+    peak = max(line["rate"] for line in last if "rate" in line)
+    assert peak == pytest.approx(0.0015) and max(line["rate"] for line in first if "rate" in line) == 0.003
+
+
+def test_the_folder_is_taken_by_the_commands_that_follow(whole: Path, speech: Path, tmp_path: Path) -> None:
+    model = load_model(whole)
+    assert inspect(whole).parameters == model.parameter_counts()
+    runner = CliRunner()
+    for arguments in (
+        ["sensitivity", str(whole), "--data", str(speech / "train.jsonl"), "--bits", "4,8", "--out", "S"],
+        ["allocate", "S", "--average-bits", "6", "--out", "A"],
+        ["pack", str(whole), "--allocation", "A", "--out", "P"],
+        ["evaluate", "P", "--data", str(speech / "dev.jsonl"), "--out", "E"],
+    ):
+        names = {"S": "s.json", "A": "a.json", "P": "p.safetensors", "E": "e"}
+        done = runner.invoke(main, [str(tmp_path / names[one]) if one in names else one for one in arguments])
+        assert done.exit_code == 0, done.output
+    assert inspect(tmp_path / "p.safetensors").parameters == model.parameter_counts()
+
+
+@pytest.mark.parametrize("space", ["widths", "ranks", "both"])
+def test_the_recipe_that_it_writes_describes_the_model(space: str, speech: Path, tmp_path: Path) -> None:
+    ranks = {"search__ffn_rank": [2, 6, 9]} if space != "widths" else {}
+    widths = {"search__ffn_width": None} if space == "ranks" else {}
+    result = run(search_recipe(speech, search__space=space, **ranks, **widths), tmp_path)
+    model = load_model(tmp_path)
+    assert model.encoder.options.ffn_shapes() == result.architecture.shapes()
+    assert (result.space, result.training.parameters) == (space, model.parameter_counts())
+    text = (tmp_path / "recipe.toml").read_text()
+    options = ["allocate.average_bits=4", "data.test={one='dev.jsonl'}"]
+    found = load_recipe(tmp_path / "recipe.toml", options)
+    assert found.checkpoint == str(tmp_path / "model.safetensors") and "train" not in found.stages
+    assert found.train.batch_frames == 400 and found.data.root == str(speech)
+    with pytest.raises(MpqError, match="describes no model but names one"):
+        inspect(tmp_path / "recipe.toml")
+    anew = tmp_path / "anew.toml"
+    anew.write_text("\n".join(line for line in text.splitlines() if not line.startswith("checkpoint")))
+    assert inspect(anew).parameters == model.parameter_counts()
+    assert load_recipe(anew, stages=["train"]).model.dropout == 0.1
+
+
+def test_a_finished_search_is_not_done_again(whole: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    times = {path: path.stat().st_mtime_ns for path in before if path.name in ("model.safetensors", "training.json")}
+    fails_at(JointLoss, "forward", 1, monkeypatch)
+    result = run(recipe, whole)
+    assert result == SearchResult(**{key: getattr(result, key) for key in result.__dataclass_fields__})
+    assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    assert times == {path: path.stat().st_mtime_ns for path in times}
+
+
+# ---- interruptions
+
+
+POINTS = {
+    "1: inside an update": (JointLoss, "forward", 3, True),
+    "1: before a candidate": (weight_loop, "write_checkpoint", 1, False),
+    "1: between a candidate and the state": (weight_loop, "write_checkpoint", 2, True),
+    "1: while dev is scored": (objectives, "held_out_errors", 2, False),
+    "1: between the model and the result": (weight_loop, "write_checkpoint", 3, True),
+    "1: after the result": (weight_loop, "clean_up", 1, False),
+    "2: before it claims its folder": (search_loop, "claim_folder", 1, False),
+    "2: inside an update": (ArchitectureSearch, "losses", 2, True),
+    "2: between the log and a candidate": (ArchitectureSearch, "write_candidate", 2, False),
+    "2: between a candidate and the state": (ArchitectureSearch, "write_candidate", 2, True),
+    "2: while the architecture is scored": (objectives, "held_out_errors", 6, False),
+    "2: before the architecture": (search_loop, "write_json", 2, False),
+    "2: after the architecture": (search_loop, "clean_up", 1, False),
+    "3: before it claims its folder": (weight_loop, "claim_folder", 2, False),
+    "3: between a candidate and the state": (weight_loop, "write_checkpoint", 4, True),
+    "3: before the model": (weight_loop, "write_checkpoint", 6, False),
+    "3: between the model and the result": (weight_loop, "write_checkpoint", 6, True),
+    "3: after the result": (weight_loop, "clean_up", 2, False),
+    "before the recipe": (search_module, "write_text", 1, False),
+    "before the result": (search_module, "write_json", 1, False),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_a_killed_search_ends_as_if_it_had_not_been(
+    point: str, speech: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a saved state after each update."""
+    often = search_recipe(speech, train__save_minutes=1e-9)
+    with monkeypatch.context() as patch:
+        fails_at(*POINTS[point][:3], patch, POINTS[point][3])
+        with pytest.raises(CrashError):
+            run(often, tmp_path)
+    run(often, tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_many_kills_and_the_folders_are_the_same(
+    speech: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After every third saved state."""
+    often, kills = search_recipe(speech, train__save_minutes=1e-9), 0
+    while True:
+        with monkeypatch.context() as patch:
+            fails_at(TrainingLoop, "_save", 3, patch, after=True)
+            try:
+                run(often, tmp_path)
+                break
+            except CrashError:
+                kills += 1
+    assert kills >= 7 and contents(tmp_path) == contents(whole)
+
+
+def test_a_stopped_search_goes_on(
+    speech: Path, recipe: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGTERM in each stage, as the command line sees it; the update under way is finished, and none done twice."""
+    done: list[tuple[str, int]] = []
+    path = write_search(speech / "stopped.toml")
+    for owner in (WeightTrainer, ArchitectureSearch):
+        prepare = owner.prepare_update
+
+        def asked(loop: Any, prepare: Any = prepare) -> None:
+            done.append((loop.out.name, loop.step))
+            if loop.step == 1:
+                signal.raise_signal(signal.SIGTERM)
+            prepare(loop)
+
+        monkeypatch.setattr(owner, "prepare_update", asked)
+    statuses = [command(path, "--out", tmp_path).exit_code for _ in range(4)]
+    assert statuses == [130, 130, 130, 0]
+    assert len(set(done)) == len(done) and {name for name, _ in done} == {"supernet", "architecture", tmp_path.name}
+    assert contents(tmp_path) == contents(whole)
+
+
+# ---- one supernet, several searches; other options are refused
+
+
+def test_searches_share_a_supernet(whole: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    supernet = whole / "supernet"
+    before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in supernet.iterdir()}
+    path = write_search(speech / "shared.toml")
+    done = command(path, "--supernet", supernet, "--eta", "0", "--out", tmp_path / "a", "--json")
+    assert done.exit_code == 0, done.output
+    raw = json.loads(done.stdout)
+    assert (raw["format"], raw["eta"], raw["supernet"]) == ("mpq.search/1", 0.0, str(supernet))
+    assert not (tmp_path / "a/supernet").exists()
+    monkeypatch.chdir(supernet.parent)  # from here on
+    done = command(path, "--supernet", "supernet", "--target-millions", "0.008", "--out", tmp_path / "b", "--json")
+    raw = json.loads(done.stdout)
+    assert (raw["eta"], raw["target_millions"], raw["supernet"]) == (None, 0.008, str(supernet))
+    assert raw["architecture"]["millions"] <= 0.008
+    held_out = ["--held-out", speech / "other.jsonl", "--method", "softmax", "--final-epochs", "1"]
+    done = command(path, "--supernet", supernet, *held_out, "--out", tmp_path / "c", "--json")
+    assert done.exit_code == 0 and json.loads(done.stdout)["method"] == "softmax", done.output
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in supernet.iterdir()}
+    for options in (
+        ["--seed", 1],
+        ["--ffn-width", "[4, 12]"],
+        ["--ffn2-width", "[4, 32]"],
+        ["--supernet-epochs", 3],
+        ["--set", "train.learning_rate=0.002"],
+        ["--set", "model.dropout=0.2"],
+        ["--set", "augment.speed=[1.0]"],
+        ["--set", "data.dev=other.jsonl"],
+        ["--set", "data.train=['other.jsonl']"],
+    ):
+        line = refusal(path, "--supernet", supernet, *options, "--out", tmp_path / "d")
+        assert line.startswith(f"{supernet}: holds a finished training with other options or data"), line
+    assert before == {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in supernet.iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("options", "folder"),
+    [
+        ({"search__eta": 49.0}, "architecture"),
+        ({"search__eta": None, "search__target_millions": 0.008}, "architecture"),
+        ({"search__method": "softmax"}, "architecture"),
+        ({"search__temperature": [2.0, 0.1]}, "architecture"),
+        ({"search__epochs": 2}, "architecture"),
+        ({"search__learning_rate": 0.1}, "architecture"),
+        ({"search__held_out": "other.jsonl"}, "architecture"),
+        ({"search__final_epochs": 1}, ""),
+        ({"search__final_learning_rate": 0.1}, ""),
+        ({"seed": 1}, "supernet"),
+    ],
+)
+def test_another_search_in_the_same_folder_is_refused(
+    options: dict[str, Any], folder: str, speech: Path, whole: Path
+) -> None:
+    before = contents(whole)
+    with pytest.raises(MpqError) as caught:
+        run(search_recipe(speech, **options), whole)
+    where = whole / folder if folder else whole
+    assert str(caught.value).startswith(f"{where}: holds a finished training with other options or data")
+    assert contents(whole) == before
+
+
+def test_the_choice_of_another_supernet_is_not_taken(speech: Path, whole: Path, tmp_path: Path) -> None:
+    other = search_recipe(speech, search__supernet=str(tmp_path / "other"), train__weight_decay=0.02)
+    with pytest.raises(MpqError, match="architecture: holds a finished training with other options or data"):
+        run(other, whole)
+
+
+def test_options_that_change_nothing_are_not_refused(speech: Path, whole: Path) -> None:
+    before = contents(whole)
+    run(search_recipe(speech, train__save_minutes=3.0, train__workers=1), whole)
+    assert {key: one for key, one in contents(whole).items() if key != "recipe.toml"} == {
+        key: one for key, one in before.items() if key != "recipe.toml"
+    }
+
+
+# ---- what is chosen
+
+
+@pytest.fixture(scope="module")
+def supernet(whole: Path) -> str:
+    return str(whole / "supernet")
+
+
+def test_the_penalty_decides(speech: Path, supernet: str, tmp_path: Path) -> None:
+    common = {"search__supernet": supernet, "search__epochs": 25, "search__final_epochs": 0}
+    heavy = run(search_recipe(speech, **common, search__eta=1000.0), tmp_path / "heavy")
+    assert heavy.architecture.shapes() == [((4, 0), (4, 0))]
+    assert heavy.architecture.expected_millions == pytest.approx(heavy.architecture.millions, rel=0.05)
+    free = run(search_recipe(speech, **common, search__eta=0.0), tmp_path / "free")
+    assert free.architecture.millions > heavy.architecture.millions
+    plain = run(search_recipe(speech, **common, search__eta=1000.0, search__method="softmax"), tmp_path / "plain")
+    assert plain.architecture.shapes() == [((4, 0), (4, 0))]
+    assert plain.architecture.epochs[0].train_loss != heavy.architecture.epochs[0].train_loss
+    assert heavy.training.averaged == () and heavy.training.epochs == ()
+    largest = load_model(Path(supernet))
+    cut = sliced(largest, heavy.architecture.shapes()).state_dict()
+    assert all(torch.equal(one, cut[name]) for name, one in load_model(tmp_path / "heavy").state_dict().items())
+    assert heavy.training.dev_loss == pytest.approx(heavy.architecture.loss, rel=1e-5)
+
+
+def test_a_target_is_never_exceeded(speech: Path, supernet: str, tmp_path: Path) -> None:
+    base = load_model(Path(supernet))
+    sizes = sorted(
+        {
+            sliced(base, [((a, 0), (b, 0))]).parameter_counts()["total"]
+            for a, b in itertools.product((4, 12, 32), repeat=2)
+        }
+    )
+    common = {"search__supernet": supernet, "search__epochs": 1, "search__final_epochs": 0, "search__eta": None}
+    found = {}
+    for target in (sizes[0], sizes[1], sizes[2] - 1, sizes[3] + 100, 10**7):
+        changed = search_recipe(speech, **common, search__target_millions=target / 1e6)
+        result = run(changed, tmp_path / str(target))
+        found[target] = load_model(tmp_path / str(target)).parameter_counts()["total"]
+        assert found[target] <= target and result.architecture.millions * 1e6 == pytest.approx(found[target])
+        assert result.target_millions == target / 1e6 and result.eta is None
+    assert found[sizes[0]] == sizes[0]
+    impossible = search_recipe(speech, **common, search__target_millions=(sizes[0] - 1) / 1e6)
+    message = f"target_millions: expected {sizes[0] / 1e6:.6f} or more, what the smallest candidates make up, got"
+    with pytest.raises(MpqError, match=message):
+        run(impossible, tmp_path / "impossible")
+    assert not (tmp_path / "impossible").exists()
+
+
+def test_the_target_pulls_the_expected_size(speech: Path, supernet: str, tmp_path: Path) -> None:
+    """Far below the start, so that the penalty outweighs the loss."""
+    base = load_model(Path(supernet)).parameter_counts()["total"]
+    target = round((base - 2 * 33 * 26) / 1e6, 6)
+    options = {"search__supernet": supernet, "search__epochs": 40, "search__final_epochs": 0, "search__eta": None}
+    result = run(search_recipe(speech, **options, search__target_millions=target), tmp_path)
+    expected = [line["millions"] for line in log_of(tmp_path / "architecture") if "rate" in line]
+    assert expected[-1] < expected[0]
+    assert result.architecture.expected_millions < target * 1.01
+    lines = [line for line in log_of(tmp_path / "architecture") if "rate" in line]
+    rest = (base - 2 * (33 * 32 + 16)) / 1e6
+    for line in lines:
+        penalty = 10 * max(0.0, (rest + line["millions"]) / target - 1)
+        assert line["loss"] == pytest.approx(0.2 * line["ctc"] + 0.8 * line["attention"] + penalty, rel=1e-6)
+
+
+def test_no_choice_at_all(speech: Path, tmp_path: Path) -> None:
+    fixed = search_recipe(speech, search__ffn_width=[12])
+    result = run(fixed, tmp_path)
+    assert result.architecture.shapes() == [((12, 0), (12, 0))] and result.architecture.epochs == ()
+    assert not (tmp_path / "architecture/state.pt").exists()
+    assert run(fixed, tmp_path).architecture == result.architecture
+
+
+def test_without_development_data(speech: Path, tmp_path: Path) -> None:
+    options = {"data__dev": None, "search__held_out": "dev.jsonl", "train__select": "last"}
+    result = run(search_recipe(speech, **options), tmp_path)
+    assert result.training.dev_loss is None and result.architecture.loss > 0
+
+
+# ---- what the stages do with the weights
+
+
+def spied(owner: Any, name: str, patch: pytest.MonkeyPatch, look: Any) -> None:
+    """Has look(self) called before and after a method."""
+    method = getattr(owner, name)
+
+    def looking(self: Any, *arguments: Any) -> Any:
+        look(self)
+        result = method(self, *arguments)
+        look(self)
+        return result
+
+    patch.setattr(owner, name, looking)
+
+
+def test_the_choice_leaves_the_weights_alone(
+    speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[dict[str, Tensor], list[Tensor]]] = []
+
+    def look(loop: ArchitectureSearch) -> None:
+        state = {name: one.clone() for name, one in loop.model.state_dict().items()}
+        seen.append((state, [one.detach().clone() for one in loop.logits]))
+        assert not any(one.requires_grad for one in loop.model.parameters())  # nor is a gradient computed
+
+    spied(ArchitectureSearch, "choose", monkeypatch, look)
+    run(search_recipe(speech, search__supernet=supernet), tmp_path)
+    (before, start), (after, end) = seen
+    assert any(name.endswith("running_mean") for name in before)
+    assert all(torch.equal(one, after[name]) for name, one in before.items())
+    assert all(float(one.abs().max()) == 0 for one in start) and all(float(one.abs().max()) > 0.1 for one in end)
+
+
+def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained: list[tuple[Any, ...]] = []
+    scored: list[tuple[Any, ...]] = []
+
+    def path(loss: JointLoss) -> tuple[Any, ...]:
+        block = loss.model.encoder.layers[0]
+        return tuple(getattr(one, "_width", "plain") for one in (block.feed_forward1, block.feed_forward2))
+
+    forward, held_out = JointLoss.forward, objectives.held_out_errors
+
+    def training(self: JointLoss, *arguments: Any) -> Any:
+        if self.model.training:
+            trained.append(path(self))
+        return forward(self, *arguments)
+
+    def scoring(loss: JointLoss, *arguments: Any) -> Any:
+        scored.append(path(loss))
+        return held_out(loss, *arguments)
+
+    monkeypatch.setattr(JointLoss, "forward", training)
+    monkeypatch.setattr(objectives, "held_out_errors", scoring)
+    result = run(search_recipe(speech, train__accumulate=2, search__supernet_epochs=6), tmp_path)
+    updates = [line for line in log_of(tmp_path / "supernet") if "rate" in line]
+    paths = [one for one in trained if one != ("plain", "plain")]
+    assert trained[: len(paths)] == paths and len(trained) > len(paths)  # the last stage has no paths
+    assert set(itertools.chain(*paths)) == {4, 12, 32} and len(set(paths)) >= 4
+    assert len(updates) < len(paths) <= 2 * len(updates)
+    assert len(list(itertools.groupby(paths))) <= len(updates)  # one path for both batches of an update
+    chosen = tuple(width for width, _ in result.architecture.shapes()[0])
+    whole, plain = [(None, None)], [("plain", "plain")]
+    assert scored == whole * (6 + 2) + whole + [chosen] + plain * (2 + 2)  # epochs, their average, the best of them
+
+
+def test_temperature_falls_and_noise_is_new_in_each_update(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[float, float | None]] = []
+    be_sum = Supernet.be_sum
+
+    def looking(self: Supernet, temperature: float, random: Any) -> None:
+        drawn = None if random is None else float(copy.deepcopy(random).random())
+        seen.append((temperature, drawn))
+        be_sum(self, temperature, random)
+
+    monkeypatch.setattr(Supernet, "be_sum", looking)
+    common = {"search__supernet_epochs": 1, "search__final_epochs": 0, "search__epochs": 3, "train__batch_frames": 150}
+    run(search_recipe(speech, **common, search__temperature=[2.0, 0.5]), tmp_path / "a")
+    temperatures = [one for one, _ in seen]
+    assert temperatures == pytest.approx([2.0 * 0.25 ** (step / (len(seen) - 1)) for step in range(len(seen))])
+    assert len(seen) > 3 and len({drawn for _, drawn in seen}) == len(seen)  # some updates in an epoch
+    seen.clear()
+    run(search_recipe(speech, **common, search__method="softmax"), tmp_path / "b")
+    assert set(seen) == {(1.0, None)}
+
+
+def test_factors_are_kept_semi_orthogonal_in_both_trainings(speech: Path, tmp_path: Path) -> None:
+    options = {
+        "search__space": "ranks", "search__ffn_width": None, "search__ffn_rank": [3, 6, 12], "train__batch_frames": 200,
+        "train__semi_orthogonal_every": 1, "train__average": 1, "train__select": "last",
+        "search__supernet_epochs": 6, "search__final_epochs": 6,
+    }  # fmt: skip
+    for placing in ("SLLS", "LLLL"):
+        run(search_recipe(speech, **options, train__semi_orthogonal=placing), tmp_path / placing)
+        for folder in ("supernet", "."):
+            encoder = load_model(tmp_path / placing / folder).encoder
+            factors = constrained_factors(encoder, "SLLS")
+            assert len(factors) == 4
+            errors = [orthogonality_error(one.detach()) for one in factors]
+            assert max(errors) < 0.1 if placing == "SLLS" else min(errors) > 0.1, (folder, errors)
+
+
+# ---- of a trained model
+
+
+def outputs(model: AsrModel) -> Tensor:
+    waveforms = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        encoded, _ = model.encode(*model.features(waveforms, torch.tensor([9000, 6000])))
+        return model.ctc_log_probs(encoded)
+
+
+FROM = {"model__dropout": 0.0, "search__supernet_epochs": 1, "search__epochs": 2, "search__final_epochs": 1}
+
+
+def from_checkpoint(speech: Path, path: Path, **changes: Any) -> Recipe:
+    written = write_search(speech / "from.toml", **(FROM | changes))
+    return load_recipe(written, [f"checkpoint={path}"], stages=["search"])
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[AsrModel]:
+    """Will have copies of the models that supernets are made of."""
+    found: list[AsrModel] = []
+
+    class Kept(Supernet):
+        def __init__(self, model: AsrModel, space: Any) -> None:
+            found.append(type(model).from_config(*model.to_config()))
+            found[-1].load_state_dict(model.state_dict())
+            found[-1].eval()
+            super().__init__(model, space)
+
+    monkeypatch.setattr(search_module, "Supernet", Kept)
+    return found
+
+
+@pytest.mark.parametrize("loss", ["transcripts", "distillation"])
+def test_a_trained_models_units_are_in_order_at_the_start(
+    loss: str, speech: Path, tmp_path: Path, prepared: list[AsrModel]
+) -> None:
+    checkpoint = speech / "hybrid"
+    changed = from_checkpoint(speech, checkpoint, search__loss=loss, search__ffn_width=None)
+    result = run(changed, tmp_path)
+    model, start = load_model(checkpoint), prepared[0]
+    assert result.architecture.modules[0].widths == tuple(range(8, 33))
+    assert result.checkpoint["path"] == str(checkpoint / "model.safetensors")
+    torch.testing.assert_close(outputs(start), outputs(model), atol=1e-4, rtol=1e-4)
+    assert not torch.equal(
+        start.encoder.layers[0].feed_forward1.linear1.weight, model.encoder.layers[0].feed_forward1.linear1.weight
+    )
+    audio = draw(model, speech / "train.jsonl", 60.0, 0, "error")
+    for scores in unit_importance(start, input_grams(start, one_by_one(start, audio)))[0]:
+        assert scores.tolist() == list(range(31, -1, -1))
+    logged = {"transcripts": {"ctc", "attention"}, "distillation": {"ctc_kl", "attention_kl", "hidden"}}
+    for folder in ("supernet", "architecture", "."):
+        lines = [line for line in log_of(tmp_path / folder) if "rate" in line]
+        rest = set(lines[0]) - {"step", "epoch", "loss", "norm", "rate", "millions"}
+        assert rest == logged[loss], folder
+    if loss == "distillation":
+        found = result.architecture  # the teacher's divergence from itself, but for what rounding does
+        assert 0 <= found.largest_loss < found.loss
+
+
+def test_a_trained_model_in_factors(speech: Path, tmp_path: Path, prepared: list[AsrModel]) -> None:
+    options = {"search__space": "both", "search__ffn_width": [8, 24], "search__ffn_rank": [2, 16]}
+    result = run(from_checkpoint(speech, speech / "hybrid", **options), tmp_path / "a")
+    start = prepared[0]
+    assert start.encoder.options.ffn_shapes() == [((24, 16), (24, 16))]
+    assert result.architecture.largest_millions * 1e6 == pytest.approx(start.parameter_counts()["total"])
+    run(
+        from_checkpoint(
+            speech, speech / "hybrid", search__space="ranks", search__ffn_width=None, search__ffn_rank=[2, 16]
+        ),
+        tmp_path / "b",
+    )
+    whole = prepared[2]
+    assert whole.encoder.options.ffn_shapes() == [((32, 16), (32, 16))]
+    torch.testing.assert_close(outputs(whole), outputs(load_model(speech / "hybrid")), atol=2e-2, rtol=1e-2)
+
+
+def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
+    (tmp_path / "ctc").mkdir()
+    without = {"model__decoder_layers": 0, "train__ctc_weight": 1.0}
+    result = run(search_recipe(speech, **without), tmp_path / "scratch")
+    lines = [line for line in log_of(tmp_path / "scratch/architecture") if "rate" in line]
+    assert "attention" not in lines[0] and result.architecture.loss > 0
+    model = load_model(tmp_path / "scratch")
+    disturbed(model)
+    write_checkpoint(tmp_path / "ctc/model.safetensors", model)
+    for loss in ("transcripts", "distillation"):
+        options = without | {"search__loss": loss, "search__ffn_width": [2, 4]}
+        run(from_checkpoint(speech, tmp_path / "ctc", **options), tmp_path / loss)
+    shared = without | {"search__loss": "transcripts", "search__ffn_width": [2, 4]}
+    one = run(from_checkpoint(speech, tmp_path / "ctc", **shared | {"train__ctc_weight": 0.2}), tmp_path / "d")
+    assert one.training.fingerprint == json.loads((tmp_path / "transcripts/training.json").read_text())["fingerprint"]
+    with pytest.raises(MpqError, match="ctc_weight: 1 would leave the decoder untrained"):
+        run(from_checkpoint(speech, speech / "hybrid", **without), tmp_path / "e")
+    with pytest.raises(MpqError, match=r"model\.safetensors: \[search\] ffn_width: expected candidates up to 32"):
+        run(from_checkpoint(speech, speech / "hybrid", search__ffn_width=[2, 33]), tmp_path / "f")
+
+
+def test_a_nemo_model_from_the_command_line(tiny_archive: Path, many_tones: Path, tmp_path: Path) -> None:
+    """No recipe; it imitates the archive, whose audio needs no transcripts."""
+    sets = ["--set", "train.epochs=2", "--set", "train.workers=0"]
+    arguments = [tiny_archive, "--train", many_tones, "--dev", many_tones, "--epochs", 2, *sets]
+    done = command(*arguments, "--target-millions", "0.0135", "--out", tmp_path, "--json")
+    assert done.exit_code == 0, done.output
+    raw = json.loads(done.stdout)
+    assert raw["checkpoint"]["path"] == str(tiny_archive) and raw["architecture"]["wer"] is None
+    assert raw["architecture"]["modules"][0]["widths"] == list(range(8, 33))
+    model = load_model(tmp_path)
+    assert model.family == "nemo" and model.parameter_counts()["total"] <= 13500
+    assert load_recipe(tmp_path / "recipe.toml", ["allocate.average_bits=4"], stages=["sensitivity", "allocate"])
+    before = contents(tmp_path)
+    assert command(*arguments, "--target-millions", "0.0135", "--out", tmp_path).exit_code == 0
+    assert contents(tmp_path) == before
+
+
+# ---- several processes
+
+
+def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None:
+    options = {"model__dropout": 0.0, "search__epochs": 4, "train__batch_frames": 700, "train__accumulate": 2}
+    path = write_search(speech / "two.toml", **options)
+    assert two_processes(["search", path, "--out", tmp_path / "two", "--quiet"]) == [0, 0]
+    run(load_recipe(path, stages=["search"]), tmp_path / "one")
+    shared = ["--supernet", tmp_path / "one/supernet", "--final-epochs", 0]
+    assert two_processes(["search", path, "--out", tmp_path / "logits", "--quiet", *shared]) == [0, 0]
+    one, two, logits = (
+        Architecture.load(tmp_path / name / "architecture/architecture.json") for name in ("one", "two", "logits")
+    )
+    for other, tolerance in ((two, 1e-3), (logits, 1e-6)):
+        assert other.shapes() == one.shapes()
+        assert other.loss == pytest.approx(one.loss, rel=max(1e-5, tolerance))
+        for module, same in zip(other.modules, one.modules, strict=True):
+            assert module.width_probabilities == pytest.approx(same.width_probabilities, abs=tolerance)
+    assert json.loads((tmp_path / "two/search.json").read_text())["training"]["processes"] == 2
+
+
+# ---- faults
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_loss_that_is_not_finite_is_told(
+    stage: int, speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_search(speech / "nan.toml", train__workers=0)
+    owner = ArchitectureSearch if stage == 2 else WeightTrainer
+    folder = {1: tmp_path / "supernet", 2: tmp_path / "architecture", 3: tmp_path}[stage]
+    losses = owner.losses
+
+    def spoilt(self: Any, batch: Any, index: int) -> Any:
+        loss, values, each = losses(self, batch, index)
+        is_bad = self.out == folder and self.step == 1
+        return (loss * float("nan"), values, each * float("nan")) if is_bad else (loss, values, each)
+
+    monkeypatch.setattr(owner, "losses", spoilt)
+    line = refusal(path, "--out", tmp_path)
+    assert "the loss or its gradient is not finite; utterances" in line
+    assert ("dev-" if stage == 2 else "train-") in line
+
+
+def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:
+    path, out = write_search(speech / "faulty.toml", search__eta=None), tmp_path / "out"
+    checkpoint, train, dev = speech / "hybrid", speech / "train.jsonl", speech / "dev.jsonl"
+    where = "[search] eta: expected one of eta and target_millions, got"
+    assert refusal(path, "--out", out) == f"{path}: {where} none"
+    both = ["--eta", 1, "--target-millions", 1]
+    assert refusal(path, *both, "--out", out) == f"{path}: {where} eta and target_millions"
+    assert refusal(path, "--eta", -1, "--out", out) == f"{path}: [search] eta: expected 0.0 or more, got -1"
+    line = f"--train, --dev, --channel, --skip-bad: {path} is a recipe, whose [data] say that; leave them out"
+    assert refusal(path, "--eta", 1, "--train", train, "--out", out) == line
+    assert refusal(path, "--eta", 1, "--channel", "mix", "--out", out) == line
+    assert refusal(path, "--eta", 1, "--skip-bad", "--out", out) == line
+    assert refusal(path, "--eta", 1, "--dev", dev, "--out", out) == line
+    line = f"--train, --dev: expected both for a checkpoint ({checkpoint}), or a recipe (.toml) instead"
+    assert refusal(checkpoint, "--eta", 1, "--train", train, "--out", out) == line
+    assert refusal(checkpoint, "--eta", 1, "--dev", dev, "--out", out) == line
+    data = [checkpoint, "--train", train, "--dev", dev, "--out", out]
+    assert refusal(*data) == f"mpq search: {where} none"
+    assert "--set model.width=3: mpq search does not read model" in refusal(*data, "--eta", 1, "--set", "model.width=3")
+    assert "[search] ffn_rank: expected rising candidates" in refusal(*data, "--eta", 1, "--ffn-rank", "[3, 2]")
+    assert "[search] temperature: expected first and last, falling, got [0.1, 1.0]" in refusal(
+        path, "--eta", 1, "--temperature", "[0.1, 1.0]", "--out", out
+    )
+    assert '[search] loss: "distillation" needs a trained model to imitate' in refusal(
+        path, "--eta", 1, "--loss", "distillation", "--out", out
+    )
+    assert "[search] ffn_width: expected one list for each of the 1 blocks, got 2" in refusal(
+        path, "--eta", 1, "--ffn-width", "[[4],[4]]", "--out", out
+    )
+    assert "[search] held_out: " in refusal(path, "--eta", 1, "--held-out", "none.jsonl", "--out", out)
+    bare = write_search(speech / "bare.toml", data__dev=None, train__select="last")
+    line = "[search] held_out: expected data to choose on (or data.dev), got none"
+    assert refusal(bare, "--out", out) == f"{bare}: {line}"
+    undecided = write_search(speech / "undecided.toml", data__dev=None, search__held_out="dev.jsonl")
+    assert 'train.select = "wer" needs held-out data' in refusal(undecided, "--out", out)
+    empty = write_search(speech / "empty.toml", data__train=[])
+    assert "[data] train: expected one manifest or more, got none" in refusal(empty, "--out", out)
+    assert not out.exists()
+
+
+def test_a_budget_on_the_command_line_replaces_the_recipes(speech: Path, supernet: str, tmp_path: Path) -> None:
+    path = write_search(speech / "target.toml", search__eta=None, search__target_millions=0.0001)
+    done = command(path, "--eta", 3, "--supernet", supernet, "--out", tmp_path / "out", "--json")
+    assert done.exit_code == 0, done.output
+    raw = json.loads(done.stdout)
+    assert (raw["format"], raw["eta"], raw["target_millions"]) == ("mpq.search/1", 3.0, None)
+    shown = command(path, "--eta", 3, "--supernet", supernet, "--out", tmp_path / "out")
+    assert "eta 3" in shown.stdout and "FW-m" in shown.stdout and "BN" not in shown.stdout
+
+
+def test_a_packed_file_is_no_start(speech: Path, tmp_path: Path) -> None:
+    packed = tmp_path / "p.safetensors"
+    done = CliRunner().invoke(main, ["pack", str(speech / "hybrid"), "--bits", "8", "--out", str(packed)])
+    assert done.exit_code == 0, done.output
+    line = refusal(
+        packed, "--train", speech / "train.jsonl", "--dev", speech / "dev.jsonl", "--eta", 1, "--out", tmp_path / "o"
+    )
+    assert line == f"{packed}: already packed; search the float checkpoint that it was made from"
+
+
+def test_a_noise_seed_gives_another_choice_from_the_same_supernet(speech: Path, supernet: str, tmp_path: Path) -> None:
+    common = {"search__supernet": supernet, "search__final_epochs": 0, "search__epochs": 2}
+    drawn = {}
+    for name, more in {"default": {}, "own": {"search__noise_seed": 0}, "other": {"search__noise_seed": 1}}.items():
+        found = run(search_recipe(speech, **common, **more), tmp_path / name)
+        drawn[name] = [one.width_probabilities for one in found.architecture.modules]
+    assert drawn["default"] == drawn["own"] != drawn["other"]

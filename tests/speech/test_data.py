@@ -1,0 +1,340 @@
+"""Manifests are written by hand, faults and all; batches are held to their rules by hypothesis."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mpq.errors import MpqError
+from mpq.speech.audio import read_audio
+from mpq.speech.data import CheckedData, batches, calibration_subset, check_data, require_good
+from mpq.speech.manifests import Utterance, read_data
+from mpq.speech.text import CharTokenizer
+
+RATE = 16000
+LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz'").missing
+
+
+def audio(path: Path, seconds: float = 1.0, channels: int = 1, rate: int = RATE) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(0).standard_normal((round(seconds * rate), channels)) * 1000
+    soundfile.write(path, noise.astype(np.int16), rate)
+    return path
+
+
+def manifest(folder: Path, *records: dict[str, Any] | str) -> Path:
+    path = folder / "dev.jsonl"
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r, ensure_ascii=False)) + "\n" for r in records),
+        encoding="utf-8",
+    )
+    return path
+
+
+def utterance(utt_id: str, path: Path = Path("a.wav"), **fields: Any) -> Utterance:
+    return replace(Utterance(utt_id, path, "a b", None, None, None, f"dev.jsonl:{utt_id}"), **fields)
+
+
+def faults_of(path: Path) -> list[str]:
+    """The faults with which `read_data` refuses, without the folder's name."""
+    with pytest.raises(MpqError) as error:
+        read_data(path)
+    folder = path if path.is_dir() else path.parent
+    return str(error.value).replace(f"{folder}/", "").split("\n")
+
+
+def test_manifest_is_read_as_it_is_written(tmp_path: Path) -> None:
+    path = manifest(
+        tmp_path,
+        {
+            "audio_filepath": "wav/a.wav",
+            "text": "one two",
+            "duration": 1.5,
+            "speaker": "s",
+            "utt_id": "u",
+            "lang": "en",
+        },
+        "",
+        {"audio_filepath": "/data/b.c.flac", "duration": 2, "offset": 0, "text": "caf\u00e9 \u2028"},
+        {"audio_filepath": "c.wav", "text": None, "duration": None, "offset": None},
+    )
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
+    assert read_data(path) == [
+        Utterance("u", tmp_path / "wav/a.wav", "one two", 1.5, None, "s", f"{path}:1"),
+        Utterance("b.c", Path("/data/b.c.flac"), "caf\u00e9 \u2028", 2.0, 0.0, None, f"{path}:3"),
+        Utterance("c", tmp_path / "c.wav", None, None, None, None, f"{path}:4"),
+    ]
+
+
+def test_all_faults_of_a_manifest_are_reported_at_once(tmp_path: Path) -> None:
+    good = {"audio_filepath": "good.wav", "text": "a", "duration": 1.0}
+    path = manifest(
+        tmp_path,
+        good,
+        "{not json",
+        '["a list"]',
+        {"text": "a"},
+        {"audio_filepath": 3, "text": 4, "duration": -1, "offset": -0.5, "speaker": [7], "utt_id": ["u"]},
+        {**good, "utt_id": "u", "duration": 0},
+        '{"audio_filepath": "a.wav", "duration": NaN}',
+        '{"audio_filepath": "a.wav", "duration": 1' + "0" * 400 + "}",
+        '{"audio_filepath": "a.wav", "duration": true}',
+        '{"audio_filepath": ""}',
+        '{"audio_filepath": "a\\u0000.wav", "text": "\\ud800"}',
+        "[" * 100_000,
+        {**good, "utt_id": "good"},
+        {"audio_filepath": "a.wav", "utt_id": "a (1)"},
+        {"audio_filepath": "a.wav", "utt_id": ""},
+    )
+    path.write_bytes(path.read_bytes() + b'{"audio_filepath": "\xff.wav"}\n')
+    lines = faults_of(path)
+    assert [line.split(" ")[0] for line in lines] == [
+        f"dev.jsonl:{n}:" for n in (2, 3, 4, 5, 5, 5, 5, 5, 5, 6, 7, 8, 9, 10, 11, 11, 12, 13, 14, 15)
+    ] + ["and"]
+    assert lines[1] == "dev.jsonl:3: expected a JSON object, got a list"
+    assert lines[2] == "dev.jsonl:4: audio_filepath: this key is missing"
+    assert lines[5] == "dev.jsonl:5: duration: expected seconds, more than 0, got -1"
+    assert 'utt_id "good" is already that of dev.jsonl:1' in lines[17] and "give each its own" in lines[17]
+    assert 'utt_id: expected no whitespace and no parentheses, got "a (1)"' in lines[18]
+    assert lines[20] == "and 1 more faults"
+
+
+def test_segments_of_one_file_need_their_own_ids(tmp_path: Path) -> None:
+    records = [{"audio_filepath": "a.wav", "offset": start, "duration": 1.0} for start in (0.0, 1.0)]
+    assert [u.utt_id for u in read_data(manifest(tmp_path, *records))] == ["a", "a-1"]
+    named = [{**record, "utt_id": f"a-{i}"} for i, record in enumerate(records)]
+    assert [u.offset for u in read_data(manifest(tmp_path, *named))] == [0.0, 1.0]
+    clash = [{**record, "utt_id": utt_id} for record, utt_id in zip(records, ("a", "A"), strict=True)]
+    assert "give each its own" in faults_of(manifest(tmp_path, *clash))[0]
+
+
+def test_default_ids_are_unique_and_can_stand_in_trn(tmp_path: Path) -> None:
+    paths = ["x/a.wav", "y/a.wav", "my file (1).wav", "b.wav"]
+    records = [{"audio_filepath": path, "speaker": 7} for path in paths]
+    utterances = read_data(manifest(tmp_path, *records))
+    assert [u.utt_id for u in utterances] == ["a", "a-2", "my_file_1_", "b"]
+    assert utterances[0].speaker == "7"
+
+
+def test_a_path_without_utterances_is_refused(tmp_path: Path) -> None:
+    assert "no utterances" in faults_of(manifest(tmp_path, "", "  "))[0]
+    assert "no such file" in faults_of(tmp_path / "missing.jsonl")[0]
+    (tmp_path / "empty").mkdir()
+    assert "has no wav.scp" in faults_of(tmp_path / "empty")[0]
+    assert "no utterances" in faults_of(kaldi(tmp_path / "data", wav_scp=""))[0]
+    assert "expected UTF-8 text" in faults_of(audio(tmp_path / "a.wav"))[0]
+
+
+def kaldi(folder: Path, **tables: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    for name, content in tables.items():
+        (folder / name.replace("_", ".")).write_text(content, encoding="utf-8")
+    return folder
+
+
+def test_kaldi_directory_is_read(tmp_path: Path) -> None:
+    folder = kaldi(
+        tmp_path, wav_scp="r1 wav/a b.wav\nr2\t/data/c.flac\r\n", text="r1 one  two\nr2\n", utt2spk="r1 s1\nr2 s2\n"
+    )
+    scp = f"{folder}/wav.scp"
+    assert read_data(folder) == [
+        Utterance("r1", folder / "wav/a b.wav", "one  two", None, None, "s1", f"{scp}:1"),
+        Utterance("r2", Path("/data/c.flac"), "", None, None, "s2", f"{scp}:2"),
+    ]
+    (folder / "text").unlink()
+    (folder / "utt2spk").unlink()
+    assert [(u.text, u.speaker) for u in read_data(folder)] == [(None, None)] * 2
+
+
+def test_kaldi_segments_are_read(tmp_path: Path) -> None:
+    folder = kaldi(
+        tmp_path, wav_scp="r1 a.wav\nunused b.wav\n", segments="u2 r1 1.5 2.75\nu1 r1 0 -1\n", text="u1 one\nu2 two\n"
+    )
+    assert read_data(folder) == [
+        Utterance("u2", folder / "a.wav", "two", 1.25, 1.5, None, f"{folder}/segments:1"),
+        Utterance("u1", folder / "a.wav", "one", None, 0.0, None, f"{folder}/segments:2"),
+    ]
+
+
+def test_a_shell_command_is_refused_and_not_run(tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    folder = kaldi(tmp_path, wav_scp=f"r1 touch {victim} |\nr2 a.wav\nr3 | touch {victim}\nr4 x.ark:17\nr5\n")
+    lines = faults_of(folder)
+    assert [line.split(" ")[0] for line in lines] == [f"wav.scp:{n}:" for n in (1, 3, 4, 5)]
+    assert "a shell command, which mpq never runs" in lines[0] and "Kaldi archive" in lines[2]
+    assert not victim.exists()
+
+
+def test_all_faults_of_a_kaldi_directory_are_reported_at_once(tmp_path: Path) -> None:
+    bad = [
+        "u1 r1 0",
+        "u2 r1 0 1 0",
+        "u3 r1 2 1",
+        "u4 r1 -1 1",
+        "u5 r1 0 nan",
+        "u6 r1 x 1",
+        "u7 other 0 1",
+        "u8 r1 0 inf",
+    ]
+    folder = kaldi(
+        tmp_path, wav_scp="r1 a.wav\nr1 b.wav\n", segments="\n".join(bad) + "\nu9 r1 0 1\n", text="u9 a\nu9 b\nu1 c\n"
+    )
+    lines = faults_of(folder)
+    assert [line.split(" ")[0] for line in lines] == ["wav.scp:2:", "text:2:", *(f"segments:{n}:" for n in range(1, 9))]
+    assert '"u9" is already on text:1; remove one' in lines[1]
+    kaldi(folder, wav_scp="r1 a.wav\n", segments="u9 r1 0 1\n", text="u9 a\nu1 b\n", utt2spk="u8 s\n")
+    assert [line.split(" ")[0] for line in faults_of(folder)] == ["text:2:", "utt2spk:1:"]
+
+
+def test_check_measures_what_will_be_read(tmp_path: Path) -> None:
+    long = audio(tmp_path / "a.flac", 3.0)
+    utterances = [
+        utterance("whole", long, duration=3.04),
+        utterance("part", long, offset=0.5, duration=1.25),
+        utterance("rest", long, offset=1.0),
+        utterance("past the end", long, offset=2.5, duration=0.55),
+        utterance("other rate", audio(tmp_path / "b.wav", 1.0001, rate=44100)),
+        utterance("stereo", audio(tmp_path / "c.wav", 0.5, channels=2)),
+    ]
+    checked = check_data(utterances, sample_rate=RATE, channel="mix", missing=LETTERS, need_text=True)
+    assert checked == CheckedData(tuple(utterances), (3.0, 1.25, 2.0, 0.5, 16002 / RATE, 0.5), (), 0)
+    for one, seconds in zip(checked.utterances, checked.durations, strict=True):
+        assert len(read_audio(one.audio_path, RATE, "mix", one.offset, one.duration)) == round(seconds * RATE)
+    assert require_good(checked) is checked
+
+
+def test_all_faults_of_the_data_are_reported_at_once(tmp_path: Path) -> None:
+    good = audio(tmp_path / "good.wav", 2.0)
+    cut = audio(tmp_path / "cut.flac", 2.0)
+    cut.write_bytes(cut.read_bytes()[:-9000])
+    soundfile.write(tmp_path / "nan.wav", np.full(RATE, np.nan), RATE, subtype="FLOAT")
+    utterances = [
+        utterance("1", good),
+        utterance("2", tmp_path / "missing.wav", text="na\u00efve 7"),
+        utterance("3", cut),
+        utterance("4", audio(tmp_path / "zero.wav", 0)),
+        utterance("5", audio(tmp_path / "short.wav", 0.0249)),
+        utterance("6", audio(tmp_path / "stereo.wav", channels=2)),
+        utterance("7", tmp_path / "nan.wav"),
+        utterance("8", good, duration=2.2),
+        utterance("9", good, offset=1.5, duration=1.0),
+        utterance("10", good, text=None),
+        utterance("11", good, text="tab\there"),
+        utterance("12", good, text=""),
+    ]
+    options = {"sample_rate": RATE, "min_samples": 400, "missing": LETTERS, "need_text": True}
+    checked = check_data(utterances, **options)
+    expected = [
+        ("2", "missing.wav: no such file"),
+        ("2", "what the vocabulary lacks: '\u00ef' (U+00EF), '7' (U+0037); "),
+        ("3", "cut.flac: cut short or damaged"),
+        ("4", "zero.wav: no samples"),
+        ("5", "short.wav: too short: expected at least 0.025 s (400 samples at 16000 Hz), got 0.025 s (398)"),
+        ("6", "stereo.wav: expected 1 channel, got 2; say which with --channel mix|0|1"),
+        ("7", "nan.wav: a sample that is not finite"),
+        ("8", "good.wav: cut short: expected 2.20 s as its line says, got 2.00 s"),
+        ("9", "good.wav: the segment 1.5 s to 2.5 s is not within"),
+        ("10", '"10" has no text'),
+        ("11", "lacks: '\\t' (U+0009)"),
+    ]
+    assert len(checked.faults) == len(expected)
+    for fault, (number, words) in zip(checked.faults, expected, strict=True):
+        assert fault.startswith(f"dev.jsonl:{number}: ") and words in fault
+    assert [u.utt_id for u in checked.utterances] == ["1", "12"]
+    assert checked.durations == (2.0, 2.0) and checked.skipped == 10
+    with pytest.raises(MpqError) as error:
+        require_good(checked)
+    assert str(error.value).split("\n")[:-1] == list(checked.faults)
+    assert str(error.value).endswith(
+        "\n10 of 12 utterances cannot be used; mend them, or leave them out with --skip-bad"
+    )
+    assert require_good(checked, skip_bad=True) is checked
+    assert check_data([utterances[9]], sample_rate=RATE, missing=LETTERS).faults == ()
+
+
+def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path) -> None:
+    many = [utterance(str(n), tmp_path / f"{n}.wav") for n in range(30)]
+    checked = check_data(many, sample_rate=RATE)
+    with pytest.raises(MpqError) as error:
+        require_good(checked, skip_bad=True)
+    lines = str(error.value).split("\n")
+    assert len(lines) == 22 and lines[20] == "and 10 more faults"
+    assert lines[21] == "30 of 30 utterances cannot be used; mend them"
+    with pytest.raises(MpqError, match="no utterances"):
+        require_good(check_data([], sample_rate=RATE))
+    with pytest.raises(MpqError, match="--channel"):
+        check_data(many, sample_rate=RATE, channel="left")
+
+
+ids = st.lists(st.text("abcdef", min_size=1, max_size=4), unique=True, max_size=30)
+
+
+@given(ids, st.data(), st.floats(0.5, 60))
+def test_batches_hold_to_their_rules(utt_ids: list[str], data: st.DataObject, max_seconds: float) -> None:
+    seconds = {u: data.draw(st.sampled_from([0.5, 1.0, 1.1, 7.3, 30.0]) | st.floats(0.01, 40)) for u in utt_ids}
+    utterances = [utterance(u) for u in utt_ids]
+    result = batches(utterances, list(seconds.values()), max_seconds)
+    flat = [u.utt_id for batch in result for u in batch]
+    assert flat == sorted(utt_ids, key=lambda u: (-seconds[u], u))
+    for batch in result:
+        longest = max(seconds[u.utt_id] for u in batch)
+        assert len(batch) == 1 or longest * len(batch) <= max_seconds
+        assert batch is result[-1] or longest * (len(batch) + 1) > max_seconds  # no batch is closed early
+    order = data.draw(st.permutations(utterances))
+    assert batches(order, [seconds[u.utt_id] for u in order], max_seconds) == result
+
+
+def test_batches_by_hand() -> None:
+    utterances = [utterance(u) for u in "abcde"]
+    result = batches(utterances, [1.0, 3.0, 2.0, 9.0, 2.0], 6.0)
+    assert [[u.utt_id for u in batch] for batch in result] == [["d"], ["b", "c"], ["e", "a"]]
+    assert batches([], [], 6.0) == []
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(MpqError, match="more than 0 seconds"):
+            batches(utterances, [1.0] * 5, wrong)
+        with pytest.raises(MpqError, match="more than 0 seconds"):
+            calibration_subset(utterances, [1.0] * 5, wrong, 0)
+
+
+@given(ids, st.data(), st.floats(0.1, 100), st.floats(0.1, 100), st.integers(0, 5))
+def test_calibration_subset_holds_to_its_rules(
+    utt_ids: list[str], data: st.DataObject, one: float, other: float, seed: int
+) -> None:
+    seconds = {u: data.draw(st.floats(0.1, 30)) for u in utt_ids}
+    utterances = [utterance(u) for u in utt_ids]
+    less, more = (calibration_subset(utterances, list(seconds.values()), s, seed) for s in sorted((one, other)))
+    for (chosen, durations), limit in zip((less, more), sorted((one, other)), strict=True):
+        assert [u for u in utterances if u in chosen] == chosen  # in the manifest's order
+        assert durations == [seconds[u.utt_id] for u in chosen]
+        assert bool(chosen) == bool(utt_ids) and (len(chosen) <= 1 or sum(durations) <= limit + 1e-9)
+    order = data.draw(st.permutations(utterances))
+    assert set(calibration_subset(order, [seconds[u.utt_id] for u in order], one, seed)[0]) == set(
+        calibration_subset(utterances, list(seconds.values()), one, seed)[0]
+    )
+
+
+def test_calibration_subset_by_hand() -> None:
+    utterances, durations = [utterance(u) for u in "abcde"], [1.0, 2.0, 3.0, 4.0, 5.0]
+    # printf 0:a | sha256sum and so on: d 7d98, a 9df3, c be08, b e021, e e078
+    chosen = {
+        s: "".join(u.utt_id for u in calibration_subset(utterances, durations, s, 0)[0]) for s in (1, 6, 7, 8, 15)
+    }
+    assert chosen == {1: "d", 6: "ad", 7: "abd", 8: "acd", 15: "abcde"}
+    assert calibration_subset(utterances, durations, None, 0) == (utterances, durations)
+    assert len({tuple(calibration_subset(utterances, durations, 6.0, seed)[0]) for seed in range(9)}) > 1
+
+
+def test_real_speech_passes(shared: Path) -> None:
+    utterances = read_data(shared / "data/read_speech/dev.jsonl")
+    checked = require_good(check_data(utterances, sample_rate=RATE, min_samples=400, missing=LETTERS, need_text=True))
+    assert len(checked.utterances) == 155
+    assert all(abs(u.duration - s) < 1e-3 for u, s in zip(checked.utterances, checked.durations, strict=True))
+    kept, durations = calibration_subset(checked.utterances, checked.durations, 60.0, 0)
+    assert 50 < sum(durations) <= 60
+    assert sum(len(batch) for batch in batches(kept, durations, 20.0)) == len(kept)
