@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.loading import load_model
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.calibration import draw, in_batches, input_grams, one_by_one
@@ -30,14 +30,14 @@ WIDTHS = (2, 3, 4, 5, 6, 8)
 def main(checkpoint: str, data: Path, seconds: float, every: int) -> None:
     model = load_model(checkpoint)
     drawn = draw(model, data, seconds)
-    storage = Storage(QuantSpec(8, rounding="gptq"))
+    weight_format = WeightFormat(QuantSpec(8, rounding="gptq"))
     single, batched = one_by_one(model, drawn), in_batches(model, drawn, 40.0)
     points = [(ref.name, bits) for ref in model.weights() for bits in WIDTHS]
     print(f"{len(points)} points, {sum(drawn.durations):.0f} s of audio")
     start = time.perf_counter()
     grams = input_grams(model, single)
     collected = time.perf_counter()
-    errors = rounding_errors(model, storage, WIDTHS, grams)
+    errors = rounding_errors(model, weight_format, WIDTHS, grams)
     rounded = time.perf_counter()
     for pair in single:
         fisher_scores(model, errors, *pair)
@@ -47,7 +47,7 @@ def main(checkpoint: str, data: Path, seconds: float, every: int) -> None:
         f"passes {scored - rounded:.1f} s"
     )
     part = points[::every]
-    measure_kl(model, batched, part, storage, grams=grams)
+    measure_kl(model, batched, part, weight_format, grams=grams)
     exact = (time.perf_counter() - scored) * len(points) / len(part)
     print(f"exact: {len(part)} points in {exact * len(part) / len(points):.1f} s, so {exact:.0f} s for all")
     alone, together = exact / (scored - collected), (exact + collected - start) / (scored - start)

@@ -64,10 +64,10 @@ from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.files import sha256_file
 from mpq.loading import load_model
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import FLOAT_BITS
 from mpq.scoring.evaluate import evaluate
@@ -118,7 +118,7 @@ def peer_model(checkpoint: Path) -> AsrModel:
         elif isinstance(module, nn.Conv2d):
             setattr(model.get_submodule(parent), child, RowsConv2d(module))
     (head,) = (module for module in model.decoder.modules() if isinstance(module, nn.Linear))
-    model.head = Stage(model.head.prefixes, lambda x, _: head(x))
+    model.head = Segment(model.head.prefixes, lambda x, _: head(x))
     return model
 
 
@@ -135,13 +135,13 @@ def peer_format(bits: int, grid: str) -> dict[str, Any]:
     return {"quant_cfg": rules, "algorithm": "max" if grid == "mpq" else "mse"}
 
 
-def use_grids_of_mpq(storage: Storage) -> None:
+def use_grids_of_mpq(weight_format: WeightFormat) -> None:
     """Registers a backend whose quantized weights are mpq's; each is computed once."""
     known: dict[nn.Module, Tensor] = {}
 
     def backend(weight: Tensor, quantizer: nn.Module) -> Tensor:
         if quantizer not in known:
-            spec = replace(storage.spec, bits=quantizer.num_bits, rounding="nearest")
+            spec = replace(weight_format.spec, bits=quantizer.num_bits, rounding="nearest")
             known[quantizer] = fake_quantize(weight.detach(), spec)
         return known[quantizer]
 
@@ -283,9 +283,9 @@ def main(checkpoint, train, dev, run, files, budgets, methods, grids, seconds, s
             raise click.ClickException(
                 f"{name}: expected {widths}, {quantizer}, {audio}; got {table.bits}, {table.quantizer}, {found}"
             )
-    storage = Storage.from_json(quantizer)
-    use_grids_of_mpq(storage)
-    fixed = fixed_bytes(model, storage)
+    weight_format = WeightFormat.from_json(quantizer)
+    use_grids_of_mpq(weight_format)
+    fixed = fixed_bytes(model, weight_format)
     data = []
     with torch.no_grad():
         for utterance in chosen[0]:
@@ -297,7 +297,7 @@ def main(checkpoint, train, dev, run, files, budgets, methods, grids, seconds, s
 
     def pair(name: str, budget: str, scoring_seconds: float, bits: dict[str, int]) -> None:
         """Measures an assignment, and mpq's own within the same bytes."""
-        size = fixed + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in refs)
+        size = fixed + sum(layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in refs)
         ours = [(f"mpq {name}", took, allocate(table, target_bytes=size)) for table, name, took in tables]
         bench.pack_and_measure(name, budget, scoring_seconds, replace(ours[0][2], bits=bits, predicted_bytes=size))
         for label, took, allocation in ours:
@@ -311,7 +311,7 @@ def main(checkpoint, train, dev, run, files, budgets, methods, grids, seconds, s
     for grid, method in itertools.product(grids, methods):
         state, took = peer_scores(checkpoint, data, widths, method, grid, run / f"modelopt-{method}-{grid}-{key}.pth")
         for budget in budgets:
-            bits = peer_assignment(state, budget, names, storage.float_bits)
+            bits = peer_assignment(state, budget, names, weight_format.float_bits)
             pair(f"modelopt {method}, {grid} grids", f"{budget:g}", took, bits)
 
 

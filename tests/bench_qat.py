@@ -16,7 +16,7 @@ import click
 import torch
 from torch import Tensor, nn
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import FinetuneConfig
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.loading import load_model
@@ -78,7 +78,7 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
         state = teacher.state_dict()
         weights = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
         bits = {name: widths[index % 3] for index, name in enumerate(weights)}
-        return QuantizedWeights(weights, [bits], Storage(QuantSpec(8, scheme=scheme)), {}, scales).to(where)
+        return QuantizedWeights(weights, [bits], WeightFormat(QuantSpec(8, scheme=scheme)), {}, scales).to(where)
 
     def step(module: nn.Module, trained: list[Tensor], loss: Callable[[], Tensor]) -> Callable[[], None]:
         optimizer = torch.optim.Adam(trained, lr=1e-6, fused=True)

@@ -14,7 +14,7 @@ import click
 import torch
 
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.loading import load_model
 from mpq.models.base import AsrModel
 from mpq.quantization.quantizers import fake_quantize
@@ -91,7 +91,7 @@ def main(checkpoint: str, data: str | None, bits: str, scheme: str | None) -> No
     )
     total = 4 * model.parameter_counts()["total"]
     row("32 | | | | ", total)
-    half = Storage(QuantSpec(8))
+    half = WeightFormat(QuantSpec(8))
     model.load_state_dict(
         {
             name: t.half().float() if t.is_floating_point() and not name.startswith("preprocessor") else t
@@ -115,12 +115,12 @@ def main(checkpoint: str, data: str | None, bits: str, scheme: str | None) -> No
         scales = ["float16", "float32"] if (granularity, clip) == ("group:64", "mse") else ["float16"]
         for scale_dtype in scales:
             spec = QuantSpec(width, kind, granularity, clip, scale_dtype=scale_dtype)
-            storage = Storage(spec)
+            weight_format = WeightFormat(spec)
             state = dict(original)
             for ref in refs:
                 state[ref.name] = fake_quantize(original[ref.name], spec)
             model.load_state_dict(state)
-            size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, width, storage) for ref in refs)
+            size = fixed_bytes(model, weight_format) + sum(layer_bytes(ref.shape, width, weight_format) for ref in refs)
             row(f"{width} | {kind} | {granularity} | {clip} | {scale_dtype}", size)
 
 

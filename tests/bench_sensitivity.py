@@ -10,7 +10,7 @@ import time
 import click
 import torch
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.loading import load_model
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
@@ -61,7 +61,7 @@ def main(checkpoint: str, data: str, seconds: float, bits: int, rounds: int) -> 
         start = time.perf_counter()
         whole = whole_forwards(model, features, points, spec)
         middle = time.perf_counter()
-        cached = measure_kl(model, features, points, Storage(spec))
+        cached = measure_kl(model, features, points, WeightFormat(spec))
         end = time.perf_counter()
         ratios.append((middle - start) / (end - middle))
         print(

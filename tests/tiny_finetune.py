@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mpq.allocation.assignment import planned_bytes
 from mpq.allocation.records import Allocation
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.files import sha256_file
 from mpq.finetuning.loop import Finetuner
@@ -32,7 +32,7 @@ from mpq.training.distillation import Distillation, DistillationLosses
 
 __all__ = ["one_thread"]  # a fixture
 
-NEAREST = Storage(QuantSpec(8, rounding="nearest"))
+NEAREST = WeightFormat(QuantSpec(8, rounding="nearest"))
 OPTIONS = {
     "epochs": 2,
     "batch_frames": 260,
@@ -90,13 +90,13 @@ def write_hybrid(folder: Path, **changes: Any) -> Path:
 
 
 def write_allocation(
-    path: Path, checkpoint: Path, bits: Callable[[str], int] | int, storage: Storage = NEAREST, **fields: Any
+    path: Path, checkpoint: Path, bits: Callable[[str], int] | int, weight_format: WeightFormat = NEAREST, **fields: Any
 ) -> Path:
     """Writes an allocation that gives each layer the bits that a function of its name says."""
     model = load_model(checkpoint)
     file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
     widths = {ref.name: bits if isinstance(bits, int) else bits(ref.name) for ref in model.weights()}
-    size = planned_bytes(model, widths, storage)
+    size = planned_bytes(model, widths, weight_format)
     found = {
         "bits": widths,
         "target_bytes": size,
@@ -104,7 +104,7 @@ def write_allocation(
         "predicted_kl": 0.1,
         "average_bits": 3.0,
         "frontier": ((size, 0.1),),
-        "quantizer": storage.to_json(),
+        "quantizer": weight_format.to_json(),
         "model": {"path": str(file), "sha256": sha256_file(file)},
     }
     Allocation(**(found | fields)).save(path)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import HEADER_SLACK, check_names, fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.quantization.spec import FLOAT_BITS
@@ -27,22 +27,22 @@ class Assignment:
 
     Attributes:
         bits: {weight name: width}, of every weight.
-        storage: How they are stored.
+        weight_format: How they are stored.
         size_bytes: Of the packed file.
     """
 
     bits: dict[str, int]
-    storage: Storage
+    weight_format: WeightFormat
     size_bytes: int
 
     @property
     def needs_statistics(self) -> bool:
         """Whether the rounding looks at the layers' inputs."""
-        return self.storage.spec.rounding == "gptq" and any(bits not in FLOAT_BITS for bits in self.bits.values())
+        return self.weight_format.spec.rounding == "gptq" and any(bits not in FLOAT_BITS for bits in self.bits.values())
 
 
 def assign(
-    model: AsrModel, checkpoint: Path, sha256: str, allocation: Allocation, storage: Storage, out: Path
+    model: AsrModel, checkpoint: Path, sha256: str, allocation: Allocation, weight_format: WeightFormat, out: Path
 ) -> Assignment:
     """Returns what an allocation says of a float model.
 
@@ -50,7 +50,7 @@ def assign(
         model: The float model.
         checkpoint, sha256: Its file.
         allocation: The widths.
-        storage: How the weights are stored.
+        weight_format: How the weights are stored.
         out: The packed file, for messages.
 
     Raises:
@@ -58,7 +58,7 @@ def assign(
     """
     if allocation.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the allocation was made for another checkpoint, {allocation.model.get('path')}")
-    size = planned_bytes(model, allocation.bits, storage)
+    size = planned_bytes(model, allocation.bits, weight_format)
     if abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
         size = allocation.predicted_bytes  # as promised, also where another version of the compressor made the promise
     if size > allocation.target_bytes:
@@ -67,10 +67,10 @@ def assign(
             f"predicted {allocation.predicted_bytes}); its sizes are of another model or quantizer: run mpq "
             "sensitivity and mpq allocate for this one"
         )
-    return Assignment(dict(allocation.bits), storage, size)
+    return Assignment(dict(allocation.bits), weight_format, size)
 
 
-def planned_bytes(model: AsrModel, bits: Mapping[str, int], storage: Storage) -> int:
+def planned_bytes(model: AsrModel, bits: Mapping[str, int], weight_format: WeightFormat) -> int:
     """Returns the size of the packed file of a model with these widths.
 
     Raises:
@@ -78,7 +78,9 @@ def planned_bytes(model: AsrModel, bits: Mapping[str, int], storage: Storage) ->
     """
     refs = model.weights()
     check_names(refs, bits)
-    return fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in refs)
+    return fixed_bytes(model, weight_format) + sum(
+        layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in refs
+    )
 
 
 def recall(model: AsrModel, allocation: Allocation, data: Path | None) -> tuple[CalibrationData | None, str]:
@@ -107,7 +109,7 @@ def recalled_statistics(
     sha256: str,
     drawn: CalibrationData | None,
     allocation: Allocation | None,
-    storage: Storage,
+    weight_format: WeightFormat,
     note: str,
     out: Path,
     quiet: bool,
@@ -118,7 +120,7 @@ def recalled_statistics(
         model, sha256: The float model and its file's digest.
         drawn: The audio; None if it is not there.
         allocation: Says whose statistics the cache may have; None if there is none.
-        storage: Names the rounding.
+        weight_format: Names the rounding.
         note: Why there is no audio.
         out: What is to be written, for messages.
         quiet: Show no progress.
@@ -128,7 +130,7 @@ def recalled_statistics(
     """
     if drawn is not None:
         with memory_for(f"{drawn.path}: the statistics"):
-            return statistics(model, sha256, drawn, storage, quiet)
+            return statistics(model, sha256, drawn, weight_format, quiet)
     known: dict[str, Any] = allocation.data if allocation else {}
     grams = cached_statistics(model, sha256, known.get("sha256", "")) if allocation else None
     if grams is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from mpq.allocation.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.loading import load_model, model_file
@@ -123,17 +123,17 @@ def pack(
     """
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
-    storage = _storage(allocation, bits, dict(options or {}), data)
+    weight_format = _weight_format(allocation, bits, dict(options or {}), data)
     model = load_model(checkpoint, choose_device(device))
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; pack the float checkpoint that it was made from")
     sha256 = sha256_file(checkpoint)
     refs = model.weights()
     if allocation is not None:
-        assigned = assign(model, checkpoint, sha256, allocation, storage, out)
+        assigned = assign(model, checkpoint, sha256, allocation, weight_format, out)
     else:
-        widths = {ref.name: bits or storage.float_bits for ref in refs}
-        assigned = Assignment(widths, storage, planned_bytes(model, widths, storage))
+        widths = {ref.name: bits or weight_format.float_bits for ref in refs}
+        assigned = Assignment(widths, weight_format, planned_bytes(model, widths, weight_format))
     widths, size = assigned.bits, assigned.size_bytes
     drawn, note = None, "no calibration data are known; --data names some"
     if allocation is not None and "sha256" in allocation.data:
@@ -144,9 +144,9 @@ def pack(
         drawn = unseen(model, data, seed, channel, skip_bad)
     grams: dict[str, Tensor] = {}
     if assigned.needs_statistics:
-        grams = recalled_statistics(model, sha256, drawn, allocation, storage, note, out, quiet)
+        grams = recalled_statistics(model, sha256, drawn, allocation, weight_format, note, out, quiet)
     with progress("packing", len(refs), quiet, "layers") as advance:
-        write_artifact(out, model, widths, storage, size, grams, advance)
+        write_artifact(out, model, widths, weight_format, size, grams, advance)
     measured_kl = None
     if drawn is not None:
         try:
@@ -161,27 +161,29 @@ def pack(
         size_bytes=size,
         predicted_bytes=allocation.predicted_bytes if allocation else None,
         target_bytes=allocation.target_bytes if allocation else None,
-        nominal_bytes=-(-(code_bits + storage.float_bits * (parameters - weights)) // 8),
+        nominal_bytes=-(-(code_bits + weight_format.float_bits * (parameters - weights)) // 8),
         float_bytes=4 * parameters,
         average_bits=code_bits / weights,
-        rounding=storage.spec.rounding,
+        rounding=weight_format.spec.rounding,
         predicted_kl=allocation.predicted_kl if allocation else None,
         measured_kl=measured_kl,
         measured_on=note,
     )
 
 
-def _storage(allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None) -> Storage:
+def _weight_format(
+    allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None
+) -> WeightFormat:
     """Returns the quantizer: the allocation's, or what the options say."""
     if allocation is None:
-        return Storage.from_options(options, has_data=bool(data and bits))
+        return WeightFormat.from_options(options, has_data=bool(data and bits))
     for key, value in options.items():
         if key in allocation.quantizer and allocation.quantizer[key] != value:
             raise MpqError(
                 f"--{key.replace('_', '-')} {value}: the allocation was made for {allocation.quantizer[key]}; "
                 "leave the option out, or measure and allocate again with it"
             )
-    return Storage.from_json(allocation.quantizer | options)
+    return WeightFormat.from_json(allocation.quantizer | options)
 
 
 def _measured(

@@ -33,7 +33,7 @@ from mpq.allocation.decisions import Decision, list_decisions
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate, chosen_bits, one_budget, rounded_up, totals, weighted_average, with_answer
 from mpq.artifact.file import check_names
-from mpq.artifact.weights import Storage, quantize_layer
+from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.errors import MpqError
 from mpq.files import check_output, digest, sha256_file
 from mpq.journal import Journal
@@ -121,7 +121,7 @@ def allocate_measured(
     if table.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
     check_names(model.weights(), allocation.bits)
-    storage = Storage.from_json(table.quantizer)
+    weight_format = WeightFormat.from_json(table.quantizer)
     seen = redraw(model, table.data, data)
     deciding_seconds = min(HELD_OUT_SECONDS, sum(seen.rest_durations) / 2)
     used = further(model, seen, deciding_seconds) if refine_minutes and seen.rest else seen
@@ -134,8 +134,8 @@ def allocate_measured(
         )
     journal = None
     with memory_for(f"{seen.path}: batches of {BATCH_SECONDS:g} s"):
-        grams = statistics(model, sha256, seen, storage, quiet)
-        weights = _rounded(model, storage, table, grams, quiet)
+        grams = statistics(model, sha256, seen, weight_format, quiet)
+        weights = _rounded(model, weight_format, table, grams, quiet)
         refined, refinement = allocation, {}
         if refine_minutes:
             work = [sha256, used.sha256, table.to_json(), allocation.to_json()]
@@ -174,7 +174,7 @@ def allocate_measured(
 
 
 def _rounded(
-    model: AsrModel, storage: Storage, table: SensitivityTable, grams: Mapping[str, Tensor], quiet: bool
+    model: AsrModel, weight_format: WeightFormat, table: SensitivityTable, grams: Mapping[str, Tensor], quiet: bool
 ) -> dict[str, dict[int, Tensor]]:
     """Returns {weight name: {bits: what the packed file gives back}}: 4 bytes x widths for each weight."""
     state = model.state_dict()
@@ -182,7 +182,7 @@ def _rounded(
     with progress("rounding", len(table.layers), quiet, "layers") as advance:
         for ref in model.weights():
             weight = state[ref.name].clone()
-            rounded = quantize_layer(ref.name, weight, storage, table.bits, grams)
+            rounded = quantize_layer(ref.name, weight, weight_format, table.bits, grams)
             found[ref.name] = dict(zip(table.bits, rounded, strict=True))
             found[ref.name] |= {16: weight.half().float(), 32: weight}
             advance(1)

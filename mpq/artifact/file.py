@@ -21,7 +21,7 @@ from torch import Tensor
 from mpq import __version__
 from mpq.artifact.weights import (
     Cursor,
-    Storage,
+    WeightFormat,
     decode,
     encode,
     encode_floats,
@@ -45,11 +45,11 @@ still fits into the size that this one gave."""
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 
 
-def fixed_bytes(model: AsrModel, storage: Storage) -> int:
+def fixed_bytes(model: AsrModel, weight_format: WeightFormat) -> int:
     """Returns the size of the packed file less its layers: header, configuration, tokenizer, biases and norms."""
-    sizes = {name: len(part) for name, part in _parts(model, storage).items()}
-    largest = sum(layer_bytes(ref.shape, 32, storage) for ref in model.weights())
-    header = len(_header(sizes | {"weights": largest}, storage, checksum="0" * 64))
+    sizes = {name: len(part) for name, part in _parts(model, weight_format).items()}
+    largest = sum(layer_bytes(ref.shape, 32, weight_format) for ref in model.weights())
+    header = len(_header(sizes | {"weights": largest}, weight_format, checksum="0" * 64))
     header = -(-(header + HEADER_SLACK) // 8) * 8  # so that the first tensor is aligned
     return 8 + header + sum(sizes.values())
 
@@ -58,7 +58,7 @@ def write_artifact(
     path: Path,
     model: AsrModel,
     bits: Mapping[str, int],
-    storage: Storage,
+    weight_format: WeightFormat,
     size_bytes: int,
     grams: Mapping[str, Tensor] | None = None,
     on_layer: Callable[[float], None] = lambda amount: None,
@@ -71,7 +71,7 @@ def write_artifact(
         path: The file to write or replace.
         model: A float model.
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
-        storage: How to store it.
+        weight_format: How to store it.
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
         grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`).
         on_layer: Told 1 with each finished layer.
@@ -85,7 +85,7 @@ def write_artifact(
     """
     refs = model.weights()
     check_names(refs, bits)
-    parts = _parts(model, storage, like)
+    parts = _parts(model, weight_format, like)
     state = model.state_dict()
     parts["bits"] = bytes(bits[ref.name] for ref in refs)
     payloads = []
@@ -94,13 +94,15 @@ def write_artifact(
         if width in FLOAT_BITS:
             payloads.append(encode_floats(ref.name, weight, width))
         elif quantized and ref.name in quantized:
-            payloads.append(encode(quantized[ref.name], width, storage))
+            payloads.append(encode(quantized[ref.name], width, weight_format))
         else:
-            payloads.append(encode(*quantize_weight(ref.name, weight, storage, [width], grams or {}), width, storage))
+            payloads.append(
+                encode(*quantize_weight(ref.name, weight, weight_format, [width], grams or {}), width, weight_format)
+            )
         on_layer(1)
-        assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], storage)
+        assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], weight_format)
     parts["weights"] = b"".join(payloads)
-    data = _file(parts, storage, size_bytes)
+    data = _file(parts, weight_format, size_bytes)
     if len(data) != size_bytes:
         raise MpqError(f"{path}: the content takes {len(data)} bytes and does not fit into the {size_bytes} planned")
     with atomic_path(path) as temporary:
@@ -122,14 +124,14 @@ def read_artifact(path: Path) -> AsrModel:
 
 def _model(parts: Mapping[str, bytes]) -> AsrModel:
     manifest = json.loads(lzma.decompress(parts["manifest"]))
-    storage = Storage.from_json(manifest["quantizer"])
+    weight_format = WeightFormat.from_json(manifest["quantizer"])
     model = FAMILIES[manifest["model"]["family"]].from_config(manifest["model"], parts["tokenizer"])
     refs = {ref.name: ref for ref in model.weights()}
     state: dict[str, Tensor] = {}
     cursor = Cursor(parts["weights"])
     for name, width in zip(manifest["weights"], parts["bits"], strict=True):
         shape = refs[name].shape
-        state[name] = decode(cursor.take(layer_bytes(shape, width, storage)), shape, width, storage)
+        state[name] = decode(cursor.take(layer_bytes(shape, width, weight_format)), shape, width, weight_format)
     own = model.state_dict()
     for blob, dtype in (("rest", manifest["quantizer"]["rest_dtype"]), ("exact", "float32")):
         cursor = Cursor(parts[blob] if blob == "rest" else lzma.decompress(parts[blob]))
@@ -139,18 +141,18 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
     load_state(model, state)
     model.quantized_bits = dict(zip(manifest["weights"], parts["bits"], strict=True))
     model.quantized_bytes = {
-        name: layer_bytes(refs[name].shape, bits, storage) for name, bits in model.quantized_bits.items()
+        name: layer_bytes(refs[name].shape, bits, weight_format) for name, bits in model.quantized_bits.items()
     }
     return model
 
 
-def exact_names(model: AsrModel, storage: Storage) -> set[str]:
+def exact_names(model: AsrModel, weight_format: WeightFormat) -> set[str]:
     """Returns the trained tensors that half precision would spoil, so that the file has them compressed in full.
 
     How many bytes they take depends on their values.
     """
     state, weights = model.state_dict(), {ref.name for ref in model.weights()}
-    return {name for name in _trained(model) - weights if not _stays_half(name, state[name], storage)}
+    return {name for name in _trained(model) - weights if not _stays_half(name, state[name], weight_format)}
 
 
 def is_artifact(path: Path) -> bool:
@@ -172,7 +174,7 @@ def check_names(refs: Sequence[WeightRef], bits: Mapping[str, int]) -> None:
             raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
 
 
-def _parts(model: AsrModel, storage: Storage, like: AsrModel | None = None) -> dict[str, bytes]:
+def _parts(model: AsrModel, weight_format: WeightFormat, like: AsrModel | None = None) -> dict[str, bytes]:
     """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length."""
     decides = (like or model).state_dict()
     names = [ref.name for ref in model.weights()]
@@ -182,14 +184,14 @@ def _parts(model: AsrModel, storage: Storage, like: AsrModel | None = None) -> d
     for name, tensor in model.state_dict().items():
         if name in names or is_counter(name):
             continue
-        if name in trained and _stays_half(name, decides[name], storage):
-            rest[name] = float_bytes(tensor, storage.rest_dtype)
+        if name in trained and _stays_half(name, decides[name], weight_format):
+            rest[name] = float_bytes(tensor, weight_format.rest_dtype)
         else:
             exact[name] = float_bytes(tensor, "float32")
     config, tokenizer = model.to_config()
     manifest = {
         "model": config,
-        "quantizer": storage.to_json(),
+        "quantizer": weight_format.to_json(),
         "weights": names,
         "rest": list(rest),
         "exact": list(exact),
@@ -209,30 +211,30 @@ def _trained(model: AsrModel) -> set[str]:
     return statistics | {name for name, _ in model.named_parameters()}
 
 
-def _stays_half(name: str, tensor: Tensor, storage: Storage) -> bool:
+def _stays_half(name: str, tensor: Tensor, weight_format: WeightFormat) -> bool:
     """Returns whether rest_dtype keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
-    if storage.rest_dtype == "float32":
+    if weight_format.rest_dtype == "float32":
         return True
     error = (tensor.half().float() - tensor).abs()
     reference = tensor.abs() if name.endswith("running_var") else tensor.abs().amax()
     return bool((error <= 2**-10 * reference).all())  # false for infinity and NaN too
 
 
-def _file(parts: Mapping[str, bytes], storage: Storage, size_bytes: int) -> bytes:
+def _file(parts: Mapping[str, bytes], weight_format: WeightFormat, size_bytes: int) -> bytes:
     """Returns the safetensors file: length of the header, header, data; padded with spaces in the header."""
-    header = _header({name: len(part) for name, part in parts.items()}, storage, _checksum(parts))
+    header = _header({name: len(part) for name, part in parts.items()}, weight_format, _checksum(parts))
     padding = size_bytes - 8 - len(header) - sum(len(part) for part in parts.values())
     header += b" " * max(padding, 0)
     return len(header).to_bytes(8, "little") + header + b"".join(parts[name] for name in _TENSORS)
 
 
-def _header(sizes: Mapping[str, int], storage: Storage, checksum: str) -> bytes:
+def _header(sizes: Mapping[str, int], weight_format: WeightFormat, checksum: str) -> bytes:
     """Returns the header of a file whose parts have these sizes in bytes, without padding."""
     metadata = {"format": f"{FORMAT_NAME}{FORMAT_VERSION}", "mpq": __version__, "sha256": checksum}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in _TENSORS:
-        dtype, width = (f"F{storage.float_bits}", storage.float_bits // 8) if name == "rest" else ("U8", 1)
+        dtype, width = (f"F{weight_format.float_bits}", weight_format.float_bits // 8) if name == "rest" else ("U8", 1)
         end = start + sizes[name]
         entries[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [start, end]}
         start = end

@@ -18,7 +18,7 @@ from mpq.quantization.spec import FLOAT_BITS, QuantSpec
 
 
 @dataclass(frozen=True)
-class Storage:
+class WeightFormat:
     """How a whole model is stored.
 
     Attributes:
@@ -51,7 +51,7 @@ class Storage:
         }
 
     @classmethod
-    def from_json(cls, quantizer: Mapping[str, Any]) -> "Storage":
+    def from_json(cls, quantizer: Mapping[str, Any]) -> "WeightFormat":
         """Returns what a "quantizer" object says; keys that it lacks have their default.
 
         Raises:
@@ -64,7 +64,7 @@ class Storage:
         return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
 
     @classmethod
-    def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "Storage":
+    def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "WeightFormat":
         """Returns what options say; without a "rounding" it is gptq where there are data and the scheme has it.
 
         Raises:
@@ -74,12 +74,12 @@ class Storage:
         return cls.from_json({"rounding": "gptq" if is_gptq else "nearest"} | dict(options))
 
 
-def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
+def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) -> int:
     """Returns what a layer takes in the file: codes, zero points or centroids, scales; its floats at 16 or 32 bits."""
     numel = int(np.prod(shape))
     if bits in FLOAT_BITS:
         return numel * bits // 8
-    spec = replace(storage.spec, bits=bits)
+    spec = replace(weight_format.spec, bits=bits)
     groups = int(np.prod(scale_shape(shape, spec)))
     zero_points = packed_size(groups, 2**bits) if spec.scheme == "asymmetric" else 0
     centroids = 2**bits if spec.scheme == "mulaw" else 0
@@ -88,14 +88,14 @@ def layer_bytes(shape: tuple[int, ...], bits: int, storage: Storage) -> int:
 
 
 def quantize_layer(
-    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+    name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Tensor]:
     """Returns what the file gives back of a weight stored at each of several widths.
 
     Args:
         name: Of the weight.
         weight: Of any shape.
-        storage: How it is stored.
+        weight_format: How it is stored.
         widths: 1 to 8.
         grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at when rounding is
             "nearest".
@@ -103,23 +103,23 @@ def quantize_layer(
     Raises:
         MpqError: The weight cannot be quantized; the message names it.
     """
-    return [dequantize(one, storage.spec) for one in quantize_weight(name, weight, storage, widths, grams)]
+    return [dequantize(one, weight_format.spec) for one in quantize_weight(name, weight, weight_format, widths, grams)]
 
 
 def quantize_weight(
-    name: str, weight: Tensor, storage: Storage, widths: Sequence[int], grams: Mapping[str, Tensor]
+    name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Quantized]:
     """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
 
     Raises:
         MpqError: As `quantize_layer`.
     """
-    if storage.spec.rounding == "gptq" and name not in grams:
+    if weight_format.spec.rounding == "gptq" and name not in grams:
         raise MpqError(
             f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
         )
     try:
-        return quantize_widths(weight, storage.spec, widths, grams.get(name))
+        return quantize_widths(weight, weight_format.spec, widths, grams.get(name))
     except MpqError as error:
         raise MpqError(f"{name}: {error}") from None
 
@@ -138,9 +138,9 @@ def encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
         raise MpqError(f"{name}: {error}") from None
 
 
-def encode(quantized: Quantized, bits: int, storage: Storage) -> bytes:
+def encode(quantized: Quantized, bits: int, weight_format: WeightFormat) -> bytes:
     """Returns codes, zero points or centroids, and scales of a weight."""
-    spec = replace(storage.spec, bits=bits)
+    spec = replace(weight_format.spec, bits=bits)
     codes = quantized.codes.flatten().to(torch.int16).cpu()
     codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
     encoded = pack_codes(codes.numpy(), _levels(spec))
@@ -151,11 +151,11 @@ def encode(quantized: Quantized, bits: int, storage: Storage) -> bytes:
     return encoded + float_bytes(quantized.scale, spec.scale_dtype)
 
 
-def decode(data: bytes, shape: tuple[int, ...], bits: int, storage: Storage) -> Tensor:
+def decode(data: bytes, shape: tuple[int, ...], bits: int, weight_format: WeightFormat) -> Tensor:
     """Returns the float32 weight that `encode` stored."""
     if bits in FLOAT_BITS:
         return read_floats(data, shape, f"float{bits}")
-    spec = replace(storage.spec, bits=bits)
+    spec = replace(weight_format.spec, bits=bits)
     cursor = Cursor(data)
     numel, scales = int(np.prod(shape)), scale_shape(shape, spec)
     groups = int(np.prod(scales))

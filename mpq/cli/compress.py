@@ -6,7 +6,7 @@ from typing import Any
 import click
 
 from mpq.cli.options import (
-    EXISTING,
+    PATH,
     PatternBits,
     Widths,
     channel_options,
@@ -22,10 +22,10 @@ from mpq.errors import MpqError
 
 
 @click.command()
-@click.argument("checkpoint", type=EXISTING)
+@click.argument("checkpoint", type=PATH)
 @data_options
 @click.option("--bits", required=True, type=Widths(), help="Bit-widths to measure, 1 to 8.")
-@click.option("--out", required=True, type=EXISTING, help="The mpq.sensitivity/1 file to write.")
+@click.option("--out", required=True, type=PATH, help="The mpq.sensitivity/1 file to write.")
 @quantizer_options
 @click.option(
     "--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder", "decoder"]), help="Whose KL."
@@ -66,7 +66,7 @@ def sensitivity(
     Example:
       mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
     """
-    from mpq.artifact.weights import Storage
+    from mpq.artifact.weights import WeightFormat
     from mpq.cli.tables import sensitivity_view
     from mpq.sensitivity.measure import METHODS, measure_sensitivity
 
@@ -75,7 +75,7 @@ def sensitivity(
         data,
         bits,
         out,
-        Storage.from_options(given(quantizer)),
+        WeightFormat.from_options(given(quantizer)),
         method=method,
         output=output,
         max_seconds=seconds_or_all(seconds, METHODS[method]),
@@ -89,7 +89,7 @@ def sensitivity(
 
 
 @click.command()
-@click.argument("sensitivity", type=EXISTING)
+@click.argument("sensitivity", type=PATH)
 @click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
 @click.option("--target-ratio", type=float, help="How many times smaller than with every layer at 32 bits.")
 @click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
@@ -102,12 +102,12 @@ def sensitivity(
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
 @click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
-@click.option("--measure", type=EXISTING, metavar="CKPT", help="Measure the answer, all layers quantized together.")
-@click.option("--refine", type=EXISTING, metavar="CKPT", help="Measure it, and look for moves that make it better.")
+@click.option("--measure", type=PATH, metavar="CKPT", help="Measure the answer, all layers quantized together.")
+@click.option("--refine", type=PATH, metavar="CKPT", help="Measure it, and look for moves that make it better.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long to look for moves. Default: 10.")
 @click.option("--points", type=click.IntRange(0, 1000), help="Sizes of the frontier that are measured too. Default: 5.")
-@click.option("--data", type=EXISTING, help="Where the calibration data are now, if not where SENSITIVITY says.")
-@click.option("--out", required=True, type=EXISTING, help="The mpq.allocation/1 file to write.")
+@click.option("--data", type=PATH, help="Where the calibration data are now, if not where SENSITIVITY says.")
+@click.option("--out", required=True, type=PATH, help="The mpq.allocation/1 file to write.")
 @common_options
 def allocate(
     sensitivity: Path,
@@ -189,14 +189,14 @@ def allocate(
 
 
 @click.command()
-@click.argument("checkpoint", type=EXISTING)
-@click.option("--allocation", type=EXISTING, help="The bit-widths that `mpq allocate` chose.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--allocation", type=PATH, help="The bit-widths that `mpq allocate` chose.")
 @click.option("--bits", type=click.IntRange(1, 8), help="One width for all layers instead.")
-@click.option("--data", type=EXISTING, help="Calibration data; with --allocation, if not where that says.")
+@click.option("--data", type=PATH, help="Calibration data; with --allocation, if not where that says.")
 @click.option("--seconds", help="With --bits: use a random part of the data of this length, or all. Default: 300.")
 @channel_options
 @quantizer_options
-@click.option("--out", required=True, type=EXISTING, help="The safetensors file to write.")
+@click.option("--out", required=True, type=PATH, help="The safetensors file to write.")
 @common_options
 def pack(
     checkpoint: Path,

@@ -9,7 +9,7 @@ import click
 
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
-from mpq.cli.options import EXISTING, common_options, data_options, decode_options, print_result, set_option
+from mpq.cli.options import PATH, common_options, data_options, decode_options, print_result, set_option
 from mpq.cli.train import finetune, run, search, train
 from mpq.errors import MpqError
 
@@ -49,9 +49,9 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("checkpoint", type=EXISTING)
+@click.argument("checkpoint", type=PATH)
 @data_options
-@click.option("--out", required=True, type=EXISTING, help="Folder for hyp.trn, ref.trn and metrics.json.")
+@click.option("--out", required=True, type=PATH, help="Folder for hyp.trn, ref.trn and metrics.json.")
 @decode_options
 @click.option("--batch-seconds", default=60.0, show_default=True, help="Padded audio in one batch.")
 @common_options
@@ -99,7 +99,7 @@ def evaluate(
 
 
 @main.command()
-@click.argument("path", type=EXISTING)
+@click.argument("path", type=PATH)
 @set_option
 @common_options
 def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, **_: Any) -> None:
@@ -118,14 +118,14 @@ def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, 
 
 
 @main.command()
-@click.argument("folders", nargs=-1, type=EXISTING, metavar="[BASELINE COMPRESSED]")
-@click.option("--ref", type=EXISTING, help="Reference transcripts (trn).")
-@click.option("--a", "a_path", type=EXISTING, help="Transcripts of the baseline (trn).")
-@click.option("--b", "b_path", type=EXISTING, help="Transcripts of the compressed system (trn).")
+@click.argument("folders", nargs=-1, type=PATH, metavar="[BASELINE COMPRESSED]")
+@click.option("--ref", type=PATH, help="Reference transcripts (trn).")
+@click.option("--a", "a_path", type=PATH, help="Transcripts of the baseline (trn).")
+@click.option("--b", "b_path", type=PATH, help="Transcripts of the compressed system (trn).")
 @click.option("--alpha", default=0.05, show_default=True, help="Level of the tests.")
 @click.option("--resamples", default=10_000, show_default=True, help="Of the bootstrap.")
 @click.option("--changes", default=5, show_default=True, help="How many changed outputs to show.")
-@click.option("--out", type=EXISTING, help="Write the mpq.comparison/1 file, with all changed outputs.")
+@click.option("--out", type=PATH, help="Write the mpq.comparison/1 file, with all changed outputs.")
 @common_options
 def compare(
     folders: tuple[Path, ...],

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from mpq.config import describe_section
 from mpq.errors import MpqError
 
-EXISTING = click.Path(path_type=Path)
+PATH = click.Path(path_type=Path)
 
 
 def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -33,7 +33,7 @@ channel_options = _together(
     click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out, and count them."),
 )
 data_options = _together(
-    click.option("--data", required=True, type=EXISTING, help="Manifest (JSON lines) or Kaldi data directory."),
+    click.option("--data", required=True, type=PATH, help="Manifest (JSON lines) or Kaldi data directory."),
     channel_options,
 )
 common_options = _together(
@@ -46,8 +46,8 @@ set_option = click.option(
     "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
 )
 recipe_options = _together(
-    click.argument("recipe", type=EXISTING),
-    click.option("--out", required=True, type=EXISTING, help="Folder to write."),
+    click.argument("recipe", type=PATH),
+    click.option("--out", required=True, type=PATH, help="Folder to write."),
     set_option,
 )
 decode_options = _together(

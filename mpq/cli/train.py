@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from mpq.cli.options import (
-    EXISTING,
+    PATH,
     channel_options,
     common_options,
     print_once,
@@ -61,10 +61,10 @@ SEARCH_FROM_CHECKPOINT = {
 
 
 @click.command()
-@click.argument("source", type=EXISTING, metavar="RECIPE|CHECKPOINT")
-@click.option("--train", "train_data", multiple=True, type=EXISTING, help="Of a checkpoint: data to train on.")
-@click.option("--dev", type=EXISTING, help="Of a checkpoint: held-out data, on which the architecture is chosen.")
-@click.option("--out", required=True, type=EXISTING, help="Folder to write.")
+@click.argument("source", type=PATH, metavar="RECIPE|CHECKPOINT")
+@click.option("--train", "train_data", multiple=True, type=PATH, help="Of a checkpoint: data to train on.")
+@click.option("--dev", type=PATH, help="Of a checkpoint: held-out data, on which the architecture is chosen.")
+@click.option("--out", required=True, type=PATH, help="Folder to write.")
 @section_options(SearchConfig, without=("trained",))
 @channel_options
 @set_option
@@ -160,12 +160,12 @@ def run(
 
 
 @click.command()
-@click.argument("checkpoint", type=EXISTING)
-@click.option("--allocation", "allocations", required=True, multiple=True, type=EXISTING, help="mpq.allocation/1 file.")
-@click.option("--train", "train_data", required=True, multiple=True, type=EXISTING, help="Data to train on.")
-@click.option("--dev", required=True, type=EXISTING, help="Held-out data, which choose the epoch that is kept.")
-@click.option("--out", required=True, type=EXISTING, help="Folder to write.")
-@click.option("--data", type=EXISTING, help="Where the calibration audio of the allocation is now, if it was moved.")
+@click.argument("checkpoint", type=PATH)
+@click.option("--allocation", "allocations", required=True, multiple=True, type=PATH, help="mpq.allocation/1 file.")
+@click.option("--train", "train_data", required=True, multiple=True, type=PATH, help="Data to train on.")
+@click.option("--dev", required=True, type=PATH, help="Held-out data, which choose the epoch that is kept.")
+@click.option("--out", required=True, type=PATH, help="Folder to write.")
+@click.option("--data", type=PATH, help="Where the calibration audio of the allocation is now, if it was moved.")
 @section_options(FinetuneConfig)
 @channel_options
 @set_option

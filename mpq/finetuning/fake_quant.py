@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mpq.artifact.weights import Storage, quantize_weight
+from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.errors import MpqError
 from mpq.quantization.grids import (
     choose_clip,
@@ -221,7 +221,7 @@ class QuantizedWeights(nn.Module):
     Args:
         weights: {name: trained weight}, of every weight of the model.
         allocations: {name: bits} each; 16 and 32 leave a weight as it is. The first one's grids give the units.
-        storage: How the weights are stored.
+        weight_format: How the weights are stored.
         grams: For the rounding "gptq" at the start, as in `mpq.artifact.weights.quantize_layer`.
         scales: As in `StraightThrough`.
 
@@ -233,23 +233,25 @@ class QuantizedWeights(nn.Module):
         self,
         weights: Mapping[str, Tensor],
         allocations: Sequence[Mapping[str, int]],
-        storage: Storage,
+        weight_format: WeightFormat,
         grams: Mapping[str, Tensor],
         scales: Scales,
     ) -> None:
         super().__init__()
-        self.names, self.allocations, self.storage = tuple(weights), tuple(map(dict, allocations)), storage
+        self.names, self.allocations, self.weight_format = tuple(weights), tuple(map(dict, allocations)), weight_format
         self.latents = nn.ParameterList()
         self.quantizers = nn.ModuleDict()
-        nearest = replace(storage, spec=replace(storage.spec, rounding="nearest"))
+        nearest = replace(weight_format, spec=replace(weight_format.spec, rounding="nearest"))
         for index, (name, weight) in enumerate(weights.items()):
             widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
-            specs = [replace(storage.spec, bits=bits) for bits in widths]
+            specs = [replace(weight_format.spec, bits=bits) for bits in widths]
             # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
             keep_codes = len({bits[name] for bits in allocations}) == 1 and scales != "recomputed"
-            starts = quantize_weight(name, weight, storage if keep_codes else nearest, widths, grams) if widths else []
+            starts = (
+                quantize_weight(name, weight, weight_format if keep_codes else nearest, widths, grams) if widths else []
+            )
             latent = weight.detach().float().clone()
-            if starts and storage.spec.scheme == "mulaw":
+            if starts and weight_format.spec.scheme == "mulaw":
                 unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
                 latent = latent.reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
                 for spec in specs:
@@ -262,7 +264,7 @@ class QuantizedWeights(nn.Module):
                 for spec, start in zip(specs, starts, strict=True):
                     self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
             self.latents.append(nn.Parameter(latent))
-        if storage.spec.scheme != "mulaw":  # whose search depends on alpha
+        if weight_format.spec.scheme != "mulaw":  # whose search depends on alpha
             self.search()
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
@@ -290,7 +292,9 @@ class QuantizedWeights(nn.Module):
         """Returns {name: weight as the packed file gives it back} at the widths of an allocation."""
         stored = self.quantized(allocation)
         return {
-            name: dequantize(stored[name], self.storage.spec) if name in stored else self._seen(index, bits).detach()
+            name: dequantize(stored[name], self.weight_format.spec)
+            if name in stored
+            else self._seen(index, bits).detach()
             for index, (name, bits) in enumerate(self._widths(allocation))
         }
 

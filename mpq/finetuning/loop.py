@@ -31,7 +31,7 @@ from mpq.finetuning.record import FinetunedSize, FinetuneResult
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
 from mpq.quantization.soft_assignment import annealed_alpha
-from mpq.sensitivity.divergence import OutputBatch, StageTree
+from mpq.sensitivity.divergence import OutputBatch, SegmentTree
 from mpq.speech.augment import generator
 from mpq.speech.data import read_batch
 from mpq.training.data import TrainingSet
@@ -89,7 +89,7 @@ class Finetuner(TrainingLoop):
         for parameter in self.student.parameters():
             parameter.requires_grad_(False)
         # what the file compresses stays as it is: its size, which is promised, depends on the values
-        fixed = set(weights.names) | exact_names(teacher, targets[0].assigned.storage)
+        fixed = set(weights.names) | exact_names(teacher, targets[0].assigned.weight_format)
         self.rest = {name: one for name, one in self.student.named_parameters() if name not in fixed}
         if tuning.rest_rate:
             for parameter in self.rest.values():
@@ -114,10 +114,10 @@ class Finetuner(TrainingLoop):
 
     def _logged(self) -> list[str]:
         names = ["ctc_kl"]
-        names += ["attention_kl"] if self.teacher.decoder_stages else []
+        names += ["attention_kl"] if self.teacher.decoder_segments else []
         names += ["hidden"] if self.tuning.hidden_weight else []
         if self.tuning.transcript_weight:
-            names += ["ctc", "attention"] if self.teacher.decoder_stages else ["ctc"]
+            names += ["ctc", "attention"] if self.teacher.decoder_segments else ["ctc"]
         return names
 
     def _trained(self) -> list[Tensor]:
@@ -141,7 +141,9 @@ class Finetuner(TrainingLoop):
         start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
         self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
         is_due = self.step % self.tuning.search_every == 0
-        if self.weights.storage.spec.scheme == "mulaw":  # once more when the weights are rounded, and then no more
+        if (
+            self.weights.weight_format.spec.scheme == "mulaw"
+        ):  # once more when the weights are rounded, and then no more
             is_due = self.step == end or (is_due and self.step < end)
         if is_due:
             self.weights.search()
@@ -216,12 +218,12 @@ class Finetuner(TrainingLoop):
 
     def _overflow(self, features: Tensor, frames: Tensor) -> str:
         """Returns which layer of the student is the first whose output is not finite; "" if none is."""
-        tree, batch = StageTree(self.student), OutputBatch(self.student, features, frames)
-        states = tree.run({0: features}, range(len(tree.stages)), batch.context)
-        for index, stage in enumerate(tree.stages):
+        tree, batch = SegmentTree(self.student), OutputBatch(self.student, features, frames)
+        states = tree.run({0: features}, range(len(tree.segments)), batch.context)
+        for index, segment in enumerate(tree.segments):
             *_, hidden = states[index + 1] if isinstance(states[index + 1], tuple) else (states[index + 1],)
             if not hidden.isfinite().all():
-                return f" (from the layer {stage.prefixes[0].rstrip('.')} on)"
+                return f" (from the layer {segment.prefixes[0].rstrip('.')} on)"
         return ""
 
     def _overflow_on_dev(self) -> str:
@@ -336,7 +338,7 @@ class Finetuner(TrainingLoop):
                 target.path,
                 self.student,
                 assigned.bits,
-                assigned.storage,
+                assigned.weight_format,
                 assigned.size_bytes,
                 quantized=self.weights.quantized(index),
                 like=self.teacher,

@@ -17,7 +17,7 @@ from torch import Tensor
 from mpq.allocation.assignment import assign, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import exact_names
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import digest, make_folder, sha256_file
@@ -66,7 +66,7 @@ def finetune(
     teacher = load_model(checkpoint, where)
     if teacher.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
-    if not teacher.decoder_stages and recipe.finetune.ctc_weight != 1:
+    if not teacher.decoder_segments and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
     names = [path.stem for path in allocations]
     for path in allocations:
@@ -75,11 +75,11 @@ def finetune(
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
-    scheme = targets[0].assigned.storage.spec.scheme
+    scheme = targets[0].assigned.weight_format.spec.scheme
     for key in ("scales",) if scheme == "mulaw" else ("alpha", "anneal"):
         if key in options.model_fields_set:
             raise MpqError(f"finetune.{key}: does nothing for the scheme {scheme} of the allocation; leave it out")
-    statistics = {name for name in exact_names(teacher, targets[0].assigned.storage) if "running_" in name}
+    statistics = {name for name in exact_names(teacher, targets[0].assigned.weight_format) if "running_" in name}
     if options.batch_norm == "updated" and statistics:
         raise MpqError(
             f'finetune.batch_norm: "updated" would change {sorted(statistics)[0]}, which half precision spoils, so '
@@ -139,24 +139,24 @@ def _targets(
     """Returns what the allocations say, the largest first."""
     found = []
     for path, allocation in loaded.items():
-        storage = Storage.from_json(allocation.quantizer)
+        weight_format = WeightFormat.from_json(allocation.quantizer)
         packed = out / (PACKED_FILE if len(loaded) == 1 else f"packed-{path.stem}.safetensors")
         try:
-            assigned = assign(teacher, checkpoint, sha256, allocation, storage, packed)
+            assigned = assign(teacher, checkpoint, sha256, allocation, weight_format, packed)
         except MpqError as error:
             raise MpqError(f"{path}: {str(error).removeprefix(f'{packed}: ')}") from None
         if all(bits in FLOAT_BITS for bits in assigned.bits.values()):
             raise MpqError(f"{path}: quantizes no layer, so there is nothing to train")
         found.append(Target(path.stem, assigned, packed))
     for target in found:
-        if target.assigned.storage != found[0].assigned.storage:
-            quantizers = [one.assigned.storage.to_json() for one in (found[0], target)]
+        if target.assigned.weight_format != found[0].assigned.weight_format:
+            quantizers = [one.assigned.weight_format.to_json() for one in (found[0], target)]
             raise MpqError(
                 f"allocations {found[0].name} and {target.name}: expected one quantizer, got {quantizers[0]} and "
                 f"{quantizers[1]}; allocate both from one sensitivity file"
             )
     audio = {json.dumps(allocation.data.get("sha256")) for allocation in loaded.values()}
-    if len(audio) > 1 and found[0].assigned.storage.spec.rounding == "gptq":
+    if len(audio) > 1 and found[0].assigned.weight_format.spec.rounding == "gptq":
         raise MpqError(
             f"allocations {found[0].name} and {found[-1].name}: made with different calibration audio; allocate all "
             "from one sensitivity file"
@@ -175,7 +175,7 @@ def _weights(
     quiet: bool,
 ) -> QuantizedWeights:
     """Returns the weights at the start of the training."""
-    storage = targets[0].assigned.storage
+    weight_format = targets[0].assigned.weight_format
     grams: dict[str, Tensor] = {}
     needed = any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed"
     if calibration is not None and not needed:
@@ -186,16 +186,18 @@ def _weights(
             drawn, note = draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel), ""
         else:
             drawn, note = recall(teacher, allocation, calibration)
-        grams = recalled_statistics(teacher, sha256, drawn, allocation, storage, note, out, quiet)
+        grams = recalled_statistics(teacher, sha256, drawn, allocation, weight_format, note, out, quiet)
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
     allocations = [target.assigned.bits for target in targets]
-    return QuantizedWeights(trained, allocations, storage, grams, recipe.finetune.scales)
+    return QuantizedWeights(trained, allocations, weight_format, grams, recipe.finetune.scales)
 
 
 def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> str:
     """Returns a digest of all that the weights depend on."""
     options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
-    sizes = [(one.name, one.assigned.bits, one.assigned.storage.to_json(), one.assigned.size_bytes) for one in targets]
+    sizes = [
+        (one.name, one.assigned.bits, one.assigned.weight_format.to_json(), one.assigned.size_bytes) for one in targets
+    ]
     work = [FINETUNE_FORMAT, recipe.seed, recipe.data.channel, options, recipe.finetune_augment.model_dump(), sha256]
     return digest([*work, sizes, data_identity(data, dev)])

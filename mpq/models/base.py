@@ -1,9 +1,9 @@
 """What every step asks of a speech recogniser, whatever framework trained it.
 
-A model is a chain of *stages*: features -> ... -> encoder output -> CTC logits, and from the encoder output a second
-chain to the logits of the attention decoder, where there is one. Each stage is a function of the hidden state and owns
-the weights whose names start with its prefixes. So a change of one weight leaves everything before its stage as it was,
-which is what makes the exact sensitivity cheap, and `encode` is nothing but the chain.
+A model is a chain of *segments*: features -> ... -> encoder output -> CTC logits, and from the encoder output a second
+chain to the logits of the attention decoder, where there is one. Each segment is a function of the hidden state and
+owns the weights whose names start with its prefixes. So a change of one weight leaves everything before its segment as
+it was, which is what makes the exact sensitivity cheap, and `encode` is nothing but the chain.
 
 Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank,
 U tokens of a transcript.
@@ -42,7 +42,7 @@ class WeightRef:
 
 
 @dataclass(frozen=True)
-class Stage:
+class Segment:
     """One link of the chain.
 
     Attributes:
@@ -84,17 +84,17 @@ class AsrModel(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def stages(self) -> tuple[Stage, ...]:
-        """The encoder's stages; the CTC head is not among them."""
+    def segments(self) -> tuple[Segment, ...]:
+        """The encoder's segments; the CTC head is not among them."""
 
     @property
     @abstractmethod
-    def head(self) -> Stage:
+    def head(self) -> Segment:
         """(N, T', D) -> (N, T', V) CTC logits."""
 
     @property
     @abstractmethod
-    def decoder_stages(self) -> tuple[Stage, ...]:
+    def decoder_segments(self) -> tuple[Segment, ...]:
         """(N, T', D) -> ... -> (N, U + 1, V) logits of the attention decoder; empty for a model without one."""
 
     @abstractmethod
@@ -107,7 +107,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
-        """Returns what the stages need besides the hidden tensor (masks, positions); it depends on no weight.
+        """Returns what the segments need besides the hidden tensor (masks, positions); it depends on no weight.
 
         Args:
             feature_lengths: (N,) valid feature frames.
@@ -116,7 +116,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[Any, Tensor | None]:
-        """Returns the context of all stages, the decoder's included, and the (N,) rows of the decoder that count.
+        """Returns the context of all segments, the decoder's included, and the (N,) rows of the decoder that count.
 
         The decoder is given the tokens that the model itself recognises, by greedy CTC: no transcripts are needed. Its
         rows are the U tokens and <eos>. Without a decoder this is `context` and None.
@@ -142,8 +142,8 @@ class AsrModel(nn.Module, ABC):
         """Returns the (N, T', D) encoder output and its (N,) valid frames for (N, T, F) features."""
         context = self.context(feature_lengths, features.shape[1])
         hidden = features
-        for stage in self.stages:
-            hidden = stage.run(hidden, context)
+        for segment in self.segments:
+            hidden = segment.run(hidden, context)
         return hidden, self.encoded_lengths(feature_lengths)
 
     def ctc_log_probs(self, encoded: Tensor) -> Tensor:
@@ -154,7 +154,7 @@ class AsrModel(nn.Module, ABC):
     def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
         """Returns the decoder's (N, U + 1, V) logits of the tokens after each of (N, U + 1), <sos> first.
 
-        A model without `decoder_stages` is not asked.
+        A model without `decoder_segments` is not asked.
         """
 
     @abstractmethod

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.models.attention_decoder import DecoderContext
-from mpq.models.base import Stage
+from mpq.models.base import Segment
 from mpq.models.batch_norm import batch_norm
 from mpq.models.positions import sinusoids
 
@@ -341,7 +341,7 @@ class ConformerBlock(nn.Module):
 
 
 class ConformerEncoder(nn.Module):
-    """Subsampling and a stack of blocks; `stages` is its forward pass."""
+    """Subsampling and a stack of blocks; `segments` is its forward pass."""
 
     def __init__(self, options: ConformerOptions) -> None:
         super().__init__()
@@ -349,12 +349,12 @@ class ConformerEncoder(nn.Module):
         self.pre_encode = ConvSubsampling(options)
         self.layers = nn.ModuleList(ConformerBlock(options, shapes) for shapes in options.ffn_shapes())
 
-    def stages(self, prefix: str) -> tuple[Stage, ...]:
+    def segments(self, prefix: str) -> tuple[Segment, ...]:
         """Returns the chain from (N, T, F) features to the (N, T', D) output; `prefix` is this module's name."""
-        stages = [Stage((f"{prefix}.pre_encode.",), self._subsample)]
+        segments = [Segment((f"{prefix}.pre_encode.",), self._subsample)]
         for index, block in enumerate(self.layers):
-            stages += [Stage((f"{prefix}.layers.{index}.{name}.",), step) for name, step in block.steps()]
-        return tuple(stages)
+            segments += [Segment((f"{prefix}.layers.{index}.{name}.",), step) for name, step in block.steps()]
+        return tuple(segments)
 
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         """Returns the context of (N, frames, F) features with (N,) valid frames."""

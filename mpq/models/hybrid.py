@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder, decoder_context
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
 from mpq.speech.decoding import NextLogProbs, ctc_greedy
 from mpq.speech.features import LogMel, LogMelOptions
@@ -57,19 +57,19 @@ class HybridConformer(AsrModel):
         return self.featurizer.options
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.encoder.stages("encoder")
+    def segments(self) -> tuple[Segment, ...]:
+        return self.encoder.segments("encoder")
 
     @property
-    def head(self) -> Stage:
-        return Stage(("ctc.",), lambda encoded, _: self.ctc(encoded))
+    def head(self) -> Segment:
+        return Segment(("ctc.",), lambda encoded, _: self.ctc(encoded))
 
     @property
-    def decoder_stages(self) -> tuple[Stage, ...]:
+    def decoder_segments(self) -> tuple[Segment, ...]:
         if self.decoder is None:
             return ()
         return tuple(
-            Stage(
+            Segment(
                 tuple(f"decoder.{module}." for module in modules),
                 lambda hidden, context, step=step: step(hidden, context.decoder),
             )

@@ -23,7 +23,7 @@ import yaml
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Stage, load_state
+from mpq.models.base import AsrModel, Segment, load_state
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
 from mpq.speech.features import LogMel, LogMelOptions
 from mpq.speech.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
@@ -64,15 +64,15 @@ class NemoConformerCtc(AsrModel):
         return self.preprocessor.featurizer.options
 
     @property
-    def stages(self) -> tuple[Stage, ...]:
-        return self.encoder.stages("encoder")
+    def segments(self) -> tuple[Segment, ...]:
+        return self.encoder.segments("encoder")
 
     @property
-    def head(self) -> Stage:
-        return Stage(("decoder.",), self._logits)
+    def head(self) -> Segment:
+        return Segment(("decoder.",), self._logits)
 
     @property
-    def decoder_stages(self) -> tuple[Stage, ...]:
+    def decoder_segments(self) -> tuple[Segment, ...]:
         return ()
 
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:

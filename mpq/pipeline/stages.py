@@ -16,7 +16,7 @@ from typing import Any
 from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.files import sha256_file
 from mpq.finetuning.loop import RESULT_FILE
@@ -134,7 +134,7 @@ def stages_of(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[Stage
             table,
             quantizer(recipe),
             method=options.method,
-            output=options.output or ("decoder" if load_model(checkpoint).decoder_stages else "ctc"),
+            output=options.output or ("decoder" if load_model(checkpoint).decoder_segments else "ctc"),
             max_seconds=options.seconds or METHODS[options.method],
             seed=recipe.seed,
             **reading,
@@ -299,7 +299,7 @@ def _identity(path: Path, by_time: bool = True) -> str:
     return digest.hexdigest()
 
 
-def quantizer(recipe: Recipe) -> Storage:
+def quantizer(recipe: Recipe) -> WeightFormat:
     """Returns the quantizer of a recipe."""
     options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
-    return Storage.from_options(options)
+    return WeightFormat.from_options(options)

@@ -1,4 +1,4 @@
-"""The second stage of an architecture search: the supernet's weights stay, the logits of the candidates are trained.
+"""The second phase of an architecture search: the supernet's weights stay, the logits of the candidates are trained.
 
 In each update the modules compute as the sum of their candidates with the weights lambda = softmax((alpha + G) / T), G
 Gumbel noise drawn anew and T falling from update to update (Li et al. 2023, Eq. 3), on held-out data and in eval mode:

@@ -33,7 +33,7 @@ class SearchedModule:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`mpq.architecture/1`: what the second stage of a search chose.
+    """`mpq.architecture/1`: what the second phase of a search chose.
 
     Attributes:
         fingerprint: Of supernet, options and held-out data.

@@ -1,4 +1,4 @@
-"""Architecture search over the feed-forward modules of the encoder, in three stages (`mpq search`; Li et al. 2023).
+"""Architecture search over the feed-forward modules of the encoder, in three phases (`mpq search`; Li et al. 2023).
 
 1. `supernet/`: the network of the largest candidates is trained, in each update as one architecture drawn uniformly.
 2. `architecture/`: its weights stay, and the logits of the candidates are trained on held-out data.
@@ -10,7 +10,7 @@ decomposition.
 
 The folder is a checkpoint folder like that of `mpq train`, with `search.json` (the whole search), `recipe.toml` (the
 model that was found, for the stages that follow) and `architecture.svg` (its widths, where matplotlib is installed).
-Each stage can be interrupted, and goes on where it was.
+Each phase can be interrupted, and goes on where it was.
 """
 
 import copy
@@ -92,7 +92,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     """
     out, where = Path(out), choose_device(device)
     start = _start(recipe, where)
-    if not start.model.decoder_stages:  # nothing else has a loss
+    if not start.model.decoder_segments:  # nothing else has a loss
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ctc_weight": 1.0})})
     options, data = recipe.search, recipe.data
     texts = "ignored" if start.is_imitating else "needed"
@@ -150,10 +150,10 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
             workers=workers,
             quiet=quiet,
         )
-        stage = _Stages(recipe, start, job, quiet or workers.rank > 0)
-        supernet_training = stage.train_supernet(first, dev)
-        architecture = stage.choose(architecture_folder, architecture_key, held_out, loop)
-        done = stage.train_found(out, final_key, last, dev, architecture)
+        phases = _Phases(recipe, start, job, quiet or workers.rank > 0)
+        supernet_training = phases.train_supernet(first, dev)
+        architecture = phases.choose(architecture_folder, architecture_key, held_out, loop)
+        done = phases.train_found(out, final_key, last, dev, architecture)
         result = SearchResult(
             checkpoint=start.checkpoint,
             space=options.space,
@@ -196,7 +196,7 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         imitates = model.family != "mpq"
     if model.quantized_bits:
         raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
-    if model.decoder_stages and not imitates and recipe.train.ctc_weight == 1:
+    if model.decoder_segments and not imitates and recipe.train.ctc_weight == 1:
         raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
     own = model.encoder.options
     try:
@@ -206,13 +206,13 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
     return _Start(model, {"path": str(path), "sha256": sha256}, space, imitates, most(model, space))
 
 
-class _Stages:
-    """The three stages.
+class _Phases:
+    """The three phases.
 
     Args:
         recipe: The user's.
         start: What the search begins with.
-        job: Of the first stage.
+        job: Of the first phase.
         quiet: Say nothing.
     """
 
@@ -221,7 +221,7 @@ class _Stages:
         self.supernet_file = job.out / MODEL_FILE
 
     def train_supernet(self, recipe: Recipe, dev: TrainingSet | None) -> TrainingResult:
-        """Returns the result of the first stage."""
+        """Returns the result of the first phase."""
         job = self.job
         if done := finished_training(job.out, job.workers.rank):
             self._say("1 of 3, the supernet: done")
@@ -240,7 +240,7 @@ class _Stages:
         return trainer.train()
 
     def choose(self, out: Path, fingerprint: str, held_out: TrainingSet, options: Any) -> Architecture:
-        """Returns the result of the second stage."""
+        """Returns the result of the second phase."""
         if (out / ARCHITECTURE_FILE).exists():
             self._say("2 of 3, the architecture: done")
             if self.job.workers.rank == 0:
@@ -265,7 +265,7 @@ class _Stages:
     def train_found(
         self, out: Path, fingerprint: str, recipe: Recipe, dev: TrainingSet | None, found: Architecture
     ) -> TrainingResult:
-        """Returns the result of the third stage."""
+        """Returns the result of the third phase."""
         job = replace(self.job, options=recipe.train, out=out, fingerprint=fingerprint)
         if done := finished_training(out, job.workers.rank):
             self._say("3 of 3, the model found: done")
@@ -308,7 +308,7 @@ class _Stages:
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            print(f"mpq search: stage {text}", file=sys.stderr, flush=True)
+            print(f"mpq search: phase {text}", file=sys.stderr, flush=True)
 
 
 def _statistics_source(recipe: Recipe) -> Path:

@@ -31,12 +31,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef
 from mpq.runtime import progress
-from mpq.sensitivity.divergence import StageTree
+from mpq.sensitivity.divergence import SegmentTree
 from mpq.speech.audio import pad_batch
 from mpq.speech.data import batches, calibration_subset, prepare_data, read_batch
 from mpq.speech.manifests import Utterance
@@ -231,7 +231,7 @@ def input_grams(
         data: ((1, T, F) features, (1,) frames) of each utterance.
         on_utterance: Told 1 with each finished utterance.
     """
-    watch, tree = _Watch(model, model.weights()), StageTree(model)
+    watch, tree = _Watch(model, model.weights()), SegmentTree(model)
     path = tree.path(*tree.recognition)
     with torch.no_grad():
         for features, lengths in data:
@@ -298,7 +298,7 @@ _PATCHES = {
 
 
 def statistics(
-    model: AsrModel, model_sha256: str, data: CalibrationData, storage: Storage, quiet: bool = True
+    model: AsrModel, model_sha256: str, data: CalibrationData, weight_format: WeightFormat, quiet: bool = True
 ) -> dict[str, Tensor]:
     """Returns what a rounding needs to know of the layers' inputs: `input_grams` for "gptq", nothing for "nearest".
 
@@ -309,10 +309,10 @@ def statistics(
         model: The float model.
         model_sha256: Of its checkpoint.
         data: The audio.
-        storage: Names the rounding.
+        weight_format: Names the rounding.
         quiet: Show no progress.
     """
-    if storage.spec.rounding == "nearest":
+    if weight_format.spec.rounding == "nearest":
         return {}
     if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
         return found
@@ -351,7 +351,7 @@ def cache_folder() -> Path:
 
 
 def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str) -> Path:
-    kind = "grams/2 decoder" if model.decoder_stages else "grams/2"
+    kind = "grams/2 decoder" if model.decoder_segments else "grams/2"
     key = hashlib.sha256(f"{kind} {model_sha256} {data_sha256}".encode()).hexdigest()
     return cache_folder() / f"grams-{key[:32]}.safetensors"
 

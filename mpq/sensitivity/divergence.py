@@ -1,8 +1,8 @@
 """How far the output of a changed model is from that of the model as trained: KL divergence per frame, in nats.
 
-The calibration data lie before the model as batches of hidden states that walk through its stages (`StageTree`), so
-that a change in stage s needs only the stages after s (`OutputBatch`); `JointDivergence` keeps the states before every
-stage, and so measures one change after another of a model with all of its layers quantized.
+The calibration data lie before the model as batches of hidden states that walk through its segments (`SegmentTree`), so
+that a change in segment s needs only the segments after s (`OutputBatch`); `JointDivergence` keeps the states before
+every segment, and so measures one change after another of a model with all of its layers quantized.
 
 An output is a distribution for each *row*: for each valid encoder frame that of the CTC head, or softmax of the
 encoder's output; for each token of the transcript, and for <eos>, that of the attention decoder. The decoder is given
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 
 OUTPUTS = ("ctc", "encoder", "decoder")
 
@@ -32,26 +32,26 @@ BOUND = 1.0
 """Nats that one row counts at most in the divergence of a whole model."""
 
 
-class StageTree:
-    """All stages of a model: features -> encoder -> CTC head, and encoder -> attention decoder where there is one.
+class SegmentTree:
+    """All segments of a model: features -> encoder -> CTC head, and encoder -> attention decoder where there is one.
 
-    State 0 are the features, and state i + 1 is what stage i makes of the state that it reads.
+    State 0 are the features, and state i + 1 is what segment i makes of the state that it reads.
 
     Args:
-        model: Whose stages.
+        model: Whose segments.
     """
 
     def __init__(self, model: AsrModel) -> None:
-        encoder, decoder = model.stages, model.decoder_stages
+        encoder, decoder = model.segments, model.decoder_segments
         encoded = len(encoder)  # the state
-        self.stages: tuple[Stage, ...] = (*encoder, model.head, *decoder)
+        self.segments: tuple[Segment, ...] = (*encoder, model.head, *decoder)
         self.sources = (
             *range(encoded),
             encoded,
             *(encoded + step + 1 if step else encoded for step in range(len(decoder))),
         )
-        """The state that each stage reads."""
-        self.ends = {"ctc": encoded + 1, "encoder": encoded} | ({"decoder": len(self.stages)} if decoder else {})
+        """The state that each segment reads."""
+        self.ends = {"ctc": encoded + 1, "encoder": encoded} | ({"decoder": len(self.segments)} if decoder else {})
         """{output: the state whose softmax it is}."""
         self.recognition = ("ctc", "decoder") if decoder else ("ctc",)
         """The outputs that recognition uses; each weight takes part in one of them."""
@@ -64,7 +64,7 @@ class StageTree:
             raise MpqError(f"output: decoder: this model has no attention decoder; expected {' or '.join(self.ends)}")
 
     def path(self, *outputs: str) -> tuple[int, ...]:
-        """Returns the stages between the features and these outputs, in an order in which they can run."""
+        """Returns the segments between the features and these outputs, in an order in which they can run."""
         found = set()
         for output in outputs:
             state = self.ends[output]
@@ -74,7 +74,7 @@ class StageTree:
         return tuple(sorted(found))
 
     def after(self, changed: Set[int], path: Sequence[int]) -> tuple[int, ...]:
-        """Returns the stages of a path whose result is another one after a change of the stages `changed`."""
+        """Returns the segments of a path whose result is another one after a change of the segments `changed`."""
         found: list[int] = []
         for index in path:
             if index in changed or self.sources[index] - 1 in found:
@@ -82,24 +82,24 @@ class StageTree:
         return tuple(found)
 
     def measured_over(self, index: int, output: str) -> str:
-        """Returns `output`, or an output of recognition that depends on stage `index` if that one does not."""
+        """Returns `output`, or an output of recognition that depends on segment `index` if that one does not."""
         return next(one for one in (output, *self.recognition) if index in self.path(one))
 
     def run(
         self, states: Mapping[int, Any], path: Sequence[int], context: Any, keep: Container[int] | None = None
     ) -> dict[int, Any]:
-        """Returns {state: what the stages of a path make}.
+        """Returns {state: what the segments of a path make}.
 
         Args:
             states: What they read that none of them makes.
             path: Stages, in order.
-            context: As in `Stage`.
-            keep: Of the states that a stage of the path reads, those to return; None for all.
+            context: As in `Segment`.
+            keep: Of the states that a segment of the path reads, those to return; None for all.
         """
         found: dict[int, Any] = {}
         for place, index in enumerate(path):
             source = self.sources[index]
-            found[index + 1] = self.stages[index].run(found[source] if source in found else states[source], context)
+            found[index + 1] = self.segments[index].run(found[source] if source in found else states[source], context)
             is_read = any(self.sources[later] == source for later in path[place + 1 :])
             if keep is not None and source not in keep and not is_read:
                 found.pop(source, None)
@@ -110,7 +110,7 @@ class OutputBatch:
     """A batch of data on its way through the model.
 
     Args:
-        model: The model whose stages it will go through.
+        model: The model whose segments it will go through.
         features, lengths: (N, T, F) and (N,) valid frames.
     """
 
@@ -121,18 +121,18 @@ class OutputBatch:
         self.rows = {"ctc": frames, "encoder": frames} | ({} if tokens is None else {"decoder": tokens})
         """{output: (N,) rows of each utterance}."""
 
-    def advance(self, stage: Stage) -> None:
-        """Takes the hidden state through a stage."""
-        self.hidden = stage.run(self.hidden, self.context)
+    def advance(self, segment: Segment) -> None:
+        """Takes the hidden state through a segment."""
+        self.hidden = segment.run(self.hidden, self.context)
 
-    def log_distribution(self, stages: Sequence[Stage], output: str = "ctc") -> Tensor:
-        """Returns what these stages make of the hidden state: (M, V) float64 log-softmax of the output's rows."""
+    def log_distribution(self, segments: Sequence[Segment], output: str = "ctc") -> Tensor:
+        """Returns what these segments make of the hidden state: (M, V) float64 log-softmax of the output's rows."""
         x = self.hidden
-        for stage in stages:
-            x = stage.run(x, self.context)
+        for segment in segments:
+            x = segment.run(x, self.context)
         return self.log_softmax(x, output)
 
-    def log_distributions(self, tree: StageTree, outputs: Sequence[str]) -> dict[str, Tensor]:
+    def log_distributions(self, tree: SegmentTree, outputs: Sequence[str]) -> dict[str, Tensor]:
         """Returns {output: (M, V) float64 log-softmax of its rows}; the hidden state must still be the features."""
         ends = {output: tree.ends[output] for output in outputs}
         states = tree.run({0: self.hidden}, tree.path(*outputs), self.context, keep=ends.values())
@@ -171,7 +171,7 @@ def output_divergence(
     Raises:
         MpqError: An output that the model does not have, or a divergence that is not finite.
     """
-    tree, changed_tree = StageTree(model), StageTree(changed)
+    tree, changed_tree = SegmentTree(model), SegmentTree(changed)
     outputs = _measured_outputs(tree, output)
     total, rows = 0.0, 0
     with torch.inference_mode():
@@ -186,7 +186,7 @@ def output_divergence(
     return kl
 
 
-def _measured_outputs(tree: StageTree, output: str | None) -> tuple[str, ...]:
+def _measured_outputs(tree: SegmentTree, output: str | None) -> tuple[str, ...]:
     """Returns what the divergence of a whole model is taken over."""
     if output is None:
         return tree.recognition
@@ -194,18 +194,19 @@ def _measured_outputs(tree: StageTree, output: str | None) -> tuple[str, ...]:
     return (output,)
 
 
-def owner(name: str, stages: Sequence[Stage]) -> int:
-    """Returns the index of the stage that uses a weight."""
-    found = [index for index, stage in enumerate(stages) if name.startswith(stage.prefixes)]
-    assert len(found) == 1, f"{name}: the model's stages do not own each weight once"
+def owner(name: str, segments: Sequence[Segment]) -> int:
+    """Returns the index of the segment that uses a weight."""
+    found = [index for index, segment in enumerate(segments) if name.startswith(segment.prefixes)]
+    assert len(found) == 1, f"{name}: the model's segments do not own each weight once"
     return found[0]
 
 
 class JointDivergence:
     """The bounded divergence of a model with many changed weights from the same model as it was, on fixed data.
 
-    The hidden states before every stage are kept, of the model as it is now, and the reference distributions: together
-    1.8 MB for each second of audio with NVIDIA's 13 M Conformer. `change` needs as much again for the new states.
+    The hidden states before every segment are kept, of the model as it is now, and the reference distributions:
+    together 1.8 MB for each second of audio with NVIDIA's 13 M Conformer. `change` needs as much again for the new
+    states.
 
     Args:
         model: As trained. Its weights are changed in place; `restore` brings them back.
@@ -217,7 +218,7 @@ class JointDivergence:
     """
 
     def __init__(self, model: AsrModel, data: Sequence[tuple[Tensor, Tensor]], output: str | None = None) -> None:
-        self._tree = StageTree(model)
+        self._tree = SegmentTree(model)
         self._outputs = _measured_outputs(self._tree, output)
         self._path = self._tree.path(*self._outputs)
         self._parameters = dict(model.named_parameters())
@@ -269,10 +270,10 @@ class JointDivergence:
     def _measured(
         self, weights: Mapping[str, Tensor], keep: Container[int] | None
     ) -> tuple[Tensor, list[dict[int, Any]]]:
-        """Returns each utterance's sum, and for each batch the states that changed, as `StageTree.run`."""
+        """Returns each utterance's sum, and for each batch the states that changed, as `SegmentTree.run`."""
         for name, tensor in weights.items():
             self._parameters[name].data = tensor
-        owners = {owner(name, self._tree.stages) for name in weights}
+        owners = {owner(name, self._tree.segments) for name in weights}
         with torch.inference_mode():
             states = self._walk(self._states, self._tree.after(owners, self._path), keep)
             sums = torch.cat(
@@ -290,7 +291,7 @@ class JointDivergence:
     def _walk(
         self, states: Sequence[Mapping[int, Any]], path: Sequence[int], keep: Container[int] | None = None
     ) -> list[dict[int, Any]]:
-        """Returns for each batch what these stages make of its states."""
+        """Returns for each batch what these segments make of its states."""
         return [
             self._tree.run(own, path, batch.context, keep) for own, batch in zip(states, self._batches, strict=True)
         ]

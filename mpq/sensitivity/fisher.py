@@ -27,10 +27,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from mpq.artifact.weights import Storage, quantize_layer
+from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
-from mpq.sensitivity.divergence import StageTree
+from mpq.sensitivity.divergence import SegmentTree
 
 DRAWS = 2
 """Sets of signs for each utterance; the forward pass is shared, the backward pass is not."""
@@ -60,7 +60,7 @@ def fisher_scores(
         MpqError: An output that the model does not have, an output or a gradient that is not finite, or a weight that
             takes no part in the output; the message names the layer.
     """
-    tree = StageTree(model)
+    tree = SegmentTree(model)
     tree.check(output)
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
@@ -99,7 +99,7 @@ def fisher_scores(
 
 def rounding_errors(
     model: AsrModel,
-    storage: Storage,
+    weight_format: WeightFormat,
     widths: Sequence[int],
     grams: Mapping[str, Tensor],
     on_layer: Callable[[float], None] = lambda amount: None,
@@ -108,7 +108,7 @@ def rounding_errors(
 
     Args:
         model: The float model.
-        storage: The quantizer.
+        weight_format: The quantizer.
         widths: W bit-widths.
         grams: For the rounding "gptq": `mpq.sensitivity.calibration.input_grams`.
         on_layer: Told 1 with each finished layer.
@@ -120,7 +120,7 @@ def rounding_errors(
     errors = {}
     for ref in model.weights():
         weight = parameters[ref.name].detach()
-        quantized = quantize_layer(ref.name, weight, storage, widths, grams)
+        quantized = quantize_layer(ref.name, weight, weight_format, widths, grams)
         errors[ref.name] = [(one - weight).flatten() for one in quantized]
         on_layer(1)
     return errors

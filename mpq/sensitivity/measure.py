@@ -7,10 +7,10 @@ and widths.
 quantized values and the model's output distribution is compared with the unquantized one's: the mean over all valid
 frames of KL(original || changed).
 
-A change in stage s of the model leaves everything before s as it was. So the calibration data walk through the model
-once, stage by stage; at each stage the hidden state is kept, the stage's own layers are measured by running only the
-stages from there on, and then the state moves one stage further. The numbers are those of whole forward passes, in
-a third of the time for NVIDIA's 13 M Conformer (tests/bench_sensitivity.py). Memory: one hidden state and
+A change in segment s of the model leaves everything before s as it was. So the calibration data walk through the model
+once, segment by segment; at each segment the hidden state is kept, the segment's own layers are measured by running
+only the segments from there on, and then the state moves one segment further. The numbers are those of whole forward
+passes, in a third of the time for NVIDIA's 13 M Conformer (tests/bench_sensitivity.py). Memory: one hidden state and
 one float64 log-distribution of the calibration data.
 
 Finished points or utterances are kept in a journal beside the result, so a run that was killed resumes; under
@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes, quantize_layer
+from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
 from mpq.errors import MpqError
 from mpq.files import check_output, digest, sha256_file
 from mpq.journal import Journal
@@ -46,7 +46,7 @@ from mpq.sensitivity.calibration import (
     one_by_one,
     statistics,
 )
-from mpq.sensitivity.divergence import OUTPUTS, OutputBatch, StageTree, mean_kl, owner
+from mpq.sensitivity.divergence import OUTPUTS, OutputBatch, SegmentTree, mean_kl, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
@@ -64,7 +64,7 @@ def measure_sensitivity(
     data: Path,
     bits: Sequence[int],
     out: Path,
-    storage: Storage,
+    weight_format: WeightFormat,
     *,
     method: str = "fisher",
     output: str = "ctc",
@@ -84,7 +84,7 @@ def measure_sensitivity(
         data: Manifest or Kaldi directory; transcripts are not used.
         bits: Widths, 1 to 8.
         out: The file to write.
-        storage: The quantizer.
+        weight_format: The quantizer.
         method: "fisher" or "kl".
         output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`.
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
@@ -108,7 +108,7 @@ def measure_sensitivity(
     model = load_model(checkpoint, where)
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
-    StageTree(model).check(output)
+    SegmentTree(model).check(output)
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
     model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     work = [
@@ -118,7 +118,7 @@ def measure_sensitivity(
         output,
         method,
         seed if method == "fisher" else 0,
-        storage.to_json(),
+        weight_format.to_json(),
     ]
     fingerprint = digest(work)
     journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
@@ -131,15 +131,15 @@ def measure_sensitivity(
         workers.barrier()
         with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
             if workers.rank == 0:  # one process collects them, the others find them in the cache
-                grams = statistics(model, model_record["sha256"], drawn, storage, quiet)
+                grams = statistics(model, model_record["sha256"], drawn, weight_format, quiet)
             workers.barrier()
             if workers.rank > 0:
-                grams = statistics(model, model_record["sha256"], drawn, storage)
+                grams = statistics(model, model_record["sha256"], drawn, weight_format)
             measure = _measure_fisher if method == "fisher" else _measure_kl
             silent = quiet or workers.rank > 0
             features = one_by_one(model, drawn)
             done |= measure(
-                _Task(model, drawn, features, widths, done, storage, output, grams, journal, workers, silent)
+                _Task(model, drawn, features, widths, done, weight_format, output, grams, journal, workers, silent)
             )
         table = SensitivityTable(
             layers=tuple(
@@ -148,20 +148,20 @@ def measure_sensitivity(
                     kind=ref.kind,
                     shape=ref.shape,
                     numel=ref.numel,
-                    size_bytes={width: layer_bytes(ref.shape, width, storage) for width in widths},
+                    size_bytes={width: layer_bytes(ref.shape, width, weight_format) for width in widths},
                     kl={width: done[ref.name, width][0] for width in widths},
                     interval=_intervals(ref.name, widths, done),
-                    float_bytes=layer_bytes(ref.shape, storage.float_bits, storage),
+                    float_bytes=layer_bytes(ref.shape, weight_format.float_bits, weight_format),
                 )
                 for ref in refs
             ),
             bits=widths,
-            fixed_bytes=fixed_bytes(model, storage),
+            fixed_bytes=fixed_bytes(model, weight_format),
             model=model_record,
             data=drawn.to_json() | {"frames": sum(int(model.encoded_lengths(lengths)) for _, lengths in features)},
             output=output,
             method=method,
-            quantizer=storage.to_json(),
+            quantizer=weight_format.to_json(),
             fingerprint=fingerprint,
         )
         if workers.rank == 0:
@@ -208,7 +208,7 @@ class _Task:
     features: Sequence[tuple[Tensor, Tensor]]
     widths: Sequence[int]
     done: Mapping[Point, Score]
-    storage: Storage
+    weight_format: WeightFormat
     output: str
     grams: Mapping[str, Tensor]
     journal: Journal
@@ -231,7 +231,7 @@ def _measure_kl(task: _Task) -> dict[Point, Score]:
 
         if todo:
             batches = in_batches(model, task.data, BATCH_SECONDS)
-            measure_kl(model, batches, todo, task.storage, task.output, keep, task.grams)
+            measure_kl(model, batches, todo, task.weight_format, task.output, keep, task.grams)
     workers.barrier()
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 
@@ -252,7 +252,7 @@ def _measure_fisher(task: _Task) -> dict[Point, Score]:
         return {}
     if left:
         with progress("rounding", len(names), task.silent, "layers") as advance:
-            errors = rounding_errors(model, task.storage, todo, task.grams, advance)
+            errors = rounding_errors(model, task.weight_format, todo, task.grams, advance)
         with progress("sensitivity", len(left), task.silent, "utterances") as advance:
             for index in left:
                 scores, frames = fisher_scores(model, errors, *task.features[index], task.data.seed, task.output)
@@ -276,7 +276,7 @@ def measure_kl(
     model: AsrModel,
     data: Sequence[tuple[Tensor, Tensor]],
     points: Sequence[Point],
-    storage: Storage,
+    weight_format: WeightFormat,
     output: str = "ctc",
     on_point: Callable[[str, int, float], None] = lambda name, bits, kl: None,
     grams: Mapping[str, Tensor] | None = None,
@@ -287,7 +287,7 @@ def measure_kl(
         model: The float model; the same when this returns.
         data: Batches of ((N, T, F) features, (N,) valid frames), on the model's device.
         points: What to measure.
-        storage: The quantizer.
+        weight_format: The quantizer.
         output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper;
             "decoder": over the attention decoder's distributions of the tokens (`mpq.sensitivity.divergence`). Weights
                 that the
@@ -300,21 +300,21 @@ def measure_kl(
         MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
             finite; the message names the layer.
     """
-    tree = StageTree(model)
+    tree = SegmentTree(model)
     tree.check(output)
-    owners = {name: owner(name, tree.stages) for name, _ in points}
+    owners = {name: owner(name, tree.segments) for name, _ in points}
     over = {name: tree.measured_over(index, output) for name, index in owners.items()}
     parameters = dict(model.named_parameters())
     results: dict[Point, float] = {}
     with torch.inference_mode():
         batches = [OutputBatch(model, features, lengths) for features, lengths in data]
         references = [batch.log_distributions(tree, tuple(dict.fromkeys(over.values()))) for batch in batches]
-        for index, stage in enumerate(tree.stages):
+        for index, segment in enumerate(tree.segments):
             for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
                 widths = [bits for other, bits in points if other == name]
-                chain = [tree.stages[later] for later in tree.path(over[name]) if later >= index]
+                chain = [tree.segments[later] for later in tree.path(over[name]) if later >= index]
                 original = parameters[name].data
-                rounded = quantize_layer(name, original, storage, widths, grams or {})
+                rounded = quantize_layer(name, original, weight_format, widths, grams or {})
                 for bits, weight in zip(widths, rounded, strict=True):
                     parameters[name].data = weight
                     try:
@@ -328,5 +328,5 @@ def measure_kl(
                     on_point(name, bits, kl)
             if index + 1 in tree.sources:  # not after the head, which the decoder does not read
                 for batch in batches:
-                    batch.advance(stage)
+                    batch.advance(segment)
     return results

@@ -8,7 +8,7 @@ is enough.
 The divergence of one row saturates, KL / (1 + KL / bound): a mean of plain KL divergences is decided by the few frames
 in which the spike of a token has moved by one, and training on it made the typical frame worse (docs/finetune.md).
 
-Where audio is little, the outputs say too little: most frames are blank. So the hidden states after each stage of the
+Where audio is little, the outputs say too little: most frames are blank. So the hidden states after each segment of the
 encoder are to be those of the teacher too (hints, Romero et al. 2015): their squared error, relative to the variance of
 the teacher's states in the utterance.
 
@@ -30,7 +30,7 @@ class DistillationLosses(NamedTuple):
 
     Attributes:
         ctc_kl, attention_kl: Saturating divergences from the teacher.
-        hidden: Relative squared errors of the encoder's hidden states, means over the stages.
+        hidden: Relative squared errors of the encoder's hidden states, means over the segments.
         frames, tokens: How many rows these are sums over.
         ctc, attention: Losses of the transcripts.
     """
@@ -98,7 +98,7 @@ class Distillation(nn.Module):
             wanted_states, wanted = teacher.ctc(teacher_features, frames)
             encoded, lengths = wanted_states[-1], teacher.model.encoded_lengths(frames)
             prefixes = following = None
-            if teacher.model.decoder_stages:
+            if teacher.model.decoder_segments:
                 found = ctc_greedy(wanted, lengths, blank)
                 pairs = zip(targets.tokens.tolist(), targets.lengths.tolist(), strict=True)
                 rows = [row[:count] for row, count in pairs]
@@ -162,10 +162,10 @@ class _Outputs(nn.Module):
         return states, ctc, self.attention(prefixes, states[-1], self.model.encoded_lengths(frames))
 
     def ctc(self, features: Tensor, frames: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Returns the (N, T', D) states after each stage of the encoder and (N, T', C) log-probabilities of the CTC."""
+        """Returns the (N, T', D) states after each segment of the encoder, and (N, T', C) CTC log-probabilities."""
         context, states = self.model.context(frames, features.shape[1]), [features]
-        for stage in self.model.stages:
-            states.append(stage.run(states[-1], context))
+        for segment in self.model.segments:
+            states.append(segment.run(states[-1], context))
         return states[1:], self.model.head.run(states[-1], None).float().log_softmax(dim=-1)
 
     def attention(self, prefixes: Tensor | None, encoded: Tensor, lengths: Tensor) -> Tensor | None:

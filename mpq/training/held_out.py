@@ -8,7 +8,7 @@ from torch import nn
 from mpq.models.base import AsrModel
 from mpq.runtime import Processes
 from mpq.scoring.significance import align, count_errors
-from mpq.sensitivity.divergence import OutputBatch, StageTree, bounded_kl
+from mpq.sensitivity.divergence import OutputBatch, SegmentTree, bounded_kl
 from mpq.speech.data import batches, read_batch
 from mpq.speech.decoding import ctc_greedy
 from mpq.speech.manifests import Utterance
@@ -71,7 +71,7 @@ def changed_errors(
         workers: The processes.
     """
     device = next(model.parameters()).device
-    trees = StageTree(model), StageTree(changed)
+    trees = SegmentTree(model), SegmentTree(changed)
     sums = torch.zeros(4, dtype=torch.float64)  # divergence, rows, word errors, words
     utterances, durations = (
         data.utterances[workers.rank :: workers.count],

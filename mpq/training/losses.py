@@ -65,7 +65,7 @@ class JointLoss(nn.Module):
         """Returns what `forward` does, from the (N, T', D) encoder output and its (N,) valid frames."""
         log_probs = self.model.head.run(encoded, None).float().log_softmax(dim=-1)  # (N, T', C)
         ctc = ctc_loss(log_probs, encoded_lengths, targets, self.model.blank_id)
-        if not self.model.decoder_stages:
+        if not self.model.decoder_segments:
             return ctc, torch.zeros_like(ctc)
         prefixes, following = with_ends(targets, self.model.blank_id)
         logits = self.model.attention_logits(prefixes, encoded, encoded_lengths).float()  # (N, U + 1, C)

@@ -62,7 +62,7 @@ class Transcripts(Objective):
     def __init__(self, model: AsrModel, options: TrainConfig, channel: str, workers: Processes) -> None:
         self.options, self.channel, self.workers = options, channel, workers
         self.module = JointLoss(model, options.label_smoothing)
-        self.logged = ("ctc", "attention") if model.decoder_stages else ("ctc",)
+        self.logged = ("ctc", "attention") if model.decoder_segments else ("ctc",)
 
     def prepare(self) -> None:
         self.module.model.train()
@@ -91,10 +91,10 @@ class Imitation(Objective):
         self.model, self.teacher, self.options = model, teacher, options
         self.channel, self.workers = channel, workers
         has_hidden = options.hidden_weight > 0
-        self.ctc_weight = options.ctc_weight if teacher.decoder_stages else 1.0
+        self.ctc_weight = options.ctc_weight if teacher.decoder_segments else 1.0
         self.module = Distillation(model, None, teacher, options.bound, 0.0, has_hidden, has_transcripts=False)
         self.logged = ("ctc_kl",)
-        self.logged += ("attention_kl",) if teacher.decoder_stages else ()
+        self.logged += ("attention_kl",) if teacher.decoder_segments else ()
         self.logged += ("hidden",) if has_hidden else ()
 
     def prepare(self) -> None:

@@ -17,7 +17,7 @@ import click
 from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.finetuning.run import finetune
 from mpq.loading import PACKED_FILE, load_model
 from mpq.pipeline.read import make_recipe
@@ -106,8 +106,8 @@ class Table:
             return path
         table = self.run / f"{row.scheme}-{row.rounding}.sensitivity.json"
         if not table.exists():
-            storage = Storage(QuantSpec(8, scheme=row.scheme, rounding=row.rounding))
-            measure_sensitivity(self.checkpoint, self.train[0], WIDTHS, table, storage)
+            weight_format = WeightFormat(QuantSpec(8, scheme=row.scheme, rounding=row.rounding))
+            measure_sensitivity(self.checkpoint, self.train[0], WIDTHS, table, weight_format)
         allocate(SensitivityTable.load(table), average_bits=row.bits).save(path)
         return path
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 import mpq
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage, quantize_layer
+from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.files import sha256_file
 from mpq.journal import Journal
 from mpq.loading import load_model
@@ -37,7 +37,7 @@ from mpq.speech.trn import split_words
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 SIZES = (2.0, 2.5, 3.0, 3.5, 4.0, 5.0)
-NEAREST, GPTQ = (Storage(QuantSpec(8, rounding=rounding)) for rounding in ("nearest", "gptq"))
+NEAREST, GPTQ = (WeightFormat(QuantSpec(8, rounding=rounding)) for rounding in ("nearest", "gptq"))
 Weights = dict[str, dict[int, Tensor]]
 
 
@@ -93,10 +93,10 @@ class Bench:
         )
         return allocate(SensitivityTable(layers, WIDTHS, 0), average_bits=size).bits
 
-    def rounded(self, storage: Storage, grams: Mapping[str, Tensor]) -> Weights:
+    def rounded(self, weight_format: WeightFormat, grams: Mapping[str, Tensor]) -> Weights:
         """Returns every weight at every width."""
         return {
-            name: dict(zip(WIDTHS, quantize_layer(name, weight, storage, WIDTHS, grams), strict=True))
+            name: dict(zip(WIDTHS, quantize_layer(name, weight, weight_format, WIDTHS, grams), strict=True))
             for name, weight in self.original.items()
         }
 

@@ -16,7 +16,7 @@ from mpq.allocation import pack, refine
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.quantization.quantizers import dequantize, quantize
@@ -48,15 +48,23 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def allocated(archive: Path, manifest: Path, folder: Path, rounding: str = "gptq", **options) -> Allocation:
     """Returns an allocation of the size of 4 bits, with one layer left unquantized."""
-    storage = Storage(QuantSpec(8, rounding=rounding), options.pop("rest_dtype", "float16"))
+    weight_format = WeightFormat(QuantSpec(8, rounding=rounding), options.pop("rest_dtype", "float16"))
     table = measure_sensitivity(
-        archive, manifest, (2, 4, 8), folder / "sens.json", storage, max_seconds=SEEN, seed=3, quiet=True, **options
+        archive,
+        manifest,
+        (2, 4, 8),
+        folder / "sens.json",
+        weight_format,
+        max_seconds=SEEN,
+        seed=3,
+        quiet=True,
+        **options,
     )
     target = table.fixed_bytes + sum(layer.size_bytes[4] for layer in table.layers) + 1000
     return allocate(table, target_bytes=target, exclude=["encoder.pre_encode.conv.0.weight"])
 
 
-def expected_weights(bits: dict[str, int], storage: Storage, manifest: Path, **drawn) -> dict[str, Tensor]:
+def expected_weights(bits: dict[str, int], weight_format: WeightFormat, manifest: Path, **drawn) -> dict[str, Tensor]:
     """Returns what quantizing each layer on its own gives."""
     model = tiny_model()
     drawn = {"max_seconds": SEEN, "seed": 3} | drawn
@@ -64,7 +72,7 @@ def expected_weights(bits: dict[str, int], storage: Storage, manifest: Path, **d
     found = {}
     for name, width in bits.items():
         weight = model.state_dict()[name]
-        spec = replace(storage.spec, bits=min(width, 8))
+        spec = replace(weight_format.spec, bits=min(width, 8))
         gram = grams[name] if spec.rounding == "gptq" else None
         found[name] = weight.half().float() if width == 16 else dequantize(quantize(weight, spec, gram), spec)
     return found
@@ -89,12 +97,12 @@ def test_an_allocation_is_packed_as_it_says(
     assert set(chosen.bits.values()) == {2, 4, 8, 16}
     out = tmp_path / "m.safetensors"
     done = pack.pack(tiny_archive, out, chosen, device="cpu")
-    storage = Storage.from_json(chosen.quantizer)
-    assert_holds(out, expected_weights(chosen.bits, storage, many_tones))
+    weight_format = WeightFormat.from_json(chosen.quantizer)
+    assert_holds(out, expected_weights(chosen.bits, weight_format, many_tones))
     model = tiny_model()
     numel = {ref.name: ref.numel for ref in model.weights()}
-    size = fixed_bytes(model, storage) + sum(
-        layer_bytes(ref.shape, chosen.bits[ref.name], storage) for ref in model.weights()
+    size = fixed_bytes(model, weight_format) + sum(
+        layer_bytes(ref.shape, chosen.bits[ref.name], weight_format) for ref in model.weights()
     )
     assert out.stat().st_size == size == done.size_bytes == chosen.predicted_bytes <= chosen.target_bytes
     _, fresh = drawn_parts(many_tones, SEEN, FRESH, seed=3)
@@ -137,11 +145,11 @@ def test_one_width_with_and_without_data(tmp_path: Path, tiny_archive: Path, man
     options = {"data": many_tones, "max_seconds": 1.0, "seed": 5}
     done = pack.pack(tiny_archive, out, bits=4, **options)
     assert done.rounding == "gptq"
-    with_data = Storage(QuantSpec(8, rounding="gptq"))
+    with_data = WeightFormat(QuantSpec(8, rounding="gptq"))
     assert_holds(out, expected_weights(bits, with_data, many_tones, max_seconds=1.0, seed=5))
     _, fresh = drawn_parts(many_tones, 1.0, FRESH, seed=5)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
-    nearest = expected_weights(bits, Storage(QuantSpec(8)), many_tones)
+    nearest = expected_weights(bits, WeightFormat(QuantSpec(8)), many_tones)
     done = pack.pack(tiny_archive, out, bits=4)
     assert (done.rounding, done.measured_kl) == ("nearest", None)
     assert done.measured_on == "no calibration data are known; --data names some"
@@ -171,7 +179,7 @@ def test_statistics_are_found_without_the_audio(
     tmp_path: Path, tiny_archive: Path, tones: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = allocated(tiny_archive, tones, tmp_path)
-    expected = expected_weights(chosen.bits, Storage.from_json(chosen.quantizer), tones)
+    expected = expected_weights(chosen.bits, WeightFormat.from_json(chosen.quantizer), tones)
     out, moved = tmp_path / "m.safetensors", tmp_path / "moved"
     tones.parent.rename(moved)
     done = pack.pack(tiny_archive, out, chosen)
@@ -211,7 +219,7 @@ def test_the_cache_is_that_of_model_and_audio(tmp_path: Path, tiny_archive: Path
 
 def test_other_audio_is_refused(tmp_path: Path, tiny_archive: Path, tones: Path, cache: Path) -> None:
     chosen = allocated(tiny_archive, tones, tmp_path)
-    expected = expected_weights(chosen.bits, Storage.from_json(chosen.quantizer), tones)
+    expected = expected_weights(chosen.bits, WeightFormat.from_json(chosen.quantizer), tones)
     (file, *_), _ = drawn_parts(tones, SEEN, FRESH, seed=3)
     soundfile.write(file, 0.5 * soundfile.read(file)[0], 16000)
     out = tmp_path / "m"
@@ -250,9 +258,9 @@ def test_what_a_refined_allocation_promised_is_measured_again(
 ) -> None:
     """On the audio of its own verdict: neither that of the sensitivities nor that which decided on moves."""
     monkeypatch.setattr(refine, "MOST_PROMISING", 3)
-    storage = Storage(QuantSpec(8, rounding="gptq"), "float32")
+    weight_format = WeightFormat(QuantSpec(8, rounding="gptq"), "float32")
     table = measure_sensitivity(
-        tiny_archive, many_tones, (2, 4, 8), tmp_path / "s.json", storage, max_seconds=SEEN, quiet=True
+        tiny_archive, many_tones, (2, 4, 8), tmp_path / "s.json", weight_format, max_seconds=SEEN, quiet=True
     )
     target = {"target_bytes": table.fixed_bytes + sum(layer.size_bytes[4] for layer in table.layers)}
     out = tmp_path / "m"
@@ -287,7 +295,7 @@ def test_an_allocation_that_does_not_say_its_audio(
     done = pack.pack(tiny_archive, out, old)
     assert done.rounding == "nearest" and done.measured_kl is None and "--data names some" in done.measured_on
     assert done.size_bytes == old.predicted_bytes
-    assert_holds(out, expected_weights(old.bits, Storage(QuantSpec(8)), many_tones))
+    assert_holds(out, expected_weights(old.bits, WeightFormat(QuantSpec(8)), many_tones))
     done = pack.pack(tiny_archive, out, old, data=many_tones)
     (fresh,) = drawn_parts(many_tones, FRESH)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
@@ -299,7 +307,9 @@ def test_an_allocation_that_does_not_say_its_audio(
     assert "'max_seconds'" in done.measured_on
     gptq = pack.pack(tiny_archive, out, old, options={"rounding": "gptq"}, data=many_tones, max_seconds=1.0)
     assert gptq.rounding == "gptq"
-    expected = expected_weights(old.bits, Storage(QuantSpec(8, rounding="gptq")), many_tones, max_seconds=1.0, seed=0)
+    expected = expected_weights(
+        old.bits, WeightFormat(QuantSpec(8, rounding="gptq")), many_tones, max_seconds=1.0, seed=0
+    )
     assert_holds(out, expected)
 
 

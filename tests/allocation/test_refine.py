@@ -20,7 +20,7 @@ from mpq.allocation import refine
 from mpq.allocation.records import Allocation
 from mpq.allocation.refine import allocate_measured
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
@@ -44,7 +44,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def table_of(folder: Path, archive: Path, manifest: Path, seconds: float | None = SEEN, **options) -> SensitivityTable:
     spec = QuantSpec(8, rounding=options.pop("rounding", "nearest"))
     options |= {"max_seconds": seconds, "method": "kl", "device": "cpu", "quiet": True}
-    return measure_sensitivity(archive, manifest, (2, 3, 4, 6), folder / "sens.json", Storage(spec), **options)
+    return measure_sensitivity(archive, manifest, (2, 3, 4, 6), folder / "sens.json", WeightFormat(spec), **options)
 
 
 @pytest.fixture(scope="module")

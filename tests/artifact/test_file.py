@@ -15,7 +15,7 @@ from tiny_models import tiny_model
 
 from mpq.artifact.codes import packed_size
 from mpq.artifact.file import fixed_bytes, read_artifact, write_artifact
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.quantization.quantizers import fake_quantize
@@ -26,16 +26,18 @@ MODEL = tiny_model()
 REFS = MODEL.weights()
 
 
-def write(path: Path, bits: dict[str, int], storage: Storage) -> int:
-    size = fixed_bytes(MODEL, storage) + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in REFS)
-    write_artifact(path, MODEL, bits, storage, size)
+def write(path: Path, bits: dict[str, int], weight_format: WeightFormat) -> int:
+    size = fixed_bytes(MODEL, weight_format) + sum(
+        layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in REFS
+    )
+    write_artifact(path, MODEL, bits, weight_format, size)
     assert path.stat().st_size == size
     return size
 
 
-def storages() -> list[Storage]:
+def storages() -> list[WeightFormat]:
     return [
-        Storage(QuantSpec(8, scheme, granularity, "none", scale_dtype=scale_dtype), rest_dtype)
+        WeightFormat(QuantSpec(8, scheme, granularity, "none", scale_dtype=scale_dtype), rest_dtype)
         for scheme, granularity, scale_dtype, rest_dtype in itertools.product(
             ("symmetric", "asymmetric", "mulaw"),
             ("tensor", "channel", "group:16", "group:5"),
@@ -45,13 +47,13 @@ def storages() -> list[Storage]:
     ]
 
 
-@pytest.mark.parametrize("storage", storages(), ids=lambda s: "-".join(map(str, s.to_json().values())))
-def test_round_trip_is_bit_exact_and_of_the_predicted_size(tmp_path: Path, storage: Storage) -> None:
+@pytest.mark.parametrize("weight_format", storages(), ids=lambda s: "-".join(map(str, s.to_json().values())))
+def test_round_trip_is_bit_exact_and_of_the_predicted_size(tmp_path: Path, weight_format: WeightFormat) -> None:
     """Every width for some layer, floats too; twice, with the widths dealt out differently."""
     sizes = []
     for shift in (0, 3):
         bits = {ref.name: (*range(1, 9), 16, 32)[(index + shift) % 10] for index, ref in enumerate(REFS)}
-        sizes.append(write(tmp_path / "m.safetensors", bits, storage))
+        sizes.append(write(tmp_path / "m.safetensors", bits, weight_format))
         packed = read_artifact(tmp_path / "m.safetensors")
         assert packed.quantized_bits == bits
         state, original = packed.state_dict(), MODEL.state_dict()
@@ -62,19 +64,19 @@ def test_round_trip_is_bit_exact_and_of_the_predicted_size(tmp_path: Path, stora
             elif width == 32:
                 expected = weight
             else:
-                spec = QuantSpec(width, **{k: v for k, v in storage.to_json().items() if k != "rest_dtype"})
+                spec = QuantSpec(width, **{k: v for k, v in weight_format.to_json().items() if k != "rest_dtype"})
                 expected = fake_quantize(weight, spec)
             assert torch.equal(state[ref.name], expected), (ref.name, width)
         for name, tensor in original.items():
             if name not in bits and not name.endswith("num_batches_tracked"):
-                exact = storage.rest_dtype == "float32" or name.startswith("preprocessor")
+                exact = weight_format.rest_dtype == "float32" or name.startswith("preprocessor")
                 assert torch.equal(state[name], tensor if exact else tensor.half().float()), name
     assert sizes[0] != sizes[1]
 
 
 def test_transcripts_of_a_packed_file_are_those_of_the_fake_quantized_model(tmp_path: Path) -> None:
-    storage = Storage(QuantSpec(8), "float32")
-    write(tmp_path / "m.safetensors", {ref.name: 4 for ref in REFS}, storage)
+    weight_format = WeightFormat(QuantSpec(8), "float32")
+    write(tmp_path / "m.safetensors", {ref.name: 4 for ref in REFS}, weight_format)
     quantized = tiny_model()
     state = quantized.state_dict()
     for ref in REFS:
@@ -109,8 +111,8 @@ def test_layer_bytes_by_hand(shape: list[int], bits: int, scheme: str, granulari
     zero_points = -(-groups * bits // 8) if scheme == "asymmetric" else 0
     centroids = 2**bits if scheme == "mulaw" else 0
     expected = codes + zero_points + centroids + 2 * groups
-    assert layer_bytes(tuple(shape), bits, Storage(QuantSpec(8, scheme, granularity))) == expected
-    assert layer_bytes(tuple(shape), 16, Storage(QuantSpec(8))) == 2 * numel
+    assert layer_bytes(tuple(shape), bits, WeightFormat(QuantSpec(8, scheme, granularity))) == expected
+    assert layer_bytes(tuple(shape), 16, WeightFormat(QuantSpec(8))) == 2 * numel
 
 
 def test_four_bits_take_half_a_byte() -> None:
@@ -124,10 +126,10 @@ def test_the_bytes_of_a_mulaw_layer(tmp_path: Path) -> None:
     weight = model.state_dict()[name]
     weight.copy_(torch.tensor([-4.0, -1.34, 1.34, 4.0, 1.3, -1.3, 1.4, -1.4, -4.0]).reshape(3, 3))
     weight[5] = 0
-    storage = Storage(QuantSpec(8, "mulaw", "channel", "none"))
+    weight_format = WeightFormat(QuantSpec(8, "mulaw", "channel", "none"))
     bits = {ref.name: 2 for ref in REFS}
-    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, 2, storage) for ref in REFS)
-    write_artifact(tmp_path / "m", model, bits, storage, size)
+    size = fixed_bytes(model, weight_format) + sum(layer_bytes(ref.shape, 2, weight_format) for ref in REFS)
+    write_artifact(tmp_path / "m", model, bits, weight_format, size)
     # codes 0 1 2 3 2 1 2 1 0 for each of five rows; zeros are nearest to 0.336 and -0.336, and the upper one is taken
     codes = [*[0, 1, 2, 3, 2, 1, 2, 1, 0] * 5, *[2] * 9, 0, 0]
     packed = [64 * a + 16 * b + 4 * c + d for a, b, c, d in zip(*[iter(codes)] * 4, strict=True)]
@@ -143,13 +145,13 @@ def test_the_bytes_of_a_mulaw_layer(tmp_path: Path) -> None:
 def test_the_file_is_a_function_of_its_content(tmp_path: Path) -> None:
     bits = {ref.name: 3 for ref in REFS}
     for name in ("a", "b"):
-        write(tmp_path / name, bits, Storage(QuantSpec(8)))
+        write(tmp_path / name, bits, WeightFormat(QuantSpec(8)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
 
 
 def test_it_is_a_plain_safetensors_file(tmp_path: Path) -> None:
-    size = write(tmp_path / "m.safetensors", {ref.name: 3 for ref in REFS}, Storage(QuantSpec(8)))
+    size = write(tmp_path / "m.safetensors", {ref.name: 3 for ref in REFS}, WeightFormat(QuantSpec(8)))
     with safe_open(tmp_path / "m.safetensors", framework="pt") as file:
         assert file.metadata()["format"] == "mpq.artifact/1"
         assert sum(file.get_tensor(name).nbytes for name in file.keys()) < size  # noqa: SIM118 (no mapping)
@@ -163,10 +165,10 @@ def test_values_that_half_precision_would_lose_stay_exact(tmp_path: Path) -> Non
     name = "encoder.layers.0.conv.batch_norm.running_var"
     state[name][0] = 1e-7  # float16 has 1.19e-7 next to it
     state["encoder.layers.0.norm_out.weight"][0] = 1e6  # float16 ends at 65504
-    storage = Storage(QuantSpec(8))
+    weight_format = WeightFormat(QuantSpec(8))
     bits = {ref.name: 8 for ref in REFS}
-    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, 8, storage) for ref in REFS)
-    write_artifact(tmp_path / "m", model, bits, storage, size)
+    size = fixed_bytes(model, weight_format) + sum(layer_bytes(ref.shape, 8, weight_format) for ref in REFS)
+    write_artifact(tmp_path / "m", model, bits, weight_format, size)
     packed = read_artifact(tmp_path / "m").state_dict()
     for key in (name, "encoder.layers.0.norm_out.weight"):
         assert torch.equal(packed[key], state[key])
@@ -180,13 +182,13 @@ def test_names_must_be_the_models(tmp_path: Path) -> None:
         (bits | {"other.weight": 4}, "model lacks: other.weight"),
     ):
         with pytest.raises(MpqError, match=words):
-            write_artifact(tmp_path / "m", MODEL, wrong, Storage(QuantSpec(8)), 10**6)
+            write_artifact(tmp_path / "m", MODEL, wrong, WeightFormat(QuantSpec(8)), 10**6)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
     with pytest.raises(MpqError, match="does not fit"):
-        write_artifact(tmp_path / "m", MODEL, {ref.name: 4 for ref in REFS}, Storage(QuantSpec(8)), 1000)
+        write_artifact(tmp_path / "m", MODEL, {ref.name: 4 for ref in REFS}, WeightFormat(QuantSpec(8)), 1000)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -196,7 +198,7 @@ def test_a_weight_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
         model.encoder.layers[1].feed_forward1.linear2.weight[0, 0] = torch.nan
     bits = {ref.name: 4 for ref in REFS}
     with pytest.raises(MpqError, match=r"^encoder\.layers\.1\.feed_forward1\.linear2\.weight: .*finite"):
-        write_artifact(tmp_path / "m", model, bits, Storage(QuantSpec(8)), 10**6)
+        write_artifact(tmp_path / "m", model, bits, WeightFormat(QuantSpec(8)), 10**6)
 
 
 # Damage
@@ -205,7 +207,7 @@ def test_a_weight_that_cannot_be_quantized_is_named(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("artifact") / "m.safetensors"
-    write(path, {ref.name: 4 for ref in REFS}, Storage(QuantSpec(8)))
+    write(path, {ref.name: 4 for ref in REFS}, WeightFormat(QuantSpec(8)))
     return path
 
 
@@ -267,13 +269,13 @@ def test_safetensors_of_something_else(tmp_path: Path) -> None:
 
 
 def test_quantizer_of_a_file_from_elsewhere() -> None:
-    assert Storage.from_json({}) == Storage(QuantSpec(8))
-    assert Storage.from_json({"scheme": "symmetric"}).spec.scheme == "symmetric"
+    assert WeightFormat.from_json({}) == WeightFormat(QuantSpec(8))
+    assert WeightFormat.from_json({"scheme": "symmetric"}).spec.scheme == "symmetric"
     with pytest.raises(MpqError, match="unknown key 'schema'"):
-        Storage.from_json({"schema": "symmetric"})
+        WeightFormat.from_json({"schema": "symmetric"})
     with pytest.raises(MpqError, match="rest_dtype"):
-        Storage.from_json({"rest_dtype": "int8"})
-    json.dumps(Storage(QuantSpec(8)).to_json())
+        WeightFormat.from_json({"rest_dtype": "int8"})
+    json.dumps(WeightFormat(QuantSpec(8)).to_json())
 
 
 def test_the_rounding_that_was_not_asked_for() -> None:
@@ -285,9 +287,9 @@ def test_the_rounding_that_was_not_asked_for() -> None:
         ({"rounding": "nearest"}, True, "nearest"),
         ({"rounding": "gptq"}, False, "gptq"),
     ):
-        assert Storage.from_options(options, has_data).spec.rounding == rounding
+        assert WeightFormat.from_options(options, has_data).spec.rounding == rounding
     with pytest.raises(MpqError, match="use --rounding nearest"):
-        Storage.from_options({"scheme": "mulaw", "rounding": "gptq"})
+        WeightFormat.from_options({"scheme": "mulaw", "rounding": "gptq"})
 
 
 def test_sentencepiece_tokenizer_survives(shared: Path) -> None:

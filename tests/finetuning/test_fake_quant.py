@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from mpq.artifact.weights import Storage, quantize_weight
+from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.finetuning.fake_quant import MARGIN, QuantizedWeights, StraightThrough
 from mpq.quantization.grids import matrix_shape
 from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
@@ -97,7 +97,7 @@ def test_signs_pass_the_gradient_up_to_twice_their_scale() -> None:
 @settings(max_examples=150)
 def test_what_is_stored_is_what_was_seen(bits, scheme, granularity, scales, shape, dtype, seed) -> None:
     spec = QuantSpec(bits, scheme, granularity, scale_dtype=dtype)
-    weights = QuantizedWeights({"w": drawn(*shape, seed=seed)}, [{"w": bits}], Storage(spec), {}, scales)
+    weights = QuantizedWeights({"w": drawn(*shape, seed=seed)}, [{"w": bits}], WeightFormat(spec), {}, scales)
     before = weights()["w"].detach()
     assert torch.equal(
         before, fake_quantize(drawn(*shape, seed=seed), spec)
@@ -114,13 +114,13 @@ def test_what_is_stored_is_what_was_seen(bits, scheme, granularity, scales, shap
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_the_start_keeps_the_codes_of_gptq(bits: int) -> None:
     weight, inputs = drawn(8, 30), drawn(200, 30, seed=1) @ drawn(30, 30, seed=2)
-    storage = Storage(QuantSpec(8, granularity="group:16", rounding="gptq"))
+    weight_format = WeightFormat(QuantSpec(8, granularity="group:16", rounding="gptq"))
     grams = {"w": (inputs.t() @ inputs)[None]}
-    weights = QuantizedWeights({"w": weight}, [{"w": bits}], storage, grams, "learned")
-    (expected,) = quantize_weight("w", weight, storage, [bits], grams)
+    weights = QuantizedWeights({"w": weight}, [{"w": bits}], weight_format, grams, "learned")
+    (expected,) = quantize_weight("w", weight, weight_format, [bits], grams)
     found = weights.quantized()["w"]
     assert torch.equal(found.codes, expected.codes) and torch.equal(found.scale, expected.scale)
-    nearest = quantize(weight, replace(storage.spec, bits=bits, rounding="nearest"))
+    nearest = quantize(weight, replace(weight_format.spec, bits=bits, rounding="nearest"))
     assert not torch.equal(found.codes, nearest.codes)  # the case is there
     levels = found.codes.float() - found.zero_point.float().repeat_interleave(16, dim=1)[:, :30]
     away = (weights.latents[0].detach() - levels).abs()
@@ -129,7 +129,7 @@ def test_the_start_keeps_the_codes_of_gptq(bits: int) -> None:
 
 def test_recomputed_scales_follow_the_weights_and_their_clip_is_searched_on_request() -> None:
     weight, spec = drawn(4, 64), QuantSpec(3, granularity="group:16")
-    weights = QuantizedWeights({"w": weight}, [{"w": 3}], Storage(spec), {}, "recomputed")
+    weights = QuantizedWeights({"w": weight}, [{"w": 3}], WeightFormat(spec), {}, "recomputed")
     with torch.no_grad():
         weights.latents[0].mul_(2)
         weights.latents[0][:, 5] = 30
@@ -142,7 +142,7 @@ def test_recomputed_scales_follow_the_weights_and_their_clip_is_searched_on_requ
 
 
 def test_latents_are_counted_in_steps_of_the_grid() -> None:
-    weights = QuantizedWeights({"w": drawn(4, 64)}, [{"w": 3}], Storage(QuantSpec(3)), {}, "frozen")
+    weights = QuantizedWeights({"w": drawn(4, 64)}, [{"w": 3}], WeightFormat(QuantSpec(3)), {}, "frozen")
     before = weights.quantized()["w"].codes.int()
     with torch.no_grad():
         weights.latents[0].add_(1.0)
@@ -152,7 +152,9 @@ def test_latents_are_counted_in_steps_of_the_grid() -> None:
 
 def test_layers_left_unquantized_are_seen_as_they_are_stored() -> None:
     weight = drawn(4, 5)
-    weights = QuantizedWeights({"a": weight, "b": weight}, [{"a": 16, "b": 32}], Storage(QuantSpec(4)), {}, "learned")
+    weights = QuantizedWeights(
+        {"a": weight, "b": weight}, [{"a": 16, "b": 32}], WeightFormat(QuantSpec(4)), {}, "learned"
+    )
     seen = weights()
     assert torch.equal(seen["a"], weight.half().float()) and torch.equal(seen["b"], weight)
     seen["a"].sum().backward()
@@ -164,7 +166,7 @@ def test_allocations_share_latents_and_the_grids_of_equal_widths() -> None:
     weights = QuantizedWeights(
         {"a": drawn(4, 32), "b": drawn(4, 32, seed=1)},
         [{"a": 4, "b": 3}, {"a": 4, "b": 2}],
-        Storage(QuantSpec(4)),
+        WeightFormat(QuantSpec(4)),
         {},
         "learned",
     )
@@ -182,7 +184,7 @@ def test_a_layer_that_only_one_allocation_quantizes(scheme: str, order: tuple[in
     spec = QuantSpec(8, scheme, "channel" if scheme == "mulaw" else "group:8", rounding="nearest")
     rounding = replace(spec, rounding="nearest" if scheme == "mulaw" else "gptq")
     grams = {"w": torch.eye(30)[None]}
-    weights = QuantizedWeights({"w": weight}, [{"w": bits} for bits in order], Storage(rounding), grams, "learned")
+    weights = QuantizedWeights({"w": weight}, [{"w": bits} for bits in order], WeightFormat(rounding), grams, "learned")
     index = order.index(3)
     seen = weights(1 - index)["w"]
     expected = weight.half().float() if 16 in order else weight
@@ -200,7 +202,7 @@ def test_a_layer_that_only_one_allocation_quantizes(scheme: str, order: tuple[in
 @pytest.mark.parametrize("scales", ["learned", "recomputed", "frozen"])
 def test_a_saved_state_brings_back_the_same_weights(scales: str) -> None:
     def made() -> QuantizedWeights:
-        return QuantizedWeights({"w": drawn(4, 32)}, [{"w": 3}], Storage(QuantSpec(3)), {}, scales)
+        return QuantizedWeights({"w": drawn(4, 32)}, [{"w": 3}], WeightFormat(QuantSpec(3)), {}, scales)
 
     first = made()
     with torch.no_grad():
@@ -214,7 +216,7 @@ def test_a_saved_state_brings_back_the_same_weights(scales: str) -> None:
 
 def test_parameter_groups_share_the_rate() -> None:
     weights = QuantizedWeights(
-        {"a": drawn(4, 32), "b": drawn(4, 32)}, [{"a": 4, "b": 16}], Storage(QuantSpec(4)), {}, "learned"
+        {"a": drawn(4, 32), "b": drawn(4, 32)}, [{"a": 4, "b": 16}], WeightFormat(QuantSpec(4)), {}, "learned"
     )
     groups = weights.parameter_groups(0.5, 0.01)
     assert [group["share"] for group in groups] == [1.0, 0.5, 0.01]
@@ -223,7 +225,7 @@ def test_parameter_groups_share_the_rate() -> None:
 
 def test_training_makes_up_for_the_rounding() -> None:
     weight, inputs = drawn(4, 32), drawn(400, 8, seed=3) @ drawn(8, 32, seed=4)  # inputs that have much in common
-    weights = QuantizedWeights({"w": weight}, [{"w": 2}], Storage(QuantSpec(2)), {}, "learned")
+    weights = QuantizedWeights({"w": weight}, [{"w": 2}], WeightFormat(QuantSpec(2)), {}, "learned")
     optimizer = torch.optim.Adam(weights.parameters(), lr=0.01)
     errors = []
     for _ in range(200):
@@ -241,7 +243,7 @@ def test_training_makes_up_for_the_rounding() -> None:
 def test_the_general_quantizer_rounds_as_packing_does(clip: str, granularity: str, bits: int) -> None:
     spec = QuantSpec(bits, "mulaw", granularity, clip)
     weight = drawn(6, 40) ** 3  # far from uniform, so that mu and the clip matter
-    weights = QuantizedWeights({"w": weight}, [{"w": bits}], Storage(spec), {}, "learned")
+    weights = QuantizedWeights({"w": weight}, [{"w": bits}], WeightFormat(spec), {}, "learned")
     weights.anneal(500.0, is_hard=True)
     weights.search()
     assert torch.equal(weights()["w"].detach(), fake_quantize(weight, spec))
@@ -255,7 +257,7 @@ def test_the_general_quantizer_rounds_as_packing_does(clip: str, granularity: st
 def test_the_general_quantizers_clip_survives_a_saved_state() -> None:
     def made() -> QuantizedWeights:
         spec = QuantSpec(3, "mulaw", "group:16")
-        return QuantizedWeights({"w": drawn(6, 40) ** 3}, [{"w": 3}], Storage(spec), {}, "learned")
+        return QuantizedWeights({"w": drawn(6, 40) ** 3}, [{"w": 3}], WeightFormat(spec), {}, "learned")
 
     first, second = made(), made()
     first.anneal(500.0, is_hard=True)

@@ -20,7 +20,7 @@ from tiny_finetune import (
 )
 from torch import Tensor
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.finetuning import loop as finetune_loop
 from mpq.finetuning.loop import Finetuner
@@ -259,8 +259,8 @@ def test_rates_that_are_too_high(
 def test_latents_that_are_not_finite_are_named_where_grids_are_made_from_them(
     scheme: str, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(QuantSpec(8, scheme, "channel", rounding="nearest"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, storage)
+    weight_format = WeightFormat(QuantSpec(8, scheme, "channel", rounding="nearest"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, weight_format)
     spoilt(monkeypatch, PLACES[1], "nan", 2)
     with pytest.raises(MpqError, match=rf"update 3: {PLACES[1]}: .*; lower learning_rate"):
         changes = {} if scheme == "mulaw" else {"scales": "recomputed"}
@@ -275,8 +275,8 @@ def test_latents_that_are_not_finite_are_named_where_grids_are_made_from_them(
 def test_options_that_do_nothing_for_the_scheme_are_refused(
     scheme: str, key: str, value: object, speech: Path, tmp_path: Path
 ) -> None:
-    storage = Storage(QuantSpec(8, scheme, rounding="nearest"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, storage)
+    weight_format = WeightFormat(QuantSpec(8, scheme, rounding="nearest"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 3, weight_format)
     with pytest.raises(MpqError, match=rf"finetune\.{key}: does nothing for the scheme {scheme} of the allocation"):
         tune(speech / "hybrid", path, with_data(speech, **{key: value}), tmp_path / "out")
 
@@ -288,8 +288,8 @@ def test_options_that_do_nothing_for_the_scheme_are_refused(
 def test_alpha_rises_and_the_weights_end_on_their_centroids(
     anneal: tuple[float, float], soft: float, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", lambda name: 2 + len(name) % 3, storage)
+    weight_format = WeightFormat(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", lambda name: 2 + len(name) % 3, weight_format)
     prepare, choose = Finetuner.prepare_update, SoftToHard.choose_mu
     schedule: list[tuple[float, bool, int]] = []
     chosen: list[float] = []
@@ -329,8 +329,8 @@ def test_alpha_rises_and_the_weights_end_on_their_centroids(
 
 
 def test_the_first_mu_is_that_of_the_first_alpha(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage(QuantSpec(8, "mulaw", "channel", "none", rounding="nearest"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 4, storage)
+    weight_format = WeightFormat(QuantSpec(8, "mulaw", "channel", "none", rounding="nearest"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 4, weight_format)
     found: list[tuple[float, list[int]]] = []
     prepare = Finetuner.prepare_update
 

@@ -18,7 +18,7 @@ from tiny_finetune import (
     write_allocation,
 )
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.finetuning import loop as finetune_loop
@@ -30,8 +30,8 @@ from mpq.training.loop import TrainingLoop
 
 __all__ = ["one_thread", "speech"]  # fixtures
 
-MULAW = Storage(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
-CASES: dict[str, tuple[tuple[int, ...], Storage, dict[str, Any]]] = {
+MULAW = WeightFormat(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
+CASES: dict[str, tuple[tuple[int, ...], WeightFormat, dict[str, Any]]] = {
     "all": (
         (4, 2), replace(NEAREST, spec=replace(NEAREST.spec, granularity="group:8")),
         {"scales": "recomputed", "search_every": 2, "ema": 0.9, "average": 3, "select": "loss",
@@ -72,10 +72,10 @@ class Case:
     """A fine-tuning and where it was done without an interruption."""
 
     def __init__(self, name: str, speech: Path, folder: Path) -> None:
-        widths, storage, self.options = CASES[name]
+        widths, weight_format, self.options = CASES[name]
         self.checkpoint, self.speech = speech / "hybrid", speech
         self.allocations = [
-            write_allocation(folder / f"b{bits}.json", self.checkpoint, bits, storage) for bits in widths
+            write_allocation(folder / f"b{bits}.json", self.checkpoint, bits, weight_format) for bits in widths
         ]
         self.whole = folder / "whole"
         self.run(self.whole)

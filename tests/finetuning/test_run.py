@@ -27,7 +27,7 @@ from torch import Tensor
 from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.finetuning.fake_quant import QuantizedWeights
@@ -59,8 +59,10 @@ SCHEMES = [("asymmetric", "learned"), ("asymmetric", "recomputed"), ("symmetric"
 def test_the_trained_weights_are_in_the_file_bit_for_bit(
     scheme: str, scales: str, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    storage = Storage(QuantSpec(8, scheme, "channel" if scheme == "mulaw" else "group:8", rounding="nearest"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", mixed_bits, storage)
+    weight_format = WeightFormat(
+        QuantSpec(8, scheme, "channel" if scheme == "mulaw" else "group:8", rounding="nearest")
+    )
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", mixed_bits, weight_format)
     spy = Spy().watch(monkeypatch)
     recipe = with_data(speech, search_every=3, **({} if scheme == "mulaw" else {"scales": scales}))
     result = tune(speech / "hybrid", path, recipe, tmp_path / "out")
@@ -76,7 +78,7 @@ def test_the_trained_weights_are_in_the_file_bit_for_bit(
     moved = 0
     for name, weight in seen.items():
         if bits[name] != 16:
-            start = fake_quantize(before[name], replace(storage.spec, bits=bits[name]))
+            start = fake_quantize(before[name], replace(weight_format.spec, bits=bits[name]))
             moved += int((start != weight).sum())
     assert moved > 100  # the training did something
 
@@ -87,7 +89,7 @@ def test_a_nemo_archive_and_a_float_checkpoint_that_can_be_quantized_again(
     """With the rounding gptq, whose statistics are those of the allocation's audio."""
     table, allocation = tmp_path / "s.json", tmp_path / "a.json"
     measured = measure_sensitivity(
-        tiny_archive, tiny_manifest, (2, 4, 8), table, Storage(QuantSpec(8, rounding="gptq")), max_seconds=2.0,
+        tiny_archive, tiny_manifest, (2, 4, 8), table, WeightFormat(QuantSpec(8, rounding="gptq")), max_seconds=2.0,
         quiet=True,
     )  # fmt: skip
     allocate(measured, average_bits=4, exclude=["encoder.pre_encode.conv.0.weight"]).save(allocation)

@@ -31,7 +31,7 @@ from tiny_training import log_of, write_speech
 from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.finetuning.loop import Finetuner
 from mpq.finetuning.record import FinetuneResult
@@ -128,7 +128,7 @@ def test_allocations_that_do_not_go_together(three: list[Path], speech: Path, tm
     (tmp_path / "other").mkdir()
     twin = write_allocation(tmp_path / "other/small.json", checkpoint, 3)
     refused(r"another allocation is named small too; rename one of the files", three[0], twin)
-    coarse = Storage(QuantSpec(8, granularity="channel", rounding="nearest"))
+    coarse = WeightFormat(QuantSpec(8, granularity="channel", rounding="nearest"))
     channel = write_allocation(tmp_path / "channel.json", checkpoint, 3, coarse)
     refused(r"allocations \w+ and \w+: expected one quantizer, got .*group:64.*channel|channel.*", three[0], channel)
     floats = write_allocation(tmp_path / "floats.json", checkpoint, 16)
@@ -291,8 +291,8 @@ def test_a_gptq_start_needs_its_audio_or_the_cache(
 ) -> None:
     """Without either, it is said what to do; recomputed scales need none."""
     monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
-    storage = Storage(QuantSpec(8, rounding="gptq"))
-    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 4, storage)
+    weight_format = WeightFormat(QuantSpec(8, rounding="gptq"))
+    path = write_allocation(tmp_path / "a.json", speech / "hybrid", 4, weight_format)
     with pytest.raises(MpqError, match="rounding gptq needs calibration data: no calibration data are known; --data"):
         tune(speech / "hybrid", path, with_data(speech), tmp_path / "out")
     recomputed = with_data(speech, scales="recomputed", epochs=1)
@@ -303,9 +303,9 @@ def test_a_gptq_start_needs_its_audio_or_the_cache(
 
 
 def test_allocations_of_different_audio_do_not_go_together(speech: Path, tmp_path: Path) -> None:
-    storage, paths = Storage(QuantSpec(8, rounding="gptq")), []
+    weight_format, paths = WeightFormat(QuantSpec(8, rounding="gptq")), []
     for name, bits in (("large", 4), ("small", 3)):
-        path = write_allocation(tmp_path / f"{name}.json", speech / "hybrid", bits, storage)
+        path = write_allocation(tmp_path / f"{name}.json", speech / "hybrid", bits, weight_format)
         replace(Allocation.load(path), data={"path": "audio.jsonl", "sha256": name}).save(path)
         paths.append(path)
     with pytest.raises(MpqError, match="made with different calibration audio; allocate all from one sensitivity file"):
@@ -316,9 +316,9 @@ def test_calibration_audio_that_was_moved(speech: Path, tmp_path: Path, monkeypa
     """It is found by --data, and then the start is that of the audio where it was."""
     monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "cache"))
     audio = write_speech(tmp_path / "here", ("bad", "cede", "dad"))
-    storage = Storage(QuantSpec(8, rounding="gptq"))
+    weight_format = WeightFormat(QuantSpec(8, rounding="gptq"))
     table = measure_sensitivity(
-        speech / "hybrid", audio, (3, 4), tmp_path / "s.json", storage, output="decoder", quiet=True
+        speech / "hybrid", audio, (3, 4), tmp_path / "s.json", weight_format, output="decoder", quiet=True
     )
     allocate(table, average_bits=3).save(tmp_path / "a.json")
     pack(speech / "hybrid", tmp_path / "packed.safetensors", Allocation.load(tmp_path / "a.json"), quiet=True)

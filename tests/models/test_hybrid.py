@@ -17,19 +17,19 @@ from torch import Tensor, nn
 
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import fixed_bytes, write_artifact
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.cli.main import main
 from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 from mpq.models.checkpoint import write_checkpoint
 from mpq.models.conformer import ConformerOptions
 from mpq.models.hybrid import HybridConformer
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.calibration import cache_folder, input_grams
-from mpq.sensitivity.divergence import JointDivergence, OutputBatch, StageTree, output_divergence, owner
+from mpq.sensitivity.divergence import JointDivergence, OutputBatch, SegmentTree, output_divergence, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors
 from mpq.sensitivity.measure import measure_kl
 from mpq.sensitivity.records import SensitivityTable
@@ -216,20 +216,20 @@ def test_what_a_search_asks_is_the_forward_pass() -> None:
         torch.testing.assert_close(model.next_token(encoded, valid)(prefixes, utterances), expected, atol=1e-5, rtol=0)
 
 
-def test_decoder_stages_are_its_forward_pass_and_own_every_weight() -> None:
+def test_decoder_segments_are_its_forward_pass_and_own_every_weight() -> None:
     model = hybrid()
     (features, lengths) = batched(model, 4)[0]
     with torch.inference_mode():
         context, rows = model.output_context(features, lengths)
         encoded, frames = model.encode(features, lengths)
         hidden = encoded
-        for stage in model.decoder_stages:
-            hidden = stage.run(hidden, context)
+        for segment in model.decoder_segments:
+            hidden = segment.run(hidden, context)
         assert torch.equal(hidden, model.decoder(context.decoder.prefixes, encoded, frames))
     assert hidden.shape == (4, int(rows.max()), CLASSES)
-    tree = StageTree(model)
-    owners = [owner(ref.name, tree.stages) for ref in model.weights()]
-    assert set(owners) == set(range(len(tree.stages))) and len(model.decoder_stages) == 4
+    tree = SegmentTree(model)
+    owners = [owner(ref.name, tree.segments) for ref in model.weights()]
+    assert set(owners) == set(range(len(tree.segments))) and len(model.decoder_segments) == 4
     assert sum(ref.numel for ref in model.weights() if ref.name.startswith("decoder.")) == 2 * 16 * CLASSES + 2 * (
         8 * 16 * 16 + 2 * 16 * 24
     )
@@ -251,7 +251,7 @@ def test_the_tokens_are_the_models_own_and_depend_on_no_batch() -> None:
     silent, rows = model.output_context(*batched(model, 4)[0])
     assert silent.decoder.prefixes.tolist() == [[CLASSES - 1]] * 4 and rows.tolist() == [1] * 4
     batch = OutputBatch(model, *batched(model, 4)[0])
-    assert batch.log_distributions(StageTree(model), ("decoder",))["decoder"].shape == (4, CLASSES)
+    assert batch.log_distributions(SegmentTree(model), ("decoder",))["decoder"].shape == (4, CLASSES)
 
 
 def measured_over(name: str, output: str) -> str:
@@ -275,7 +275,7 @@ def test_exact_sensitivity_is_whole_forward_passes(output: str) -> None:
         OUTPUT,
     ]
     points = [(name, bits) for name in names for bits in (2, 5)]
-    got = measure_kl(model, batched(model, 2, 2), points, Storage(QuantSpec(8)), output)
+    got = measure_kl(model, batched(model, 2, 2), points, WeightFormat(QuantSpec(8)), output)
     assert set(got) == set(points)
     for name, bits in points:
         rows = torch.cat(plain_kl(with_weights(rounded(bits, name)), measured_over(name, output)))
@@ -285,22 +285,22 @@ def test_exact_sensitivity_is_whole_forward_passes(output: str) -> None:
 
 
 def test_the_encoder_is_walked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measuring decoder weights runs no stage of the encoder, but for the tokens, the references and the one walk."""
+    """Measuring decoder weights runs no segment of the encoder, but for the tokens, the references and the one walk."""
     model, ran = hybrid(), []
-    stages = tuple(
-        Stage(stage.prefixes, lambda x, context, run=stage.run, index=index: ran.append(index) or run(x, context))
-        for index, stage in enumerate(model.stages)
+    segments = tuple(
+        Segment(segment.prefixes, lambda x, context, run=segment.run, index=index: ran.append(index) or run(x, context))
+        for index, segment in enumerate(model.segments)
     )
-    monkeypatch.setattr(HybridConformer, "stages", property(lambda _: stages))
+    monkeypatch.setattr(HybridConformer, "segments", property(lambda _: segments))
     points = [(ref.name, bits) for ref in model.weights() for bits in (2, 3) if not ref.name.startswith("encoder.")]
-    measure_kl(model, batched(model, 4), points, Storage(QuantSpec(8)))
+    measure_kl(model, batched(model, 4), points, WeightFormat(QuantSpec(8)))
     assert ran == 3 * list(range(9))
 
 
 @pytest.mark.parametrize("output", ["ctc", "encoder", "decoder"])
 def test_second_order_scores_approach_exact_ones(output: str) -> None:
     model = hybrid()
-    errors = rounding_errors(model, Storage(QuantSpec(8)), (6, 7), {})
+    errors = rounding_errors(model, WeightFormat(QuantSpec(8)), (6, 7), {})
     sums, frames, rows = torch.zeros(len(errors), 2, dtype=torch.float64), 0, []
     for features, lengths in utterances(model):
         draws = [fisher_scores(model, errors, features, lengths, seed, output) for seed in range(8)]
@@ -309,7 +309,7 @@ def test_second_order_scores_approach_exact_ones(output: str) -> None:
     frames = sum(rows)
     assert rows == [len(one) for one in plain_kl(model, output)]
     points = [(name, bits) for name in errors for bits in (6, 7)]
-    exact = measure_kl(model, batched(model, 4), points, Storage(QuantSpec(8)), output)
+    exact = measure_kl(model, batched(model, 4), points, WeightFormat(QuantSpec(8)), output)
     ratios = {point: float(sums[i // 2, i % 2]) / frames / exact[point] for i, point in enumerate(points)}
     logs = {name: np.mean([np.log(ratios[name, bits]) for bits in (6, 7)]) for name in errors}
     of_decoder = [log for name, log in logs.items() if name.startswith("decoder.")]
@@ -397,29 +397,31 @@ def test_a_model_without_decoder_has_no_decoder_output(model: AsrModel) -> None:
     data = batched(model, 4)
     words = "this model has no attention decoder; expected ctc or encoder"
     name = model.weights()[0].name
-    errors = rounding_errors(model, Storage(QuantSpec(8)), (2,), {})
+    errors = rounding_errors(model, WeightFormat(QuantSpec(8)), (2,), {})
     for measure in (
-        lambda: measure_kl(model, data, [(name, 2)], Storage(QuantSpec(8)), "decoder"),
+        lambda: measure_kl(model, data, [(name, 2)], WeightFormat(QuantSpec(8)), "decoder"),
         lambda: fisher_scores(model, errors, *utterances(model)[0], output="decoder"),
         lambda: JointDivergence(model, data, "decoder"),
         lambda: output_divergence(model, model, data, "decoder"),
     ):
         with pytest.raises(MpqError, match=words):
             measure()
-    assert model.decoder_stages == () and StageTree(model).recognition == ("ctc",)
+    assert model.decoder_segments == () and SegmentTree(model).recognition == ("ctc",)
     assert model.output_context(*data[0])[1] is None
     assert output_divergence(model, model, data) == 0
 
 
 def test_a_packed_file_gives_back_every_bit(tmp_path: Path) -> None:
     model = hybrid()
-    storage = Storage(QuantSpec(8, rounding="gptq"))
+    weight_format = WeightFormat(QuantSpec(8, rounding="gptq"))
     refs = model.weights()
     bits = {ref.name: (2, 3, 8, 16, 5)[i % 5] for i, ref in enumerate(refs)}
     grams = input_grams(model, utterances(model))
-    size = fixed_bytes(model, storage) + sum(layer_bytes(ref.shape, bits[ref.name], storage) for ref in refs)
+    size = fixed_bytes(model, weight_format) + sum(
+        layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in refs
+    )
     path = tmp_path / "m.safetensors"
-    write_artifact(path, model, bits, storage, size, grams)
+    write_artifact(path, model, bits, weight_format, size, grams)
     assert path.stat().st_size == size
     expected = model.state_dict()
     for name, width in bits.items():

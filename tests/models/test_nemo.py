@@ -119,9 +119,9 @@ def test_alone_equals_padded_in_a_batch(options: dict) -> None:
 
 def test_stages_own_every_weight_once() -> None:
     model = tiny_model()
-    stages = (*model.stages, model.head)
+    segments = (*model.segments, model.head)
     for ref in model.weights():
-        assert sum(ref.name.startswith(stage.prefixes) for stage in stages) == 1
+        assert sum(ref.name.startswith(segment.prefixes) for segment in segments) == 1
 
 
 def test_weights_are_all_matrices_and_kernels() -> None:

@@ -250,7 +250,7 @@ def test_many_kills_and_the_folders_are_the_same(
 def test_a_stopped_search_goes_on(
     speech: Path, recipe: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SIGTERM in each stage, as the command line sees it; the update under way is finished, and none done twice."""
+    """SIGTERM in each phase, as the command line sees it; the update under way is finished, and none done twice."""
     done: list[tuple[str, int]] = []
     path = write_search(speech / "stopped.toml")
     for owner in (WeightTrainer, ArchitectureSearch):
@@ -485,7 +485,7 @@ def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
     result = run(search_recipe(speech, train__accumulate=2, search__supernet_epochs=6), tmp_path)
     updates = [line for line in log_of(tmp_path / "supernet") if "rate" in line]
     paths = [one for one in trained if one != ("plain", "plain")]
-    assert trained[: len(paths)] == paths and len(trained) > len(paths)  # the last stage has no paths
+    assert trained[: len(paths)] == paths and len(trained) > len(paths)  # the last phase has no paths
     assert set(itertools.chain(*paths)) == {4, 12, 32} and len(set(paths)) >= 4
     assert len(updates) < len(paths) <= 2 * len(updates)
     assert len(list(itertools.groupby(paths))) <= len(updates)  # one path for both batches of an update
@@ -672,13 +672,13 @@ def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None
 # ---- faults
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("phase", [1, 2, 3])
 def test_a_loss_that_is_not_finite_is_told(
-    stage: int, speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    phase: int, speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_search(speech / "nan.toml", train__workers=0)
-    owner = ArchitectureSearch if stage == 2 else WeightTrainer
-    folder = {1: tmp_path / "supernet", 2: tmp_path / "architecture", 3: tmp_path}[stage]
+    owner = ArchitectureSearch if phase == 2 else WeightTrainer
+    folder = {1: tmp_path / "supernet", 2: tmp_path / "architecture", 3: tmp_path}[phase]
     losses = owner.losses
 
     def spoilt(self: Any, batch: Any, index: int) -> Any:
@@ -689,7 +689,7 @@ def test_a_loss_that_is_not_finite_is_told(
     monkeypatch.setattr(owner, "losses", spoilt)
     line = refusal(path, "--out", tmp_path)
     assert "the loss or its gradient is not finite; utterances" in line
-    assert ("dev-" if stage == 2 else "train-") in line
+    assert ("dev-" if phase == 2 else "train-") in line
 
 
 def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:

@@ -16,15 +16,15 @@ from safetensors.torch import load_file, save_file
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity import calibration
 from mpq.sensitivity.calibration import draw, further, in_batches, input_grams, one_by_one, redraw, statistics
 
-GPTQ = Storage(QuantSpec(8, rounding="gptq"))
-NEAREST = Storage(QuantSpec(8))
+GPTQ = WeightFormat(QuantSpec(8, rounding="gptq"))
+NEAREST = WeightFormat(QuantSpec(8))
 
 
 def utterances(model: AsrModel, *frames: int) -> list[tuple[Tensor, Tensor]]:
@@ -136,7 +136,7 @@ def test_utterances_add_up() -> None:
 class OtherModel(AsrModel):
     """What NeMo's models do not have: an embedding, groups, dilation, a convolution with keywords, a weight unused."""
 
-    stages, decoder_stages, head, mel = (), (), None, None
+    segments, decoder_segments, head, mel = (), (), None, None
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,8 +146,8 @@ class OtherModel(AsrModel):
             self.grouped = nn.Conv1d(6, 4, 3, stride=2, padding=2, dilation=2, groups=2)
             self.plain = nn.Conv1d(4, 3, 2)
             self.unused = nn.Linear(3, 3)
-        self.stages = (Stage(("table.", "grouped."), lambda x, _: self.first(x)),)
-        self.head = Stage(("plain.",), lambda x, _: self.last(x))
+        self.segments = (Segment(("table.", "grouped."), lambda x, _: self.first(x)),)
+        self.head = Segment(("plain.",), lambda x, _: self.last(x))
 
     def first(self, tokens: Tensor) -> Tensor:
         return self.grouped(self.table(tokens).transpose(1, 2))

@@ -8,7 +8,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Stage
+from mpq.models.base import AsrModel, Segment
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.divergence import JointDivergence, OutputBatch, output_divergence, owner
@@ -146,17 +146,17 @@ def test_measuring_leaves_everything_as_it_was() -> None:
 def test_only_stages_from_the_change_on_are_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ran = tiny_model(), []
 
-    def counted(index: int, stage: Stage) -> Stage:
-        return Stage(stage.prefixes, lambda x, context: ran.append(index) or stage.run(x, context))
+    def counted(index: int, segment: Segment) -> Segment:
+        return Segment(segment.prefixes, lambda x, context: ran.append(index) or segment.run(x, context))
 
-    stages = tuple(counted(index, stage) for index, stage in enumerate(model.stages))
-    monkeypatch.setattr(type(model), "stages", property(lambda _: stages))
+    segments = tuple(counted(index, segment) for index, segment in enumerate(model.segments))
+    monkeypatch.setattr(type(model), "segments", property(lambda _: segments))
     joint = JointDivergence(model, batched(model, 4))
     assert ran == list(range(9))
-    for name, stages in (("encoder.layers.1.conv.depthwise_conv.weight", [7, 8]), (HEAD, []), (None, [])):
+    for name, segments in (("encoder.layers.1.conv.depthwise_conv.weight", [7, 8]), (HEAD, []), (None, [])):
         ran.clear()
         joint.measure({} if name is None else rounded(model, 2, [name]))
-        assert ran == stages
+        assert ran == segments
 
 
 def test_restore_brings_every_bit_back() -> None:
@@ -186,9 +186,9 @@ def test_distributions_are_of_the_valid_frames() -> None:
     (features, lengths) = batched(model, 4)[0]
     batch = OutputBatch(model, features, lengths)
     with torch.inference_mode():
-        early = batch.log_distribution((*model.stages, model.head))
-        for stage in model.stages:
-            batch.advance(stage)
+        early = batch.log_distribution((*model.segments, model.head))
+        for segment in model.segments:
+            batch.advance(segment)
         assert torch.equal(batch.log_distribution((model.head,)), early)
     assert early.dtype == torch.float64 and early.shape == (int(model.encoded_lengths(lengths).sum()), 29)
     logits = 10 * torch.randn(4, batch.hidden.shape[1], 29, generator=torch.Generator().manual_seed(1))
@@ -208,9 +208,9 @@ def test_an_unknown_output_is_refused() -> None:
 
 def test_every_weight_has_one_stage() -> None:
     model = tiny_model()
-    stages = (*model.stages, model.head)
-    owners = [owner(ref.name, stages) for ref in model.weights()]
-    assert owners[0] == 0 and owners[-1] == len(stages) - 1 and set(owners) == set(range(len(stages)))
-    assert owner("encoder.layers.1.conv.depthwise_conv.weight", stages) == 1 + 4 + 2
+    segments = (*model.segments, model.head)
+    owners = [owner(ref.name, segments) for ref in model.weights()]
+    assert owners[0] == 0 and owners[-1] == len(segments) - 1 and set(owners) == set(range(len(segments)))
+    assert owner("encoder.layers.1.conv.depthwise_conv.weight", segments) == 1 + 4 + 2
     with pytest.raises(AssertionError, match="do not own each weight once"):
-        owner("nobody.weight", stages)
+        owner("nobody.weight", segments)

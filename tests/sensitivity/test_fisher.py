@@ -9,7 +9,7 @@ import torch
 from tiny_models import tiny_model
 from torch import Tensor, nn
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.quantization.quantizers import fake_quantize
@@ -18,7 +18,7 @@ from mpq.sensitivity import fisher
 from mpq.sensitivity.calibration import input_grams
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
 
-NEAREST = Storage(QuantSpec(8))
+NEAREST = WeightFormat(QuantSpec(8))
 WIDTHS = (2, 4)
 
 
@@ -47,8 +47,8 @@ class Outputs64:
             original = weight.data
             weight.data = original + change.reshape(original.shape)
         x = self.features
-        for stage in self.model.stages:
-            x = stage.run(x, self.context)
+        for segment in self.model.segments:
+            x = segment.run(x, self.context)
         if output == "ctc":
             x = self.model.head.run(x, None)
         if name is not None:
@@ -214,7 +214,7 @@ def test_rounding_errors_are_what_is_stored_minus_what_was() -> None:
     for rounding in ("nearest", "gptq"):
         spec = QuantSpec(8, granularity="group:16", rounding=rounding)
         told: list[float] = []
-        errors = rounding_errors(model, Storage(spec), (3, 2), grams, told.append)
+        errors = rounding_errors(model, WeightFormat(spec), (3, 2), grams, told.append)
         assert list(errors) == [ref.name for ref in model.weights()] and sum(told) == len(errors)
         for name, found in errors.items():
             weight = dict(model.named_parameters())[name].detach()
@@ -223,7 +223,7 @@ def test_rounding_errors_are_what_is_stored_minus_what_was() -> None:
                 assert torch.equal(error, expected.flatten()) and not error.requires_grad
     name = next(iter(grams))
     with pytest.raises(MpqError, match=rf"^{name}: no calibration data reached it"):
-        rounding_errors(model, Storage(spec), (2,), {})
+        rounding_errors(model, WeightFormat(spec), (2,), {})
 
 
 def test_typical_scores_by_hand() -> None:

@@ -11,7 +11,7 @@ import torch
 from tiny_models import tiny_model
 
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import Storage, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
@@ -19,7 +19,7 @@ from mpq.sensitivity.measure import mean_kl, measure_kl, measure_sensitivity
 from mpq.sensitivity.records import SensitivityTable
 from mpq.speech.audio import pad_batch
 
-STORAGE = Storage(QuantSpec(8))
+STORAGE = WeightFormat(QuantSpec(8))
 
 
 def tiny_data(model) -> list[tuple[torch.Tensor, torch.Tensor]]:

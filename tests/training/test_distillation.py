@@ -12,7 +12,7 @@ from tiny_training import one_thread, recipe, write_speech
 from torch import Tensor
 from torch.nn import functional as F
 
-from mpq.artifact.weights import Storage
+from mpq.artifact.weights import WeightFormat
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.models.base import AsrModel
 from mpq.quantization.spec import QuantSpec
@@ -64,8 +64,8 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     student = copy.deepcopy(teacher)
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].clone() for ref in teacher.weights()}
-    storage = Storage(QuantSpec(3, granularity="group:8", rounding="nearest"))
-    weights = QuantizedWeights(trained, [{name: 3 for name in trained}], storage, {}, "learned")
+    weight_format = WeightFormat(QuantSpec(3, granularity="group:8", rounding="nearest"))
+    weights = QuantizedWeights(trained, [{name: 3 for name in trained}], weight_format, {}, "learned")
     random = torch.Generator().manual_seed(5)
     features = torch.randn((4, max(FRAMES), teacher.mel.n_mels), generator=random)
     for row, count in zip(features, FRAMES, strict=True):
@@ -80,7 +80,7 @@ def states(model: AsrModel, features: Tensor) -> tuple[list[Tensor], Tensor]:
     """Returns the (T', D) states after each stage of one utterance and its (T', C) log-probabilities of the CTC."""
     hidden, found = features[None], []
     context = model.context(torch.tensor([len(features)]), len(features))
-    for stage in model.stages:
+    for stage in model.segments:
         hidden = stage.run(hidden, context)
         found.append(hidden[0].double())
     return found, model.head.run(hidden, None)[0].double().log_softmax(dim=-1)
@@ -126,7 +126,7 @@ def by_hand(case: Case, bound: float, smoothing: float) -> Tensor:
                     torch.tensor([len(TOKENS[index])]), blank=teacher.blank_id, reduction="sum",
                 )
             )  # fmt: skip
-        if teacher.decoder_stages:
+        if teacher.decoder_segments:
             expected = attention(teacher, tokens, wanted_states[-1])
             log_probs = attention(student, tokens, given_states[-1])
             attention_kl, count_tokens = saturating(expected, log_probs, bound), len(tokens) + 1.0
@@ -145,7 +145,7 @@ def test_losses_are_those_of_utterances_alone(case: Case, bound: float) -> None:
     for name, one, other in zip(DistillationLosses._fields, found, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5, msg=name)
     assert min(found.ctc_kl.tolist()) > 0.1 and min(found.hidden.tolist()) > 0.1  # the case is there
-    if case.teacher.decoder_stages:
+    if case.teacher.decoder_segments:
         assert found.tokens[1] > 1  # the teacher does recognise something in the one without a transcript
 
 
@@ -158,7 +158,7 @@ def test_what_is_not_wanted_is_0(case: Case) -> None:
 
 def test_a_student_that_is_the_teacher_has_no_loss(case: Case) -> None:
     trained = {name: case.teacher.state_dict()[name] for name in case.weights.names}
-    exact = QuantizedWeights(trained, [dict.fromkeys(trained, 32)], Storage(QuantSpec(8)), {}, "frozen")
+    exact = QuantizedWeights(trained, [dict.fromkeys(trained, 32)], WeightFormat(QuantSpec(8)), {}, "frozen")
     same = case._replace(weights=exact, masked=case.features).found()
     assert float(same.ctc_kl.max()) < 1e-6 and float(same.attention_kl.max()) < 1e-6
     assert float(same.hidden.max()) < 1e-9
