@@ -66,7 +66,7 @@ def finetune(
     teacher = load_model(checkpoint, where)
     if teacher.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
-    if not teacher.decoder_segments and recipe.finetune.ctc_weight != 1:
+    if len(teacher.heads) == 1 and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
     names = [path.stem for path in allocations]
     for path in allocations:

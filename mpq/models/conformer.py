@@ -15,10 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.models.attention_decoder import DecoderContext
-from mpq.models.base import Segment
 from mpq.models.batch_norm import batch_norm
 from mpq.models.positions import sinusoids
+from mpq.models.segment import Segment
 
 
 @dataclass(frozen=True)
@@ -147,13 +146,11 @@ class ConformerContext:
         feature_lengths: (N,) valid feature frames.
         valid: (N, T') bool; None when no frame is padding.
         positions: (2T' - 1, D) sinusoids of the relative positions T'-1 ... -(T'-1).
-        decoder: What an attention decoder needs (no block looks at it); None where there is none or it has no tokens.
     """
 
     feature_lengths: Tensor
     valid: Tensor | None
     positions: Tensor
-    decoder: DecoderContext | None = None
 
 
 def subsampled_length(length: Tensor | int, factor: int, padding: int = 1) -> Tensor | int:

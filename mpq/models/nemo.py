@@ -23,8 +23,10 @@ import yaml
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Segment, load_state
+from mpq.models.base import AsrModel, load_state
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
+from mpq.models.heads import CtcHead, Head
+from mpq.models.segment import Segment
 from mpq.speech.features import LogMel, LogMelOptions
 from mpq.speech.text import CharTokenizer, SentencePieceTokenizer, Tokenizer, tokenizer_from_config
 
@@ -68,12 +70,8 @@ class NemoConformerCtc(AsrModel):
         return self.encoder.segments("encoder")
 
     @property
-    def head(self) -> Segment:
-        return Segment(("decoder.",), self._logits)
-
-    @property
-    def decoder_segments(self) -> tuple[Segment, ...]:
-        return ()
+    def output_heads(self) -> tuple[Head, ...]:
+        return (CtcHead("decoder.", self._logits, self.blank_id),)
 
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
         return self.preprocessor.featurizer(waveforms, waveform_lengths)
@@ -84,17 +82,8 @@ class NemoConformerCtc(AsrModel):
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         return self.encoder.context(feature_lengths, frames)
 
-    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[ConformerContext, None]:
-        return self.context(feature_lengths, features.shape[1]), None
-
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return self.encoder.encoded_lengths(feature_lengths)
-
-    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        raise AssertionError("a CTC model has no attention decoder")
-
-    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
-        return None
 
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         tokenizer, blob = self.tokenizer.to_config()
@@ -117,7 +106,7 @@ class NemoConformerCtc(AsrModel):
             tokenizer_from_config(config["tokenizer"], blob),
         )
 
-    def _logits(self, encoded: Tensor, _: Any) -> Tensor:
+    def _logits(self, encoded: Tensor) -> Tensor:
         layer = self.decoder.decoder_layers[0]
         return nn.functional.linear(encoded, layer.weight.squeeze(2), layer.bias)  # (N, T', V)
 

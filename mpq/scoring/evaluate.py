@@ -96,8 +96,10 @@ def evaluate(
     where = choose_device(device)
     checkpoint = model_file(checkpoint)
     model = load_model(checkpoint, where)
-    if decode.method == "joint" and not model.decoder_segments:
-        raise MpqError(f"{checkpoint}: joint search needs an attention decoder, which this model does not have")
+    try:
+        model.searching(decode.method)
+    except MpqError as error:
+        raise MpqError(f"{checkpoint}: {error}") from None
     checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
     record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     utt_ids = [item.utt_id for item in checked.utterances]

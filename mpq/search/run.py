@@ -92,7 +92,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     """
     out, where = Path(out), choose_device(device)
     start = _start(recipe, where)
-    if not start.model.decoder_segments:  # nothing else has a loss
+    if len(start.model.heads) == 1:  # nothing else has a loss
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ctc_weight": 1.0})})
     options, data = recipe.search, recipe.data
     texts = "ignored" if start.is_imitating else "needed"
@@ -196,7 +196,7 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         imitates = model.family != "mpq"
     if model.quantized_bits:
         raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
-    if model.decoder_segments and not imitates and recipe.train.ctc_weight == 1:
+    if len(model.heads) > 1 and not imitates and recipe.train.ctc_weight == 1:
         raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
     own = model.encoder.options
     try:

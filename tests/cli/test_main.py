@@ -229,7 +229,7 @@ def test_searches_on_the_command_line(tmp_path: Path, tiny_archive: Path, tiny_m
     command[-1] = tmp_path / "other"
     done = run(*command, "--decode", "joint", "--quiet")
     assert done.exit_code == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "joint search needs an attention decoder" in done.stderr
+    assert "joint search needs a head that this model does not have" in done.stderr
     fails(*command, "--decode", "beam", words="--decode")
     fails(*command, "--decode", "prefix", "--beam-size", 0, words="beam_size: expected 1 or more")
     fails(*command, "--decode", "joint", "--ctc-weight", 2, words="ctc_weight: expected 0 to 1")

@@ -119,7 +119,7 @@ def test_alone_equals_padded_in_a_batch(options: dict) -> None:
 
 def test_stages_own_every_weight_once() -> None:
     model = tiny_model()
-    segments = (*model.segments, model.head)
+    segments = (*model.segments, *model.head("ctc").segments)
     for ref in model.weights():
         assert sum(ref.name.startswith(segment.prefixes) for segment in segments) == 1
 
