@@ -111,6 +111,11 @@ class NemoConformerCtc(AsrModel):
         return nn.functional.linear(encoded, layer.weight.squeeze(2), layer.bias)  # (N, T', V)
 
 
+def is_nemo(path: Path) -> bool:
+    """Returns whether a file is called `.nemo`, or is a tar archive, whatever its name."""
+    return path.suffix == ".nemo" or tarfile.is_tarfile(path)
+
+
 def read_nemo(path: Path) -> NemoConformerCtc:
     """Returns the model in a `.nemo` archive, float32, eval mode, on the CPU.
 

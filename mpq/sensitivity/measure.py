@@ -31,9 +31,9 @@ from mpq import __version__
 from mpq.artifact.file import fixed_bytes
 from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
 from mpq.errors import MpqError
-from mpq.files import check_output, digest, sha256_file
+from mpq.files import check_output, digest
 from mpq.journal import Journal
-from mpq.loading import load_model, model_file
+from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
 from mpq.quantization.spec import QuantSpec
 from mpq.runtime import Processes, choose_device, memory_for, processes, progress
@@ -104,12 +104,10 @@ def measure_sensitivity(
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     where = choose_device(device)
-    model = load_model(checkpoint, where)
-    if model.quantized_bits:
-        raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
+    opened = open_float_model(checkpoint, where, "measure")
+    model, model_record = opened.model, opened.to_json()
     SegmentTree(model).check(output)
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
-    model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     work = [
         __version__,
         model_record["sha256"],

@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
         "pack", tiny_archive, "--allocation", alloc, "--scheme", "symmetric", "--out", out, words="--scheme symmetric"
     )
     fails("pack", tiny_archive, "--bits", "4", "--out", tmp_path / "no" / "m", words="does not exist")
-    fails("inspect", tiny_manifest, words="not a whole .nemo")
+    fails("inspect", tiny_manifest, words="not a format that mpq reads; expected a NeMo archive (.nemo)")
     fails("inspect", tiny_archive, "--device", "cuda:", words="--device")
     fails("allocate", sens, "--average-bits", "4", "--out", tmp_path, words="a folder")
     fails("allocate", sens, "--average-bits", "4", "--out", ".", words="a folder")
