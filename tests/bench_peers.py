@@ -118,7 +118,7 @@ def peer_model(checkpoint: Path) -> AsrModel:
         elif isinstance(module, nn.Conv2d):
             setattr(model.get_submodule(parent), child, RowsConv2d(module))
     (head,) = (module for module in model.decoder.modules() if isinstance(module, nn.Linear))
-    model._logits = head
+    model.decoder.forward = lambda x: head(x)
     return model
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.hybrid import HybridConformer
-from mpq.models.nemo import NemoConformerCtc, is_nemo, read_nemo
+from mpq.models.nemo import NemoConformerCtc, read_nemo
+from mpq.models.nemo_archive import is_nemo
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from mpq.speech.data import batches, read_batch
 from mpq.speech.manifests import Utterance
 from mpq.speech.trn import split_words
 from mpq.training.data import TrainingSet
-from mpq.training.losses import JointLoss, joint
+from mpq.training.losses import JointLoss, shares
 
 BATCH_SECONDS = 120.0
 """Padded audio in a batch."""
@@ -50,11 +50,11 @@ def held_out_errors(
         sums += torch.tensor([*figures, *_word_errors(model, batch, found)], dtype=torch.float64)
     workers.add_up(sums)
     *loss_sums, tokens_sum, errors, words = sums.tolist()
-    means = {
-        head.name: total / head.loss_tokens(int(tokens_sum), len(data.utterances))
-        for head, total in zip(heads, loss_sums, strict=True)
-    }
-    return float(joint(means, model.heads, ctc_weight)), errors / max(1.0, words)
+    parts = [
+        share * total / head.loss_tokens(int(tokens_sum), len(data.utterances))
+        for head, share, total in zip(heads, shares(model.heads, ctc_weight).values(), loss_sums, strict=True)
+    ]
+    return sum(parts), errors / max(1.0, words)
 
 
 @torch.no_grad()

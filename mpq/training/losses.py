@@ -44,16 +44,18 @@ class JointLoss(nn.Module):
         return losses
 
 
-def joint(values: Mapping[str, Any], heads: Sequence[str], ctc_weight: float) -> Any:
-    """Returns the joint loss of the heads' losses (tensors or numbers).
-
-    It is ctc_weight times the CTC loss and 1 - ctc_weight times that of the other head; a single head has the whole.
+def shares(heads: Sequence[str], ctc_weight: float) -> dict[str, float]:
+    """Returns {head: its share of the joint loss}: ctc_weight for CTC, the rest for the other; all for a single head.
 
     Args:
-        values: {head: loss}.
-        heads: Which of them, in the model's order.
+        heads: The names of the heads, in the model's order.
         ctc_weight: The share of the CTC loss.
     """
     if len(heads) == 1:
-        return values[heads[0]]
-    return sum((ctc_weight if head == "ctc" else 1 - ctc_weight) * values[head] for head in heads)
+        return {heads[0]: 1.0}
+    return {head: ctc_weight if head == "ctc" else 1 - ctc_weight for head in heads}
+
+
+def joint(values: Mapping[str, Any], heads: Sequence[str], ctc_weight: float) -> Any:
+    """Returns the joint loss of {head: loss}, tensors or numbers; the other arguments as in `shares`."""
+    return sum(share * values[head] for head, share in shares(heads, ctc_weight).items())

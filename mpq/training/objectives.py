@@ -62,18 +62,18 @@ class Transcripts(Objective):
 
     def __init__(self, model: AsrModel, options: TrainConfig, channel: str, workers: Processes) -> None:
         self.options, self.channel, self.workers = options, channel, workers
-        self.module = JointLoss(model, options.label_smoothing)
-        self.logged = model.heads
+        self.loss = JointLoss(model, options.label_smoothing)
+        self.module, self.logged = self.loss, model.heads
 
     def prepare(self) -> None:
-        self.module.model.train()
+        self.loss.model.train()
 
     def losses(self, module: nn.Module, batch: Batch, data: TrainingSet) -> tuple[Tensor, Tensor, Tensor]:
         losses = module(batch.features, batch.frames, batch.targets)
         tokens = sum(len(data.tokens[index]) for index in batch.update_indices)
         means = {
             head.name: losses[head.name].sum() / head.loss_tokens(tokens, len(batch.update_indices))
-            for head in self.module.model.output_heads
+            for head in self.loss.model.output_heads
         }
         parts = torch.stack([means[name] for name in self.logged])
         return self._joint(means), parts, torch.stack([*losses.values()]).sum(dim=0)
@@ -85,7 +85,7 @@ class Transcripts(Objective):
         return float(self._joint(values))
 
     def held_out(self, data: TrainingSet) -> tuple[float, float]:
-        return held_out_errors(self.module, data, self.options.ctc_weight, self.channel, self.workers)
+        return held_out_errors(self.loss, data, self.options.ctc_weight, self.channel, self.workers)
 
 
 class Imitation(Objective):
@@ -127,7 +127,7 @@ def training_mode(model: AsrModel, options: FinetuneConfig) -> None:
     """Puts a model that imitates a trained one into training mode: dropout and batch statistics as `options` say."""
     model.train(options.dropout)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.BatchNorm1d):
             module.train(options.batch_norm == "updated")
 
 
