@@ -209,6 +209,7 @@ class AsrModel(nn.Module, ABC):
         context = head.context(encoded_lengths, encoded.shape[1], Targets(prefixes[:, 1:], lengths))
         return head.logits(encoded, context.inputs)
 
+    @torch.no_grad()
     def greedy(self, encoded: Tensor, encoded_lengths: Tensor, head: str | None = None) -> list[list[int]]:
         """Returns the token ids that greedy search finds, without blanks and repeats of frames.
 
