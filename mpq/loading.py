@@ -1,19 +1,40 @@
 """From a path to a model, whatever wrote it."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from mpq.artifact.file import is_artifact, read_artifact
 from mpq.errors import MpqError
+from mpq.files import sha256_file
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint, read_checkpoint
-from mpq.models.nemo import read_nemo
+from mpq.models.families import read_foreign
 
 PACKED_FILE = "packed.safetensors"
 """The artifact in a folder of `mpq finetune` or `mpq run`."""
 RUN_FILE = "run.json"
-"""In the folder of `mpq run`."""
+"""The record in a folder of `mpq run`."""
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model and the file that it was read from.
+
+    Attributes:
+        path: The file.
+        model: The model, in eval mode.
+        sha256: The SHA-256 of the file.
+    """
+
+    path: Path
+    model: AsrModel
+    sha256: str
+
+    def to_json(self) -> dict[str, str]:
+        """Returns the "model" object of the JSON files that mpq writes."""
+        return {"path": str(self.path), "sha256": self.sha256, "architecture": self.model.architecture}
 
 
 def model_file(path: Path | str) -> Path:
@@ -45,9 +66,10 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel
     """Returns the model in a checkpoint or artifact, in eval mode.
 
     Args:
-        path: A NeMo archive (`.nemo`), a checkpoint of `mpq train` (its folder or file), a file that `mpq pack` wrote,
-            or a folder of `mpq finetune`, whose artifact is read.
-        device: Where to put it.
+        path: A file of a family that mpq reads (`mpq.models.families`) such as a NeMo archive (`.nemo`), a checkpoint
+            of `mpq train` (its folder or file), a file that `mpq pack` wrote, or a folder of `mpq finetune`, whose
+            artifact is read.
+        device: The device to put it on.
 
     Raises:
         MpqError: No such file, not a format that mpq reads, or not a whole file of it.
@@ -55,4 +77,30 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel
     path = model_file(path)
     if is_checkpoint(path):
         return read_checkpoint(path).to(device)
-    return (read_artifact(path) if is_artifact(path) else read_nemo(path)).to(device)
+    return (read_artifact(path) if is_artifact(path) else read_foreign(path)).to(device)
+
+
+def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedModel:
+    """Returns the model in a checkpoint or artifact together with its file's fingerprint; arguments as `load_model`.
+
+    Raises:
+        MpqError: As `load_model`.
+    """
+    path = model_file(path)
+    return OpenedModel(path, load_model(path, device), sha256_file(path))
+
+
+def open_float_model(path: Path | str, device: str | torch.device, purpose: str) -> OpenedModel:
+    """Returns the same of a float model.
+
+    Args:
+        path, device: As in `load_model`.
+        purpose: What the caller does with it, for the message, such as "measure".
+
+    Raises:
+        MpqError: As `load_model`, or a model that is packed already.
+    """
+    opened = open_model(path, device)
+    if opened.model.quantized_bits:
+        raise MpqError(f"{opened.path}: already packed; {purpose} the float checkpoint that it was made from")
+    return opened

@@ -67,7 +67,7 @@ from mpq.artifact.file import fixed_bytes
 from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.files import sha256_file
 from mpq.loading import load_model
-from mpq.models.base import AsrModel, Segment
+from mpq.models.base import AsrModel
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import FLOAT_BITS
 from mpq.scoring.evaluate import evaluate
@@ -118,14 +118,14 @@ def peer_model(checkpoint: Path) -> AsrModel:
         elif isinstance(module, nn.Conv2d):
             setattr(model.get_submodule(parent), child, RowsConv2d(module))
     (head,) = (module for module in model.decoder.modules() if isinstance(module, nn.Linear))
-    model.head = Segment(model.head.prefixes, lambda x, _: head(x))
+    model.decoder.forward = lambda x: head(x)
     return model
 
 
 def peer_forward(model: AsrModel, batch: Utterance) -> Tensor:
     """Returns the (1, T', V) logits."""
     with patch("mpq.models.conformer._pointwise", lambda layer, x: layer(x)):
-        return model.head.run(model.encode(batch.features, batch.lengths)[0], None)
+        return model.head("ctc").logits(model.encode(batch.features, batch.lengths)[0], None)
 
 
 def peer_format(bits: int, grid: str) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def peer_scores(
     """
     original, model = load_model(checkpoint), peer_model(checkpoint)
     with torch.no_grad():
-        logits = original.head.run(original.encode(data[0].features, data[0].lengths)[0], None)
+        logits = original.head("ctc").logits(original.encode(data[0].features, data[0].lengths)[0], None)
         torch.testing.assert_close(peer_forward(model, data[0]), logits, rtol=1e-3, atol=1e-3)
 
     def loss(logits: Tensor, batch: Utterance) -> Tensor:

@@ -20,10 +20,10 @@ from mpq.artifact.weights import WeightFormat
 from mpq.config import FinetuneConfig
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.loading import load_model
+from mpq.models.heads import Targets, ctc_loss
 from mpq.quantization.spec import QuantSpec
 from mpq.runtime import keep_freed_memory
 from mpq.training.distillation import Distillation
-from mpq.training.losses import Targets, ctc_loss
 from mpq.training.optimization import choose_precision
 
 
@@ -36,7 +36,7 @@ class _Plain(nn.Module):
 
     def forward(self, features: Tensor, frames: Tensor, targets: Targets) -> Tensor:
         encoded, lengths = self.model.encode(features, frames)
-        log_probs = self.model.head.run(encoded, None).float().log_softmax(dim=-1)
+        log_probs = self.model.head("ctc").logits(encoded, None).float().log_softmax(dim=-1)
         return ctc_loss(log_probs, lengths, targets, self.model.blank_id)
 
 

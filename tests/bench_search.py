@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from mpq.config import FeaturesConfig, ModelConfig, Recipe
+from mpq.models.heads import Targets
 from mpq.runtime import keep_freed_memory
 from mpq.search.loop import BETAS
 from mpq.search.space import ModuleSpace
 from mpq.search.supernet import Supernet
 from mpq.speech.text import WordTokenizer
 from mpq.training.building import build_model
-from mpq.training.losses import JointLoss, Targets
+from mpq.training.losses import JointLoss
 from mpq.training.optimization import make_optimizer
 
 SIZES = {
@@ -81,7 +82,7 @@ def main(size: str, seconds: float, utterances: int, rounds: int, threads: int, 
             def run(turn: int) -> None:
                 optimizer.zero_grad(set_to_none=True)
                 added = prepare(turn)
-                ctc, attention = loss(*batch, targets)
+                ctc, attention = loss(*batch, targets).values()
                 (0.2 * ctc.sum() + 0.8 * attention.sum() + added).backward()
                 optimizer.step()
 

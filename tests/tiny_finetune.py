@@ -219,7 +219,9 @@ def run_as_process(rank: int, port: int, arguments: list[str], is_spoilt: bool) 
 
     def spoilt(self: Distillation, *inputs: Any) -> DistillationLosses:
         found, self.calls = losses(self, *inputs), getattr(self, "calls", 0) + 1
-        return found._replace(ctc_kl=found.ctc_kl * float("nan")) if self.calls > 2 else found
+        return (
+            found._replace(kl={head: one * float("nan") for head, one in found.kl.items()}) if self.calls > 2 else found
+        )
 
     if is_spoilt:
         Distillation.forward = spoilt

@@ -16,8 +16,8 @@ from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
-from mpq.files import check_output, sha256_file
-from mpq.loading import load_model, model_file
+from mpq.files import check_output
+from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
 from mpq.runtime import choose_device, memory_for, progress
 from mpq.sensitivity.calibration import (
@@ -124,10 +124,8 @@ def pack(
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     weight_format = _weight_format(allocation, bits, dict(options or {}), data)
-    model = load_model(checkpoint, choose_device(device))
-    if model.quantized_bits:
-        raise MpqError(f"{checkpoint}: already packed; pack the float checkpoint that it was made from")
-    sha256 = sha256_file(checkpoint)
+    opened = open_float_model(checkpoint, choose_device(device), "pack")
+    model, sha256 = opened.model, opened.sha256
     refs = model.weights()
     if allocation is not None:
         assigned = assign(model, checkpoint, sha256, allocation, weight_format, out)

@@ -35,9 +35,9 @@ from mpq.allocation.solve import allocate, chosen_bits, one_budget, rounded_up, 
 from mpq.artifact.file import check_names
 from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.errors import MpqError
-from mpq.files import check_output, digest, sha256_file
+from mpq.files import check_output, digest
 from mpq.journal import Journal
-from mpq.loading import load_model, model_file
+from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
 from mpq.runtime import choose_device, memory_for, progress
 from mpq.sensitivity.calibration import (
@@ -114,10 +114,8 @@ def allocate_measured(
         table.fixed_bytes + sum(of(decision.size_bytes) for decision in decisions) for of in (min, max)
     )
     allocation = solve(whole_frontier, **{name: value}) if limit is None else solve(target_bytes=largest)
-    model = load_model(checkpoint, choose_device(device))
-    if model.quantized_bits:
-        raise MpqError(f"{checkpoint}: already packed; measure with the float checkpoint that it was made from")
-    sha256 = sha256_file(checkpoint)
+    opened = open_float_model(checkpoint, choose_device(device), "measure with")
+    model, sha256 = opened.model, opened.sha256
     if table.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
     check_names(model.weights(), allocation.bits)

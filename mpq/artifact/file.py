@@ -33,7 +33,7 @@ from mpq.artifact.weights import (
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
-from mpq.models.checkpoint import FAMILIES
+from mpq.models.families import family_class
 from mpq.quantization.quantizers import Quantized
 from mpq.quantization.spec import FLOAT_BITS
 
@@ -96,9 +96,8 @@ def write_artifact(
         elif quantized and ref.name in quantized:
             payloads.append(encode(quantized[ref.name], width, weight_format))
         else:
-            payloads.append(
-                encode(*quantize_weight(ref.name, weight, weight_format, [width], grams or {}), width, weight_format)
-            )
+            (one,) = quantize_weight(ref.name, weight, weight_format, [width], grams or {})
+            payloads.append(encode(one, width, weight_format))
         on_layer(1)
         assert len(payloads[-1]) == layer_bytes(ref.shape, bits[ref.name], weight_format)
     parts["weights"] = b"".join(payloads)
@@ -125,7 +124,7 @@ def read_artifact(path: Path) -> AsrModel:
 def _model(parts: Mapping[str, bytes]) -> AsrModel:
     manifest = json.loads(lzma.decompress(parts["manifest"]))
     weight_format = WeightFormat.from_json(manifest["quantizer"])
-    model = FAMILIES[manifest["model"]["family"]].from_config(manifest["model"], parts["tokenizer"])
+    model = family_class(manifest["model"]["family"]).from_config(manifest["model"], parts["tokenizer"])
     refs = {ref.name: ref for ref in model.weights()}
     state: dict[str, Tensor] = {}
     cursor = Cursor(parts["weights"])

@@ -39,6 +39,7 @@ from mpq.training.distillation import Distillation, DistillationLosses
 from mpq.training.folder import claim_folder, clean_up
 from mpq.training.held_out import changed_errors
 from mpq.training.loop import Batch, Job, NotFiniteError, TrainingLoop
+from mpq.training.losses import joint
 from mpq.training.objectives import distilled, mixed_distillation, training_mode
 from mpq.training.record import EpochResult
 
@@ -113,11 +114,10 @@ class Finetuner(TrainingLoop):
         self.dev_figures: list[list[tuple[float, float | None]]] = []
 
     def _logged(self) -> list[str]:
-        names = ["ctc_kl"]
-        names += ["attention_kl"] if self.teacher.decoder_segments else []
+        names = [f"{head}_kl" for head in self.teacher.heads]
         names += ["hidden"] if self.tuning.hidden_weight else []
         if self.tuning.transcript_weight:
-            names += ["ctc", "attention"] if self.teacher.decoder_segments else ["ctc"]
+            names += self.teacher.heads
         return names
 
     def _trained(self) -> list[Tensor]:
@@ -168,13 +168,11 @@ class Finetuner(TrainingLoop):
                 *self.loss(batch.features, heard, batch.frames, batch.targets, known, self._allocation(index))
             )
         spoken = [len(self.data.tokens[i]) for i in batch.update_indices if self.data.utterances[i].text is not None]
-        ends = sum(spoken) + len(spoken)
-        values = distilled(found, self.workers, self.passes() * batch.of) | {
-            "ctc": found.ctc.sum() / max(1, sum(spoken)) / self.passes(),
-            "attention": found.attention.sum() / max(1, ends) / self.passes(),
-        }
-        each = found.ctc_kl + found.attention_kl + found.hidden + found.ctc + found.attention
-        return self._mixed(values), torch.stack([values[name] for name in self.logged]), each
+        values = distilled(found, self.workers, self.passes() * batch.of)
+        for name, losses in found.transcripts.items():
+            tokens = self.teacher.head(name).loss_tokens(sum(spoken), len(spoken))
+            values[name] = losses.sum() / tokens / self.passes()
+        return self._mixed(values), torch.stack([values[name] for name in self.logged]), found.each()
 
     @contextmanager
     def _astray(self, what: str) -> Iterator[None]:
@@ -186,9 +184,9 @@ class Finetuner(TrainingLoop):
 
     def _mixed(self, values: dict[str, Any]) -> Any:
         """Returns the loss that its parts make up."""
-        told, ctc = self.tuning.transcript_weight, self.tuning.ctc_weight
-        imitated = mixed_distillation(values, ctc, self.tuning.hidden_weight)
-        transcribed = ctc * values.get("ctc", 0.0) + (1 - ctc) * values.get("attention", 0.0)
+        told, ctc, heads = self.tuning.transcript_weight, self.tuning.ctc_weight, self.teacher.heads
+        imitated = mixed_distillation(values, heads, ctc, self.tuning.hidden_weight)
+        transcribed = joint(values, heads, ctc) if told else 0.0
         return (1 - told) * imitated + told * transcribed
 
     def total(self, values: dict[str, float]) -> float:
@@ -219,7 +217,7 @@ class Finetuner(TrainingLoop):
     def _overflow(self, features: Tensor, frames: Tensor) -> str:
         """Returns which layer of the student is the first whose output is not finite; "" if none is."""
         tree, batch = SegmentTree(self.student), OutputBatch(self.student, features, frames)
-        states = tree.run({0: features}, range(len(tree.segments)), batch.context)
+        states = tree.run({0: features}, range(len(tree.segments)), batch.context.inputs)
         for index, segment in enumerate(tree.segments):
             *_, hidden = states[index + 1] if isinstance(states[index + 1], tuple) else (states[index + 1],)
             if not hidden.isfinite().all():

@@ -20,11 +20,11 @@ from mpq.artifact.file import exact_names
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import digest, make_folder, sha256_file
+from mpq.files import digest, make_folder
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
-from mpq.loading import PACKED_FILE, load_model, model_file
+from mpq.loading import PACKED_FILE, open_float_model
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.quantization.spec import FLOAT_BITS
@@ -60,13 +60,10 @@ def finetune(
         MpqError: Bad input of any kind; a folder that holds another training; a loss that is not finite, with the
             update and the layer. The best weights until then are packed all the same.
     """
-    out, checkpoint = Path(out), model_file(checkpoint)
-    where = choose_device(device)
-    sha256 = sha256_file(checkpoint)
-    teacher = load_model(checkpoint, where)
-    if teacher.quantized_bits:
-        raise MpqError(f"{checkpoint}: already packed; fine-tune the float checkpoint that it was made from")
-    if not teacher.decoder_segments and recipe.finetune.ctc_weight != 1:
+    out, where = Path(out), choose_device(device)
+    opened = open_float_model(checkpoint, where, "fine-tune")
+    checkpoint, teacher, sha256 = opened.path, opened.model, opened.sha256
+    if len(teacher.heads) == 1 and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
     names = [path.stem for path in allocations]
     for path in allocations:

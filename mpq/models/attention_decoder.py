@@ -9,7 +9,7 @@ Legend: N utterances, U tokens with the leading <sos>, T' encoder frames, D widt
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +27,7 @@ class DecoderOptions:
         layers: Number of layers.
         heads: H; divides the encoder's width.
         ffn_width: Hidden units of the feed-forward modules.
-        dropout: In training: of embeddings, attention, feed-forward activations and each module.
+        dropout: Dropout of embeddings, attention, feed-forward activations and each module, in training.
     """
 
     layers: int
@@ -86,10 +86,11 @@ class Attention(nn.Module):
         dropout = self.dropout if self.training else 0.0
         q = self._split(self.linear_q(x))
         mixed = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropout)
-        return self.linear_out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))
+        return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
 class DecoderLayer(nn.Module):
@@ -162,12 +163,13 @@ class TransformerDecoder(nn.Module):
 
         The keys and values of the encoder output are made once, not with every token.
         """
-        memories = [layer.src_attn.keys_values(encoded) for layer in self.layers]
+        layers = self._layers()
+        memories = [layer.src_attn.keys_values(encoded) for layer in layers]
 
         def score(prefixes: Tensor, utterances: Tensor) -> Tensor:
             context = decoder_context(prefixes, encoded_lengths[utterances], encoded.shape[1])
             _, x = self._embedded(encoded, context)
-            for layer, (keys, values) in zip(self.layers, memories, strict=True):
+            for layer, (keys, values) in zip(layers, memories, strict=True):
                 x = layer.step(x, (keys[utterances], values[utterances]), context)
             return self._logits((encoded, x[:, -1]), context).log_softmax(dim=-1)
 
@@ -178,7 +180,7 @@ class TransformerDecoder(nn.Module):
 
         Between the embedding and the output, (N, U, D) goes along with the encoder output (`Hidden`).
         """
-        layers = tuple(((f"layers.{index}",), layer) for index, layer in enumerate(self.layers))
+        layers = tuple(((f"layers.{index}",), layer) for index, layer in enumerate(self._layers()))
         return ((("embed",), self._embedded), *layers, (("after_norm", "output"), self._logits))
 
     def _embedded(self, encoded: Tensor, context: DecoderContext) -> Hidden:
@@ -187,7 +189,11 @@ class TransformerDecoder(nn.Module):
         return encoded, F.dropout(x, self.options.dropout, self.training)
 
     def _logits(self, hidden: Hidden, _: DecoderContext) -> Tensor:
-        return self.output(self.after_norm(hidden[1]))
+        logits: Tensor = self.output(self.after_norm(hidden[1]))
+        return logits
+
+    def _layers(self) -> list[DecoderLayer]:
+        return cast(list[DecoderLayer], list(self.layers))  # torch forgets what a ModuleList holds
 
 
 def decoder_context(prefixes: Tensor, encoded_lengths: Tensor, frames: int) -> DecoderContext:

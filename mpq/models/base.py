@@ -1,16 +1,16 @@
 """What every step asks of a speech recogniser, whatever framework trained it.
 
-A model is a chain of *segments*: features -> ... -> encoder output -> CTC logits, and from the encoder output a second
-chain to the logits of the attention decoder, where there is one. Each segment is a function of the hidden state and
-owns the weights whose names start with its prefixes. So a change of one weight leaves everything before its segment as
-it was, which is what makes the exact sensitivity cheap, and `encode` is nothing but the chain.
+A model is an encoder and its heads (`mpq.models.heads`), each of them a chain of *segments*: features -> ... -> encoder
+output, and encoder output -> ... -> logits. Each segment is a function of the hidden state and owns the weights whose
+names start with its prefixes. So a change of one weight leaves everything before its segment as it was, which is what
+makes the exact sensitivity cheap, and `encode` is nothing but the chain.
 
 Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank,
 U tokens of a transcript.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -18,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.speech.decoding import GREEDY, DecodeOptions, NextLogProbs, ctc_greedy, ctc_prefix_beam, joint_beam
+from mpq.models.heads import Head, Targets
+from mpq.models.segment import Segment
+from mpq.speech.decoding import GREEDY, DecodeOptions
 from mpq.speech.features import LogMelOptions
 from mpq.speech.text import Tokenizer
 
@@ -42,21 +44,21 @@ class WeightRef:
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One link of the chain.
+class OutputContext:
+    """What all segments of a model need besides the hidden state, and which rows of its outputs count.
 
     Attributes:
-        prefixes: The weights whose names start with one of these are used here and nowhere else.
-        run: (hidden, context) -> hidden; context is what `AsrModel.context` or `output_context` returned. The first
-            hidden state are the features, the last one logits; those between are the model's own affair.
+        inputs: {"encoder" or the name of a head: the context of its segments}.
+        rows: {output: (N, ...) bool, in the shape of its logits without the last axis}; the outputs are "encoder" and
+            those of the heads (`Head.output`).
     """
 
-    prefixes: tuple[str, ...]
-    run: Callable[[Any, Any], Any]
+    inputs: dict[str, Any]
+    rows: dict[str, Tensor]
 
 
 class AsrModel(nn.Module, ABC):
-    """A trained recogniser with a CTC output, in eval mode."""
+    """A trained recogniser: an encoder and its heads, in eval mode."""
 
     family: str
     """Where the checkpoint comes from: "nemo", ..."""
@@ -85,17 +87,12 @@ class AsrModel(nn.Module, ABC):
     @property
     @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
-        """The encoder's segments; the CTC head is not among them."""
+        """The encoder's chain, from the features to the encoder output."""
 
     @property
     @abstractmethod
-    def head(self) -> Segment:
-        """(N, T', D) -> (N, T', V) CTC logits."""
-
-    @property
-    @abstractmethod
-    def decoder_segments(self) -> tuple[Segment, ...]:
-        """(N, T', D) -> ... -> (N, U + 1, V) logits of the attention decoder; empty for a model without one."""
+    def output_heads(self) -> tuple[Head, ...]:
+        """The heads; the first is the default."""
 
     @abstractmethod
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,22 +104,11 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
-        """Returns what the segments need besides the hidden tensor (masks, positions); it depends on no weight.
+        """Returns what the encoder's segments need besides the hidden tensor (masks, positions), not a weight among it.
 
         Args:
             feature_lengths: (N,) valid feature frames.
             frames: T of the padded features.
-        """
-
-    @abstractmethod
-    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[Any, Tensor | None]:
-        """Returns the context of all segments, the decoder's included, and the (N,) rows of the decoder that count.
-
-        The decoder is given the tokens that the model itself recognises, by greedy CTC: no transcripts are needed. Its
-        rows are the U tokens and <eos>. Without a decoder this is `context` and None.
-
-        Args:
-            features, feature_lengths: (N, T, F) and (N,) valid frames.
         """
 
     @abstractmethod
@@ -146,54 +132,112 @@ class AsrModel(nn.Module, ABC):
             hidden = segment.run(hidden, context)
         return hidden, self.encoded_lengths(feature_lengths)
 
-    def ctc_log_probs(self, encoded: Tensor) -> Tensor:
-        """Returns (N, T', V) natural-log probabilities of the tokens and the blank."""
-        return self.head.run(encoded, None).log_softmax(dim=-1)
+    @property
+    def heads(self) -> tuple[str, ...]:
+        """The names of the heads; the first is the default."""
+        return tuple(head.name for head in self.output_heads)
 
-    @abstractmethod
-    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        """Returns the decoder's (N, U + 1, V) logits of the tokens after each of (N, U + 1), <sos> first.
+    def head(self, name: str | None = None) -> Head:
+        """Returns a head by its name, the default head without one.
 
-        A model without `decoder_segments` is not asked.
+        Raises:
+            MpqError: The model has no such head.
         """
+        for head in self.output_heads:
+            if name in (None, head.name):
+                return head
+        raise MpqError(f"head: expected {' or '.join(self.heads)}, which this model has, got {name!r}")
 
-    @abstractmethod
-    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
-        """Returns what `mpq.speech.decoding.joint_beam` asks of the attention decoder; None for a model without one.
+    def searching(self, method: str, name: str | None = None) -> Head:
+        """Returns the head that a search belongs to: the first that has it, unless a name chooses the head.
+
+        Args:
+            method: As in `DecodeOptions`.
+            name: One of `heads`.
+
+        Raises:
+            MpqError: The model has no such head, or no head with this search.
+        """
+        among = self.output_heads if name is None else (self.head(name),)
+        for head in among:
+            if method in head.searches:
+                return head
+        known = ", ".join(f"{head.name} ({' or '.join(head.searches)})" for head in among)
+        raise MpqError(f"decode: {method} search needs a head that this model does not have; it has {known}")
+
+    @torch.no_grad()
+    def output_context(self, features: Tensor, feature_lengths: Tensor) -> OutputContext:
+        """Returns the contexts of the encoder and all heads.
+
+        A head that needs tokens is given those that the model itself recognises, by greedy search of its default head:
+        no transcripts are needed.
+
+        Args:
+            features, feature_lengths: (N, T, F) and (N,) valid frames.
+        """
+        context = self.context(feature_lengths, features.shape[1])
+        lengths, heads = self.encoded_lengths(feature_lengths), self.output_heads
+        frames = int(self.encoded_lengths(feature_lengths.new_tensor(features.shape[1])))
+        found: list[list[int]] = [[] for _ in features]
+        if any(head.needs_tokens for head in heads):
+            found = self.greedy(*self.encode(features, feature_lengths))
+        tokens = Targets.of(found, least=0).to(features.device)
+        contexts = {head: head.context(lengths, frames, tokens) for head in heads}
+        valid = torch.arange(frames, device=lengths.device) < lengths[:, None]  # (N, T')
+        return OutputContext(
+            {"encoder": context} | {head.name: own.inputs for head, own in contexts.items()},
+            {"encoder": valid} | {head.output: own.rows for head, own in contexts.items()},
+        )
+
+    def ctc_log_probs(self, encoded: Tensor) -> Tensor:
+        """Returns (N, T', V) natural-log probabilities of the tokens and the blank.
+
+        Raises:
+            MpqError: The model has no CTC head.
+        """
+        head = self.head("ctc")
+        return head.log_probs(head.logits(encoded, None))
+
+    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
+        """Returns the (N, U + 1, V) logits of the tokens after each of (N, U + 1), <sos> first.
+
+        Raises:
+            MpqError: The model has no attention head.
+        """
+        head = self.head("attention")
+        lengths = torch.full_like(encoded_lengths, prefixes.shape[1] - 1)
+        context = head.context(encoded_lengths, encoded.shape[1], Targets(prefixes[:, 1:], lengths))
+        return head.logits(encoded, context.inputs)
+
+    @torch.no_grad()
+    def greedy(self, encoded: Tensor, encoded_lengths: Tensor, head: str | None = None) -> list[list[int]]:
+        """Returns the token ids that greedy search finds, without blanks and repeats of frames.
 
         Args:
             encoded, encoded_lengths: (N, T', D), (N,) as `encode` returned them.
-        """
-
-    @torch.inference_mode()
-    def transcribe(self, waveforms: Tensor, waveform_lengths: Tensor, options: DecodeOptions = GREEDY) -> list[str]:
-        """Returns the transcripts of (N, S) waveforms, right-padded, with (N,) lengths in samples (greedy CTC).
+            head: One of `heads`; None for the default.
 
         Raises:
-            MpqError: A search that needs an attention decoder, and the model has none.
+            MpqError: The model has no such head.
         """
-        encoded, lengths = self.encode(*self.features(waveforms, waveform_lengths))
-        log_probs = self.ctc_log_probs(encoded)
-        if options.method == "greedy":
-            found = ctc_greedy(log_probs, lengths, self.blank_id)
-        elif options.method == "prefix":
-            beams = ctc_prefix_beam(log_probs, lengths, self.blank_id, options.beam_size, options.candidates)
-            found = [hypotheses[0].tokens for hypotheses in beams]
-        else:
-            scorer = self.next_token(encoded, lengths)
-            if scorer is None:
-                raise MpqError("decode: joint search needs an attention decoder, which this model does not have")
-            beams = joint_beam(
-                scorer,
-                log_probs,
-                lengths,
-                self.blank_id,
-                options.beam_size,
-                options.ctc_weight,
-                options.length_bonus,
-                candidates=options.candidates,
-            )
-            found = [hypotheses[0].tokens for hypotheses in beams]
+        return self.head(head).search(encoded, encoded_lengths)
+
+    @torch.inference_mode()
+    def transcribe(
+        self, waveforms: Tensor, waveform_lengths: Tensor, options: DecodeOptions = GREEDY, head: str | None = None
+    ) -> list[str]:
+        """Returns the transcripts of (N, S) waveforms, right-padded, with (N,) lengths in samples.
+
+        Args:
+            waveforms, waveform_lengths: As in `features`.
+            options: The search; greedy by default.
+            head: One of `heads`; None for the first that has the search.
+
+        Raises:
+            MpqError: The model has no such head, or no head with this search.
+        """
+        searching = self.searching(options.method, head)
+        found = searching.search(*self.encode(*self.features(waveforms, waveform_lengths)), options)
         return [self.tokenizer.decode(tokens) for tokens in found]
 
     def weights(self) -> list[WeightRef]:

@@ -8,6 +8,8 @@ has no CPU version and no mask.) Outside training this is BatchNorm1d.
 Legend: N utterances, D channels, T' frames.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -21,7 +23,10 @@ def batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor | None) -> Tensor:
         valid: (N, T') bool: the frames that count; None: all.
     """
     if not norm.training:
-        return norm(x)
+        return cast(Tensor, norm(x))
+    counter, momentum = norm.num_batches_tracked, norm.momentum
+    assert norm.running_mean is not None and norm.running_var is not None
+    assert counter is not None and momentum is not None, "statistics that are not tracked as running means"
     with torch.autocast(x.device.type, enabled=False):  # sums of half-precision numbers are no statistics
         wide = x.float()
         mask = None if valid is None else valid[:, None].to(wide)  # (N, 1, T')
@@ -31,9 +36,9 @@ def batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor | None) -> Tensor:
         variance = _shared(_sum(centred.square(), mask)) / count
         with torch.no_grad():
             unbiased = variance * (count / (count - 1).clamp(min=1))
-            norm.running_mean.lerp_(mean, norm.momentum)
-            norm.running_var.lerp_(unbiased, norm.momentum)
-            norm.num_batches_tracked += 1
+            norm.running_mean.lerp_(mean, momentum)
+            norm.running_var.lerp_(unbiased, momentum)
+            counter.add_(1)
         scale = norm.weight * (variance + norm.eps).rsqrt()
         return (centred * scale[:, None] + norm.bias[:, None]).to(x.dtype)
 
@@ -48,4 +53,4 @@ def _shared(x: Tensor) -> Tensor:
         return x
     from torch.distributed.nn.functional import all_reduce
 
-    return all_reduce(x)
+    return cast(Tensor, all_reduce(x))  # type: ignore[no-untyped-call]  # torch has no types for it

@@ -14,12 +14,10 @@ from safetensors.torch import save_file
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, is_counter, load_state
-from mpq.models.hybrid import HybridConformer
-from mpq.models.nemo import NemoConformerCtc
+from mpq.models.families import family_class
 
 CHECKPOINT_FORMAT = "mpq.checkpoint/1"
 MODEL_FILE = "model.safetensors"
-FAMILIES: dict[str, type[AsrModel]] = {"nemo": NemoConformerCtc, "mpq": HybridConformer}
 _TOKENIZER = "tokenizer"
 
 
@@ -62,7 +60,7 @@ def read_checkpoint(path: Path) -> AsrModel:
         if record["format"] != CHECKPOINT_FORMAT:
             raise MpqError(f'"format": expected "{CHECKPOINT_FORMAT}", got {json.dumps(record["format"])}; update mpq')
         blob = bytes(state.pop(_TOKENIZER).numpy())
-        model = FAMILIES[record["model"]["family"]].from_config(record["model"], blob)
+        model = family_class(record["model"]["family"]).from_config(record["model"], blob)
         load_state(model, state)
     except Exception as error:  # a spoilt record may lead to any
         reason = " ".join(str(error).split())

@@ -9,16 +9,19 @@ Legend: N utterances, T feature frames, F features, T' encoder frames, D width, 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.models.attention_decoder import DecoderContext
-from mpq.models.base import Segment
 from mpq.models.batch_norm import batch_norm
 from mpq.models.positions import sinusoids
+from mpq.models.segment import Segment
+
+Length = TypeVar("Length", int, Tensor)
+"""One number of frames, or the (N,) numbers of the utterances of a batch."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class ConformerOptions:
         ffn2_width: The same of the second module; None: as the first.
         ffn_rank: Rank of both matrices of the first module, of every block or a list; 0: not factored.
         ffn2_rank: The same of the second module; None: as the first.
-        kernel_size: Of the depthwise convolution; odd.
+        kernel_size: Frames that the depthwise convolution reads; odd.
         subsampling: "striding" (full 3x3 convolutions) or "dw_striding" (the later ones depthwise + pointwise).
         subsampling_factor: 2, 4, 8, ...: one stride-2 convolution for each factor of two.
         subsampling_channels: C.
@@ -42,11 +45,12 @@ class ConformerOptions:
         use_bias: Biases in feed-forward, attention and convolution modules.
         scale_input: Multiply the subsampled features by sqrt(D).
         conv_norm: "batch_norm" or "layer_norm" after the depthwise convolution.
-        norm_eps: Of every LayerNorm.
+        norm_eps: The epsilon of every LayerNorm.
         conv_mask: "before_depthwise": padded frames are zeroed after the gate, so that they never reach valid ones;
             "none": they are not (ESPnet).
         attention_mask: "key_and_query": padded queries attend to nothing; "key": they attend to the valid frames.
-        dropout: In training: after the subsampling, each feed-forward activation and each module, and of attention.
+        dropout: Dropout in training: after the subsampling, each feed-forward activation and each module, and of the
+            attention weights.
     """
 
     features: int
@@ -147,16 +151,14 @@ class ConformerContext:
         feature_lengths: (N,) valid feature frames.
         valid: (N, T') bool; None when no frame is padding.
         positions: (2T' - 1, D) sinusoids of the relative positions T'-1 ... -(T'-1).
-        decoder: What an attention decoder needs (no block looks at it); None where there is none or it has no tokens.
     """
 
     feature_lengths: Tensor
     valid: Tensor | None
     positions: Tensor
-    decoder: DecoderContext | None = None
 
 
-def subsampled_length(length: Tensor | int, factor: int, padding: int = 1) -> Tensor | int:
+def subsampled_length(length: Length, factor: int, padding: int = 1) -> Length:
     """Returns the frames left by stride-2, kernel-3 convolutions: L -> (L - 1) // 2 + padding for each."""
     for _ in range(int(math.log2(factor))):
         length = (length - 1) // 2 + padding
@@ -195,7 +197,8 @@ class ConvSubsampling(nn.Module):
             else:
                 x = layer(x)
         x = _zeroed(x, lengths)
-        return self.out(x.transpose(1, 2).flatten(2))  # (N, T', C, F') -> (N, T', D)
+        out: Tensor = self.out(x.transpose(1, 2).flatten(2))  # (N, T', C, F') -> (N, T', D)
+        return out
 
 
 def _zeroed(x: Tensor, lengths: Tensor) -> Tensor:
@@ -213,7 +216,8 @@ class FactoredLinear(nn.Module):
         self.outer = nn.Linear(rank, outputs, bias=use_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.outer(self.inner(x))
+        out: Tensor = self.outer(self.inner(x))
+        return out
 
 
 class FeedForward(nn.Module):
@@ -226,7 +230,8 @@ class FeedForward(nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.linear2(F.dropout(F.silu(self.linear1(x)), self.dropout, self.training))
+        out: Tensor = self.linear2(F.dropout(F.silu(self.linear1(x)), self.dropout, self.training))
+        return out
 
 
 def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> nn.Module:
@@ -261,10 +266,11 @@ class RelPosAttention(nn.Module):
         mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=scores, dropout_p=dropout, scale=scale)
         if context.valid is not None and self.mask == "key_and_query":
             mixed = mixed.masked_fill(~context.valid[:, None, :, None], 0.0)
-        return self.linear_out(mixed.transpose(1, 2).flatten(2))
+        out: Tensor = self.linear_out(mixed.transpose(1, 2).flatten(2))
+        return out
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        return x.reshape(*x.shape[:2], self.heads, x.shape[2] // self.heads).transpose(1, 2)
 
 
 def _relative_shift(x: Tensor) -> Tensor:
@@ -279,7 +285,7 @@ class ConvolutionModule(nn.Module):
     def __init__(self, options: ConformerOptions) -> None:
         super().__init__()
         width, kernel, bias = options.width, options.kernel_size, options.use_bias
-        self.mask, self.norm = options.conv_mask, options.conv_norm
+        self.mask = options.conv_mask
         self.pointwise_conv1 = nn.Conv1d(width, 2 * width, 1, bias=bias)
         self.depthwise_conv = nn.Conv1d(width, width, kernel, padding=kernel // 2, groups=width, bias=bias)
         is_layer_norm = options.conv_norm == "layer_norm"
@@ -291,7 +297,7 @@ class ConvolutionModule(nn.Module):
         if context.valid is not None and self.mask == "before_depthwise":
             x = x.masked_fill(~context.valid[:, :, None], 0.0)
         x = self.depthwise_conv(x.transpose(1, 2))  # (N, D, T')
-        if self.norm == "layer_norm":
+        if isinstance(self.batch_norm, nn.LayerNorm):
             x = self.batch_norm(x.transpose(1, 2))
         else:
             x = batch_norm(self.batch_norm, x, context.valid).transpose(1, 2)  # (N, T', D)
@@ -334,7 +340,8 @@ class ConformerBlock(nn.Module):
         )
 
     def _second(self, x: Tensor) -> Tensor:
-        return self.feed_forward2(self.norm_feed_forward2(x))
+        out: Tensor = self.feed_forward2(self.norm_feed_forward2(x))
+        return out
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
@@ -352,9 +359,13 @@ class ConformerEncoder(nn.Module):
     def segments(self, prefix: str) -> tuple[Segment, ...]:
         """Returns the chain from (N, T, F) features to the (N, T', D) output; `prefix` is this module's name."""
         segments = [Segment((f"{prefix}.pre_encode.",), self._subsample)]
-        for index, block in enumerate(self.layers):
+        for index, block in enumerate(self.blocks()):
             segments += [Segment((f"{prefix}.layers.{index}.{name}.",), step) for name, step in block.steps()]
         return tuple(segments)
+
+    def blocks(self) -> list[ConformerBlock]:
+        """Returns the blocks, in order."""
+        return cast(list[ConformerBlock], list(self.layers))  # torch forgets what a ModuleList holds
 
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         """Returns the context of (N, frames, F) features with (N,) valid frames."""
@@ -364,7 +375,7 @@ class ConformerEncoder(nn.Module):
         positions = sinusoids(relative, self.options.width)
         return ConformerContext(feature_lengths, None if bool(valid.all()) else valid, positions)
 
-    def encoded_lengths(self, feature_lengths: Tensor | int) -> Tensor | int:
+    def encoded_lengths(self, feature_lengths: Length) -> Length:
         """Returns the encoder frames for (N,) valid feature frames, or for one number of them."""
         return subsampled_length(feature_lengths, self.options.subsampling_factor, self.options.subsampling_padding)
 

@@ -6,16 +6,17 @@ decoder layers it is a CTC model. The last class is the blank of the CTC head an
 Legend: N utterances, T feature frames, T' encoder frames, D width, U tokens, V tokens of the vocabulary, C = V + 1.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder, decoder_context
-from mpq.models.base import AsrModel, Segment
+from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder
+from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerContext, ConformerEncoder, ConformerOptions
-from mpq.speech.decoding import NextLogProbs, ctc_greedy
+from mpq.models.heads import AttentionHead, CtcHead, Head
+from mpq.models.segment import Segment
 from mpq.speech.features import LogMel, LogMelOptions
 from mpq.speech.text import Tokenizer, tokenizer_from_config
 
@@ -61,20 +62,9 @@ class HybridConformer(AsrModel):
         return self.encoder.segments("encoder")
 
     @property
-    def head(self) -> Segment:
-        return Segment(("ctc.",), lambda encoded, _: self.ctc(encoded))
-
-    @property
-    def decoder_segments(self) -> tuple[Segment, ...]:
-        if self.decoder is None:
-            return ()
-        return tuple(
-            Segment(
-                tuple(f"decoder.{module}." for module in modules),
-                lambda hidden, context, step=step: step(hidden, context.decoder),
-            )
-            for modules, step in self.decoder.steps()
-        )
+    def output_heads(self) -> tuple[Head, ...]:
+        ctc = CtcHead("ctc.", self.ctc, self.blank_id)
+        return (ctc, AttentionHead("decoder.", self.decoder, self.blank_id, ctc)) if self.decoder else (ctc,)
 
     def features(self, waveforms: Tensor, waveform_lengths: Tensor) -> tuple[Tensor, Tensor]:
         features, lengths = self.featurizer(waveforms, waveform_lengths)
@@ -92,27 +82,8 @@ class HybridConformer(AsrModel):
     def context(self, feature_lengths: Tensor, frames: int) -> ConformerContext:
         return self.encoder.context(feature_lengths, frames)
 
-    @torch.no_grad()
-    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[ConformerContext, Tensor | None]:
-        context = self.context(feature_lengths, features.shape[1])
-        if self.decoder is None:
-            return context, None
-        encoded, lengths = self.encode(features, feature_lengths)
-        found = ctc_greedy(self.ctc_log_probs(encoded), lengths, self.blank_id)
-        prefixes = [torch.tensor([self.blank_id, *tokens], device=encoded.device) for tokens in found]
-        rows = torch.tensor([len(prefix) for prefix in prefixes], device=encoded.device)
-        padded = nn.utils.rnn.pad_sequence(prefixes, batch_first=True, padding_value=self.blank_id)  # (N, U + 1)
-        return replace(context, decoder=decoder_context(padded, lengths, encoded.shape[1])), rows
-
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return self.encoder.encoded_lengths(feature_lengths)
-
-    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        assert self.decoder is not None, "a CTC model has no attention decoder"
-        return self.decoder(prefixes, encoded, encoded_lengths)
-
-    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> NextLogProbs | None:
-        return self.decoder.scorer(encoded, encoded_lengths) if self.decoder else None
 
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         tokenizer, blob = self.tokenizer.to_config()

@@ -134,7 +134,7 @@ def stages_of(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[Stage
             table,
             quantizer(recipe),
             method=options.method,
-            output=options.output or ("decoder" if load_model(checkpoint).decoder_segments else "ctc"),
+            output=options.output or max(load_model(checkpoint).output_heads, key=lambda one: one.needs_tokens).output,
             max_seconds=options.seconds or METHODS[options.method],
             seed=recipe.seed,
             **reading,

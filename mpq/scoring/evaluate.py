@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.files import make_folder, sha256_file, write_json, write_text
+from mpq.files import make_folder, write_json, write_text
 from mpq.journal import Journal
-from mpq.loading import load_model, model_file
+from mpq.loading import open_model
 from mpq.runtime import choose_device, memory_for, progress
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
@@ -94,12 +94,13 @@ def evaluate(
         MpqError: Bad input of any kind.
     """
     where = choose_device(device)
-    checkpoint = model_file(checkpoint)
-    model = load_model(checkpoint, where)
-    if decode.method == "joint" and not model.decoder_segments:
-        raise MpqError(f"{checkpoint}: joint search needs an attention decoder, which this model does not have")
+    opened = open_model(checkpoint, where)
+    model, record = opened.model, opened.to_json()
+    try:
+        model.searching(decode.method)
+    except MpqError as error:
+        raise MpqError(f"{opened.path}: {error}") from None
     checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
-    record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     utt_ids = [item.utt_id for item in checked.utterances]
     references = [item.text or "" for item in checked.utterances]
     ref = format_trn(data, utt_ids, references)

@@ -24,8 +24,8 @@ import torch
 
 from mpq.config import AugmentConfig, Recipe, TrainConfig
 from mpq.errors import MpqError
-from mpq.files import digest, make_folder, sha256_file, write_json, write_text
-from mpq.loading import load_model, model_file
+from mpq.files import digest, make_folder, write_json, write_text
+from mpq.loading import open_float_model
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, read_checkpoint
 from mpq.models.reshaping import FfnShapes, sliced
@@ -92,7 +92,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     """
     out, where = Path(out), choose_device(device)
     start = _start(recipe, where)
-    if not start.model.decoder_segments:  # nothing else has a loss
+    if len(start.model.heads) == 1:  # nothing else has a loss
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"ctc_weight": 1.0})})
     options, data = recipe.search, recipe.data
     texts = "ignored" if start.is_imitating else "needed"
@@ -190,13 +190,11 @@ def _start(recipe: Recipe, where: torch.device) -> _Start:
         model = recipe.model.model_copy(update={key: getattr(largest, key) for key in keys})
         untrained = build_model(recipe.model_copy(update={"model": model}), tokenizer).to(where)
         return _Start(untrained, None, space, imitates, most(untrained, space))
-    path = model_file(recipe.checkpoint)
-    sha256, model = sha256_file(path), load_model(path, where)
+    opened = open_float_model(recipe.checkpoint, where, "search")
+    path, model, sha256 = opened.path, opened.model, opened.sha256
     if options.loss is None:
         imitates = model.family != "mpq"
-    if model.quantized_bits:
-        raise MpqError(f"{path}: already packed; search the float checkpoint that it was made from")
-    if model.decoder_segments and not imitates and recipe.train.ctc_weight == 1:
+    if len(model.heads) > 1 and not imitates and recipe.train.ctc_weight == 1:
         raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
     own = model.encoder.options
     try:

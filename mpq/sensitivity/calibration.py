@@ -235,9 +235,9 @@ def input_grams(
     path = tree.path(*tree.recognition)
     with torch.no_grad():
         for features, lengths in data:
-            context, _ = model.output_context(features, lengths)
+            inputs = model.output_context(features, lengths).inputs
             with watch:
-                tree.run({0: features}, path, context, keep=())
+                tree.run({0: features}, path, inputs, keep=())
             on_utterance(1)
     return {name: gram.cpu() for name, gram in watch.grams.items()}
 
@@ -351,7 +351,8 @@ def cache_folder() -> Path:
 
 
 def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str) -> Path:
-    kind = "grams/2 decoder" if model.decoder_segments else "grams/2"
+    told = [head.output for head in model.output_heads if head.needs_tokens]  # statistics depend on the tokens, too
+    kind = " ".join(["grams/2", *told])
     key = hashlib.sha256(f"{kind} {model_sha256} {data_sha256}".encode()).hexdigest()
     return cache_folder() / f"grams-{key[:32]}.safetensors"
 

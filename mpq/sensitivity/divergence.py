@@ -1,67 +1,71 @@
-"""How far the output of a changed model is from that of the model as trained: KL divergence per frame, in nats.
+"""How far the output of a changed model is from that of the model as trained: KL divergence per row, in nats.
 
 The calibration data lie before the model as batches of hidden states that walk through its segments (`SegmentTree`), so
 that a change in segment s needs only the segments after s (`OutputBatch`); `JointDivergence` keeps the states before
 every segment, and so measures one change after another of a model with all of its layers quantized.
 
-An output is a distribution for each *row*: for each valid encoder frame that of the CTC head, or softmax of the
-encoder's output; for each token of the transcript, and for <eos>, that of the attention decoder. The decoder is given
-the tokens that the unchanged model recognises by greedy CTC. Recognition uses the CTC output and, where there is a
-decoder, its output too: the divergence of a whole model is the mean over the rows of both.
+An output is a distribution for each *row*. The rows of "encoder", softmax of the encoder's output, are the valid
+encoder frames; those of a head's output are what the head says (`mpq.models.heads`): the valid frames for CTC, the
+tokens of the transcript and <eos> for an attention decoder. A head that needs tokens is given those that the unchanged
+model recognises by greedy search. Recognition uses the outputs of all heads: the divergence of a whole model is the
+mean over the rows of all of them.
 
 Two means over rows are used. That of one layer's sensitivity is plain (Li et al. 2023, Eq. 7). That of a whole
 model is bounded: no row counts more than BOUND. A plain mean is decided by the few frames where the spike of a token
 has moved by one, which changes no word (docs/rounding.md has how both go with the word errors).
 
-Legend: N utterances, T feature frames, F features, T' encoder frames, U tokens, M rows of all utterances, V classes.
+Legend: N utterances, T feature frames, F features, M rows of all utterances, V classes.
 """
 
 import math
-from collections.abc import Container, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Segment
-
-OUTPUTS = ("ctc", "encoder", "decoder")
+from mpq.models.base import AsrModel
+from mpq.models.segment import Segment
 
 BOUND = 1.0
 """Nats that one row counts at most in the divergence of a whole model."""
 
 
 class SegmentTree:
-    """All segments of a model: features -> encoder -> CTC head, and encoder -> attention decoder where there is one.
+    """All segments of a model: features -> encoder output, and encoder output -> logits for each head.
 
     State 0 are the features, and state i + 1 is what segment i makes of the state that it reads.
 
     Args:
-        model: Whose segments.
+        model: The model whose segments these are.
     """
 
     def __init__(self, model: AsrModel) -> None:
-        encoder, decoder = model.segments, model.decoder_segments
-        encoded = len(encoder)  # the state
-        self.segments: tuple[Segment, ...] = (*encoder, model.head, *decoder)
-        self.sources = (
-            *range(encoded),
-            encoded,
-            *(encoded + step + 1 if step else encoded for step in range(len(decoder))),
-        )
-        """The state that each segment reads."""
-        self.ends = {"ctc": encoded + 1, "encoder": encoded} | ({"decoder": len(self.segments)} if decoder else {})
+        encoded = len(model.segments)  # the state
+        segments, sources, parts = [*model.segments], [*range(encoded)], ["encoder"] * encoded
+        self.ends = {"encoder": encoded}
         """{output: the state whose softmax it is}."""
-        self.recognition = ("ctc", "decoder") if decoder else ("ctc",)
+        for head in model.output_heads:
+            chain = head.segments
+            sources += [encoded, *range(len(segments) + 1, len(segments) + len(chain))]
+            parts += [head.name] * len(chain)
+            segments += chain
+            self.ends[head.output] = len(segments)
+        self.segments: tuple[Segment, ...] = tuple(segments)
+        self.sources = tuple(sources)
+        """The state that each segment reads."""
+        self.parts = tuple(parts)
+        """The part of the model that each segment belongs to: "encoder" or the name of a head."""
+        self.recognition = tuple(head.output for head in model.output_heads)
         """The outputs that recognition uses; each weight takes part in one of them."""
+        self.log_probs = log_probs_of_outputs(model)
+        """{output: logits -> natural-log probabilities}."""
 
     def check(self, output: str) -> None:
         """Raises MpqError unless the model has this output."""
-        if output not in OUTPUTS:
-            raise MpqError(f"output: expected {', '.join(OUTPUTS[:-1])} or {OUTPUTS[-1]}, got {output!r}")
         if output not in self.ends:
-            raise MpqError(f"output: decoder: this model has no attention decoder; expected {' or '.join(self.ends)}")
+            raise MpqError(f"output: expected {' or '.join(self.ends)}, which this model has, got {output!r}")
 
     def path(self, *outputs: str) -> tuple[int, ...]:
         """Returns the segments between the features and these outputs, in an order in which they can run."""
@@ -86,20 +90,25 @@ class SegmentTree:
         return next(one for one in (output, *self.recognition) if index in self.path(one))
 
     def run(
-        self, states: Mapping[int, Any], path: Sequence[int], context: Any, keep: Container[int] | None = None
+        self,
+        states: Mapping[int, Any],
+        path: Sequence[int],
+        inputs: Mapping[str, Any],
+        keep: Container[int] | None = None,
     ) -> dict[int, Any]:
         """Returns {state: what the segments of a path make}.
 
         Args:
-            states: What they read that none of them makes.
-            path: Stages, in order.
-            context: As in `Segment`.
-            keep: Of the states that a segment of the path reads, those to return; None for all.
+            states: The states that the path reads and none of its segments makes.
+            path: Segments, in order.
+            inputs: As in `mpq.models.base.OutputContext`.
+            keep: The states to return among those that a segment of the path reads; None for all.
         """
         found: dict[int, Any] = {}
         for place, index in enumerate(path):
             source = self.sources[index]
-            found[index + 1] = self.segments[index].run(found[source] if source in found else states[source], context)
+            hidden = found[source] if source in found else states[source]
+            found[index + 1] = self.segments[index].run(hidden, inputs[self.parts[index]])
             is_read = any(self.sources[later] == source for later in path[place + 1 :])
             if keep is not None and source not in keep and not is_read:
                 found.pop(source, None)
@@ -115,33 +124,53 @@ class OutputBatch:
     """
 
     def __init__(self, model: AsrModel, features: Tensor, lengths: Tensor) -> None:
-        self.hidden: Any = features
-        self.context, tokens = model.output_context(features, lengths)
-        frames = model.encoded_lengths(lengths)
-        self.rows = {"ctc": frames, "encoder": frames} | ({} if tokens is None else {"decoder": tokens})
+        self.states: dict[int, Any] = {0: features}
+        """{state of the tree: hidden state}: those that later segments read."""
+        self.context = model.output_context(features, lengths)
+        self._log_probs = log_probs_of_outputs(model)
+        self.counts = {output: rows.flatten(1).sum(dim=1) for output, rows in self.context.rows.items()}
         """{output: (N,) rows of each utterance}."""
 
-    def advance(self, segment: Segment) -> None:
-        """Takes the hidden state through a segment."""
-        self.hidden = segment.run(self.hidden, self.context)
+    def advance(self, tree: SegmentTree, index: int) -> None:
+        """Takes the batch through segment `index`, all before it being done; keeps what later segments read."""
+        read = set(tree.sources[index + 1 :])
+        if index + 1 in read:
+            self.states |= tree.run(self.states, (index,), self.context.inputs)
+        self.states = {state: hidden for state, hidden in self.states.items() if state in read}
 
-    def log_distribution(self, segments: Sequence[Segment], output: str = "ctc") -> Tensor:
-        """Returns what these segments make of the hidden state: (M, V) float64 log-softmax of the output's rows."""
-        x = self.hidden
-        for segment in segments:
-            x = segment.run(x, self.context)
-        return self.log_softmax(x, output)
+    def log_distribution(self, tree: SegmentTree, path: Sequence[int], output: str) -> Tensor:
+        """Returns (M, V) float64 log-softmax of an output's rows; the path leads from the states to the output."""
+        return self.log_distributions(tree, (output,), path)[output]
 
-    def log_distributions(self, tree: SegmentTree, outputs: Sequence[str]) -> dict[str, Tensor]:
-        """Returns {output: (M, V) float64 log-softmax of its rows}; the hidden state must still be the features."""
+    def log_distributions(
+        self, tree: SegmentTree, outputs: Sequence[str], path: Sequence[int] | None = None
+    ) -> dict[str, Tensor]:
+        """Returns {output: (M, V) float64 log-softmax of its rows}.
+
+        Args:
+            tree: The segments.
+            outputs: Some of its outputs.
+            path: The segments between the batch's states and these outputs; None: all from the features on.
+        """
+        logits = self.logits(tree, outputs, path)
+        return {output: self.log_softmax(x, output) for output, x in logits.items()}
+
+    def logits(self, tree: SegmentTree, outputs: Sequence[str], path: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Returns {output: its (N, ..., V) logits}, as `log_distributions`; of "encoder" the encoder output."""
         ends = {output: tree.ends[output] for output in outputs}
-        states = tree.run({0: self.hidden}, tree.path(*outputs), self.context, keep=ends.values())
-        return {output: self.log_softmax(states[end], output) for output, end in ends.items()}
+        path = tree.path(*outputs) if path is None else path
+        states = self.states | tree.run(self.states, path, self.context.inputs, keep=ends.values())
+        return {output: states[end] for output, end in ends.items()}
 
-    def log_softmax(self, x: Tensor, output: str = "ctc") -> Tensor:
-        """Returns (M, V) float64 log-probabilities of the rows of an output, of its (N, T' or U + 1, V) logits."""
-        valid = torch.arange(x.shape[1], device=x.device) < self.rows[output][:, None]
-        return x[valid].double().log_softmax(dim=-1)
+    def log_softmax(self, x: Tensor, output: str) -> Tensor:
+        """Returns (M, V) float64 log-probabilities of the rows of an output, of its (N, ..., V) logits."""
+        return self._log_probs[output](x[self.context.rows[output]].double())
+
+
+def log_probs_of_outputs(model: AsrModel) -> dict[str, Callable[[Tensor], Tensor]]:
+    """Returns {output: logits -> natural-log probabilities} of the encoder's output and of the heads."""
+    heads = {head.output: head.log_probs for head in model.output_heads}
+    return {"encoder": lambda x: x.log_softmax(dim=-1), **heads}
 
 
 def mean_kl(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
@@ -166,7 +195,7 @@ def output_divergence(
         model: As trained.
         changed: A model of the same shape.
         data: Batches of ((N, T, F) features, (N,) valid frames).
-        output: One of OUTPUTS; None for all those that recognition uses.
+        output: "encoder" or the output of a head; None for all those that recognition uses.
 
     Raises:
         MpqError: An output that the model does not have, or a divergence that is not finite.
@@ -211,7 +240,7 @@ class JointDivergence:
     Args:
         model: As trained. Its weights are changed in place; `restore` brings them back.
         data: Batches of ((N, T, F) features, (N,) valid frames).
-        output: One of OUTPUTS; None for all those that recognition uses.
+        output: "encoder" or the output of a head; None for all those that recognition uses.
 
     Raises:
         MpqError: An output that the model does not have.
@@ -225,14 +254,14 @@ class JointDivergence:
         self._originals: dict[str, Tensor] = {}
         with torch.inference_mode():
             self._batches = [OutputBatch(model, *batch) for batch in data]
-            features: list[dict[int, Any]] = [{0: batch.hidden} for batch in self._batches]
+            features = [batch.states for batch in self._batches]
             self._states = [own | new for own, new in zip(features, self._walk(features, self._path), strict=True)]
             self._references = [
                 {output: batch.log_softmax(states[self._tree.ends[output]], output) for output in self._outputs}
                 for batch, states in zip(self._batches, self._states, strict=True)
             ]
         self.frames = sum(len(rows) for references in self._references for rows in references.values())
-        """Rows of the data: valid encoder frames, and of a model with an attention decoder its tokens and <eos> too."""
+        """Rows of the data, of all measured outputs: with CTC the valid encoder frames."""
         self.kl: Tensor = torch.zeros(self._utterances, dtype=torch.float64)
         """(utterances,) sums over the rows of each, of the model as it is now."""
 
@@ -265,7 +294,7 @@ class JointDivergence:
 
     @property
     def _utterances(self) -> int:
-        return sum(len(batch.rows["ctc"]) for batch in self._batches)
+        return sum(len(batch.counts["encoder"]) for batch in self._batches)
 
     def _measured(
         self, weights: Mapping[str, Tensor], keep: Container[int] | None
@@ -292,9 +321,8 @@ class JointDivergence:
         self, states: Sequence[Mapping[int, Any]], path: Sequence[int], keep: Container[int] | None = None
     ) -> list[dict[int, Any]]:
         """Returns for each batch what these segments make of its states."""
-        return [
-            self._tree.run(own, path, batch.context, keep) for own, batch in zip(states, self._batches, strict=True)
-        ]
+        pairs = zip(states, self._batches, strict=True)
+        return [self._tree.run(own, path, batch.context.inputs, keep) for own, batch in pairs]
 
 
 def bounded_kl(reference: Tensor, changed: Tensor) -> Tensor:
@@ -306,6 +334,7 @@ def _sums(batch: OutputBatch, references: Mapping[str, Tensor], logits: Mapping[
     """Returns the (N,) sums of the bounded divergence over the rows of each utterance in all outputs."""
     sums = []
     for output, reference in references.items():
-        parts = bounded_kl(reference, batch.log_softmax(logits[output], output)).split(batch.rows[output].tolist())
+        rows = bounded_kl(reference, batch.log_softmax(logits[output], output))
+        parts = torch.split(rows, batch.counts[output].tolist())
         sums.append(torch.stack([part.sum() for part in parts]))
     return torch.stack(sums).sum(dim=0).cpu()

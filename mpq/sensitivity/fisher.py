@@ -2,8 +2,8 @@
 
 Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
 the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is
-the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each frame
-(of an attention decoder: each token) and label. So an utterance takes a backward pass for each set of signs (no
+the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each row
+and label. So an utterance takes a backward pass for each set of signs (no
 transcripts), whose gradient of each weight is multiplied with the rounding errors at every width. It serves all layers
 and widths; the exact divergence (`mpq.sensitivity.measure.measure_kl`) needs a forward pass for each. Signs rather than
 labels drawn from p: a rare label with a large gradient makes drawn scores differ by a factor of two from draw to draw,
@@ -50,11 +50,10 @@ def fisher_scores(
         model: The float model.
         errors: {weight name: (numel,) rounding errors at each of the W widths} (`rounding_errors`).
         features, lengths: (1, T, F) and (1,) of the utterance, without padding.
-        seed: Of the signs.
-        output: "ctc": of the CTC posteriors; "encoder": of softmax of the encoder's output; "decoder": of the attention
-            decoder's distributions of the tokens. Weights that it does not depend on are scored by an output that does:
-            the CTC head by "ctc", the decoder by "decoder"; their score is the mean over that output's rows, times the
-            number of rows of the chosen one.
+        seed: The seed of the signs.
+        output: The output whose divergence is estimated (`mpq.sensitivity.divergence`). Weights that it does not depend
+            on are scored by an output that does, such as the CTC head by "ctc"; their score is the mean over that
+            output's rows, times the number of rows of the chosen one.
 
     Raises:
         MpqError: An output that the model does not have, an output or a gradient that is not finite, or a weight that
@@ -65,9 +64,9 @@ def fisher_scores(
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
     outputs = (output, *(other for other in tree.recognition if other != output))
-    context, _ = model.output_context(features, lengths)
-    states = tree.run({0: features}, tree.path(*outputs), context)
-    log_probs = [states[tree.ends[one]][0].log_softmax(dim=-1) for one in outputs]  # (rows, V) each
+    inputs = model.output_context(features, lengths).inputs
+    states = tree.run({0: features}, tree.path(*outputs), inputs)
+    log_probs = [tree.log_probs[one](states[tree.ends[one]]).flatten(0, -2) for one in outputs]  # (rows, V) each
     scores = torch.zeros(len(errors), len(next(iter(errors.values()))), dtype=torch.float64)
     generator = torch.Generator().manual_seed(_utterance_seed(seed, features))
     if not all(bool(one.isfinite().all()) for one in log_probs):

@@ -31,9 +31,9 @@ from mpq import __version__
 from mpq.artifact.file import fixed_bytes
 from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
 from mpq.errors import MpqError
-from mpq.files import check_output, digest, sha256_file
+from mpq.files import check_output, digest
 from mpq.journal import Journal
-from mpq.loading import load_model, model_file
+from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
 from mpq.quantization.spec import QuantSpec
 from mpq.runtime import Processes, choose_device, memory_for, processes, progress
@@ -46,7 +46,7 @@ from mpq.sensitivity.calibration import (
     one_by_one,
     statistics,
 )
-from mpq.sensitivity.divergence import OUTPUTS, OutputBatch, SegmentTree, mean_kl, owner
+from mpq.sensitivity.divergence import OutputBatch, SegmentTree, mean_kl, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
@@ -99,18 +99,15 @@ def measure_sensitivity(
     widths = tuple(sorted(set(bits)))
     for width in widths:
         QuantSpec(width)  # refuses what is not a width
-    for name, value, known in (("--output", output, OUTPUTS), ("--method", method, tuple(METHODS))):
-        if value not in known:
-            raise MpqError(f"{name}: expected {' or '.join(known)}, got {value!r}")
+    if method not in METHODS:
+        raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     where = choose_device(device)
-    model = load_model(checkpoint, where)
-    if model.quantized_bits:
-        raise MpqError(f"{checkpoint}: already packed; measure the float checkpoint that it was made from")
+    opened = open_float_model(checkpoint, where, "measure")
+    model, model_record = opened.model, opened.to_json()
     SegmentTree(model).check(output)
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
-    model_record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
     work = [
         __version__,
         model_record["sha256"],
@@ -309,16 +306,16 @@ def measure_kl(
     with torch.inference_mode():
         batches = [OutputBatch(model, features, lengths) for features, lengths in data]
         references = [batch.log_distributions(tree, tuple(dict.fromkeys(over.values()))) for batch in batches]
-        for index, segment in enumerate(tree.segments):
+        for index in range(len(tree.segments)):
             for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
                 widths = [bits for other, bits in points if other == name]
-                chain = [tree.segments[later] for later in tree.path(over[name]) if later >= index]
+                path = [later for later in tree.path(over[name]) if later >= index]
                 original = parameters[name].data
                 rounded = quantize_layer(name, original, weight_format, widths, grams or {})
                 for bits, weight in zip(widths, rounded, strict=True):
                     parameters[name].data = weight
                     try:
-                        changed = (batch.log_distribution(chain, over[name]) for batch in batches)
+                        changed = (batch.log_distribution(tree, path, over[name]) for batch in batches)
                         kl = mean_kl(zip((own[over[name]] for own in references), changed, strict=True))
                     finally:
                         parameters[name].data = original
@@ -326,7 +323,6 @@ def measure_kl(
                         raise MpqError(f"{name} at {bits} bits: expected a finite divergence, got {kl}")
                     results[name, bits] = kl
                     on_point(name, bits, kl)
-            if index + 1 in tree.sources:  # not after the head, which the decoder does not read
-                for batch in batches:
-                    batch.advance(segment)
+            for batch in batches:
+                batch.advance(tree, index)
     return results

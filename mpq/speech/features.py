@@ -62,7 +62,7 @@ def slaney_filter_bank(options: LogMelOptions) -> Tensor:
     from torchaudio.functional import melscale_fbanks
 
     bins = options.n_fft // 2 + 1
-    bank = melscale_fbanks(
+    bank: Tensor = melscale_fbanks(
         bins, options.fmin, options.fmax, options.n_mels, options.sample_rate, norm="slaney", mel_scale="slaney"
     )
     return bank.T.contiguous()
@@ -70,6 +70,9 @@ def slaney_filter_bank(options: LogMelOptions) -> Tensor:
 
 class LogMel(nn.Module):
     """The feature extractor. Its buffers `window` (win_length,) and `fb` (1, F, n_fft//2 + 1) are in the state dict."""
+
+    window: Tensor
+    fb: Tensor
 
     def __init__(self, options: LogMelOptions) -> None:
         super().__init__()

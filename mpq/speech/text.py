@@ -20,7 +20,7 @@ class Tokenizer(ABC):
     pieces: tuple[str, ...]
     """The V tokens, as the vocabulary spells them."""
     is_closed = False
-    """Whether words that the tokens lack are to be expected in a test; else they show that a text is not normalised."""
+    """Whether the tokens are words, so that a test may have others; else a missing character shows an odd text."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:
@@ -36,7 +36,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def missing(self, text: str) -> list[str]:
-        """Returns what of `text` no token can spell, each once: characters, or words where the tokens are words."""
+        """Returns the characters of `text` that no token can spell, each once; words where the tokens are words."""
 
     @abstractmethod
     def to_config(self) -> tuple[dict[str, Any], bytes]:
@@ -113,10 +113,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         self._refuse_missing(text)
-        return self._processor.encode(text)
+        return list(map(int, self._processor.encode(text)))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        return self._processor.decode(list(tokens))
+        return str(self._processor.decode(list(tokens)))
 
     def missing(self, text: str) -> list[str]:
         unknown = self._processor.unk_id()

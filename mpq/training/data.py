@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader, Dataset
 from mpq.config import AugmentConfig, DataConfig
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
+from mpq.models.heads import Targets
 from mpq.speech.audio import AudioReader, pad_batch
 from mpq.speech.augment import NoiseSource, augmented, generator
 from mpq.speech.data import check_data
 from mpq.speech.manifests import Utterance, list_faults, read_data
-from mpq.training.losses import Targets
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,8 @@
 """What a fine-tuning goes by: the trained model as teacher, and the transcripts where there are some.
 
-The teacher's output distributions are what the quantized model is to give (knowledge distillation, Hinton et al. 2015):
-of the CTC head for each frame, and of the attention decoder, where there is one, for each token and <eos>. The decoder
-is given the transcript, or without one the tokens that the teacher recognises by greedy CTC. So untranscribed audio
-is enough.
+The teacher's output distributions are what the quantized model is to give (knowledge distillation, Hinton et al. 2015),
+those of all of its heads. A head that needs tokens, such as an attention decoder, is given the transcript, or without
+one the tokens that the teacher recognises by greedy search. So untranscribed audio is enough.
 
 The divergence of one row saturates, KL / (1 + KL / bound): a mean of plain KL divergences is decided by the few frames
 in which the spike of a token has moved by one, and training on it made the typical frame worse (docs/finetune.md).
@@ -12,36 +11,40 @@ Where audio is little, the outputs say too little: most frames are blank. So the
 encoder are to be those of the teacher too (hints, Romero et al. 2015): their squared error, relative to the variance of
 the teacher's states in the utterance.
 
-Legend: N utterances, T feature frames, F features, T' encoder frames, U tokens, C classes.
+Legend: N utterances, T feature frames, F features, T' encoder frames, D width, C classes.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from mpq.models.base import AsrModel
-from mpq.speech.decoding import ctc_greedy
-from mpq.training.losses import Targets, attention_loss, ctc_loss, with_ends
+from mpq.models.heads import HeadContext, Targets
 
 
 class DistillationLosses(NamedTuple):
-    """Sums over the rows of each utterance, (N,) each, nats; 0 for what there is not.
+    """Sums over the rows of each utterance, (N,) each, nats.
 
     Attributes:
-        ctc_kl, attention_kl: Saturating divergences from the teacher.
-        hidden: Relative squared errors of the encoder's hidden states, means over the segments.
-        frames, tokens: How many rows these are sums over.
-        ctc, attention: Losses of the transcripts.
+        kl: {head: saturating divergences from the teacher}.
+        rows: {head: how many rows these are sums over}.
+        hidden: Relative squared errors of the encoder's hidden states, means over the segments, times the frames; 0
+            where they are not wanted.
+        frames: How many encoder frames there are.
+        transcripts: {head: losses of the transcripts}; empty where they are not wanted.
     """
 
-    ctc_kl: Tensor
-    attention_kl: Tensor
+    kl: dict[str, Tensor]
+    rows: dict[str, Tensor]
     hidden: Tensor
     frames: Tensor
-    tokens: Tensor
-    ctc: Tensor
-    attention: Tensor
+    transcripts: dict[str, Tensor]
+
+    def each(self) -> Tensor:
+        """Returns the (N,) sums of all losses of each utterance."""
+        return torch.stack([*self.kl.values(), self.hidden, *self.transcripts.values()]).sum(dim=0)
 
 
 class Distillation(nn.Module):
@@ -53,9 +56,9 @@ class Distillation(nn.Module):
             trained besides the student's other parameters. None: those are all.
         teacher: The model as trained; in eval mode.
         bound: Nats at which the divergence of a row saturates; 0: it does not.
-        label_smoothing: Of the transcripts' attention loss.
+        label_smoothing: The label smoothing of the transcripts' attention loss.
         has_hidden: Whether the errors of the hidden states are wanted.
-        has_transcripts: Whether the losses of the transcripts are.
+        has_transcripts: Whether the losses of the transcripts are wanted.
     """
 
     def __init__(
@@ -90,46 +93,36 @@ class Distillation(nn.Module):
             frames: (N,) valid frames.
             targets: The transcripts; empty for utterances without one.
             is_transcribed: (N,) bool.
-            allocation: Whose widths.
+            allocation: The number of the allocation whose widths the weights get.
         """
         (teacher,) = self._teacher
-        blank = teacher.model.blank_id
+        heads = teacher.model.output_heads
         with torch.no_grad():
-            wanted_states, wanted = teacher.ctc(teacher_features, frames)
-            encoded, lengths = wanted_states[-1], teacher.model.encoded_lengths(frames)
-            prefixes = following = None
-            if teacher.model.decoder_segments:
-                found = ctc_greedy(wanted, lengths, blank)
-                pairs = zip(targets.tokens.tolist(), targets.lengths.tolist(), strict=True)
-                rows = [row[:count] for row, count in pairs]
-                told = [
-                    row if known else guess
-                    for row, known, guess in zip(rows, is_transcribed.tolist(), found, strict=True)
-                ]
-                prefixes, following = with_ends(Targets.of(told).to(frames.device), blank)
-            wanted_attention = teacher.attention(prefixes, encoded, lengths)
+            wanted_states = teacher.states(teacher_features, frames)
+            lengths = teacher.model.encoded_lengths(frames)
+            told = targets
+            if any(head.needs_tokens for head in heads):
+                found = teacher.model.greedy(wanted_states[-1], lengths)
+                told = _filled(targets, is_transcribed, found).to(frames.device)
+            contexts = {head.name: head.context(lengths, wanted_states[-1].shape[1], told) for head in heads}
+            wanted = teacher.log_probs(wanted_states[-1], contexts)
         quantized = {} if self.weights is None else self.weights(allocation)
         weights = {f"model.{name}": weight for name, weight in quantized.items()}
-        states, given, given_attention = torch.func.functional_call(self.outputs, weights, (features, frames, prefixes))
-        none = given.new_zeros(len(frames))
-        valid = torch.arange(given.shape[1], device=frames.device) < lengths[:, None]  # (N, T')
-        ctc_kl = (self._divergence(wanted, given) * valid).sum(dim=1)
-        hidden = none
+        states, given = torch.func.functional_call(self.outputs, weights, (features, frames, contexts))
+        kl, rows, transcripts = {}, {}, {}
+        for head in heads:
+            name, context = head.name, contexts[head.name]
+            kl[name] = (self._divergence(wanted[name], given[name]) * context.rows).flatten(1).sum(dim=1)
+            rows[name] = context.counts().to(kl[name])
+            if self.has_transcripts:
+                loss = head.loss(given[name], lengths, told, self.label_smoothing)
+                transcripts[name] = torch.where(is_transcribed, loss, 0.0)
+        hidden = states[-1].new_zeros(len(frames), dtype=torch.float32)
         if self.has_hidden:
+            valid = torch.arange(states[-1].shape[1], device=frames.device) < lengths[:, None]  # (N, T')
             errors = [_relative_error(*pair, valid) for pair in zip(states, wanted_states, strict=True)]
             hidden = torch.stack(errors).mean(dim=0) * lengths
-        attention_kl = tokens = none
-        if given_attention is not None:
-            spoken = following >= 0  # (N, U + 1)
-            attention_kl = (self._divergence(wanted_attention, given_attention) * spoken).sum(dim=1)
-            tokens = spoken.sum(dim=1).to(given)
-        ctc = attention = none
-        if self.has_transcripts:
-            ctc = torch.where(is_transcribed, ctc_loss(given, lengths, targets, blank), 0.0)
-            if given_attention is not None:
-                smoothed = attention_loss(given_attention, following, self.label_smoothing)
-                attention = torch.where(is_transcribed, smoothed, 0.0)
-        return DistillationLosses(ctc_kl, attention_kl, hidden, lengths.to(given), tokens, ctc, attention)
+        return DistillationLosses(kl, rows, hidden, lengths.float(), transcripts)
 
     def _divergence(self, wanted: Tensor, given: Tensor) -> Tensor:
         """Returns the saturating KL divergence of (..., C) log-probabilities from those of the teacher."""
@@ -147,6 +140,15 @@ def _relative_error(given: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
     return ((given - wanted).square() * mask).sum(dim=(1, 2)) / variance.clamp(min=tiny)
 
 
+def _filled(targets: Targets, is_transcribed: Tensor, found: list[list[int]]) -> Targets:
+    """Returns the transcripts, and for utterances without one (those where (N,) bool is false) what was recognised."""
+    pairs = zip(targets.tokens.tolist(), targets.lengths.tolist(), strict=True)
+    rows = [row[:count] for row, count in pairs]
+    return Targets.of(
+        [row if known else guess for row, known, guess in zip(rows, is_transcribed.tolist(), found, strict=True)]
+    )
+
+
 class _Outputs(nn.Module):
     """A model's hidden states and output distributions as one forward pass."""
 
@@ -155,21 +157,22 @@ class _Outputs(nn.Module):
         self.model = model
 
     def forward(
-        self, features: Tensor, frames: Tensor, prefixes: Tensor | None
-    ) -> tuple[list[Tensor], Tensor, Tensor | None]:
-        """Returns what `ctc` returns, and `attention` of (N, U + 1) tokens."""
-        states, ctc = self.ctc(features, frames)
-        return states, ctc, self.attention(prefixes, states[-1], self.model.encoded_lengths(frames))
+        self, features: Tensor, frames: Tensor, contexts: Mapping[str, HeadContext]
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Returns what `states` and `log_probs` return."""
+        states = self.states(features, frames)
+        return states, self.log_probs(states[-1], contexts)
 
-    def ctc(self, features: Tensor, frames: Tensor) -> tuple[list[Tensor], Tensor]:
-        """Returns the (N, T', D) states after each segment of the encoder, and (N, T', C) CTC log-probabilities."""
+    def states(self, features: Tensor, frames: Tensor) -> list[Tensor]:
+        """Returns the (N, T', D) states after each segment of the encoder."""
         context, states = self.model.context(frames, features.shape[1]), [features]
         for segment in self.model.segments:
             states.append(segment.run(states[-1], context))
-        return states[1:], self.model.head.run(states[-1], None).float().log_softmax(dim=-1)
+        return states[1:]
 
-    def attention(self, prefixes: Tensor | None, encoded: Tensor, lengths: Tensor) -> Tensor | None:
-        """Returns the decoder's (N, U + 1, C) log-probabilities; None without prefixes."""
-        if prefixes is None:
-            return None
-        return self.model.attention_logits(prefixes, encoded, lengths).float().log_softmax(dim=-1)
+    def log_probs(self, encoded: Tensor, contexts: Mapping[str, HeadContext]) -> dict[str, Tensor]:
+        """Returns {head: (N, ..., C) log-probabilities} of the encoder output and each head's context."""
+        return {
+            head.name: head.log_probs(head.logits(encoded, contexts[head.name].inputs).float())
+            for head in self.model.output_heads
+        }

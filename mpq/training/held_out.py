@@ -3,18 +3,17 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
 from mpq.models.base import AsrModel
+from mpq.models.heads import Targets
 from mpq.runtime import Processes
 from mpq.scoring.significance import align, count_errors
 from mpq.sensitivity.divergence import OutputBatch, SegmentTree, bounded_kl
 from mpq.speech.data import batches, read_batch
-from mpq.speech.decoding import ctc_greedy
 from mpq.speech.manifests import Utterance
 from mpq.speech.trn import split_words
 from mpq.training.data import TrainingSet
-from mpq.training.losses import JointLoss, Targets
+from mpq.training.losses import JointLoss, shares
 
 BATCH_SECONDS = 120.0
 """Padded audio in a batch."""
@@ -24,19 +23,20 @@ BATCH_SECONDS = 120.0
 def held_out_errors(
     loss: JointLoss, data: TrainingSet, ctc_weight: float, channel: str, workers: Processes
 ) -> tuple[float, float]:
-    """Returns the joint loss, nats a token, and the WER of greedy CTC, a fraction; the model is left in eval mode.
+    """Returns the joint loss, nats a token, and the WER of greedy search, a fraction; the model is left in eval mode.
 
     Args:
         loss: The model and its loss.
         data: The utterances; the processes share them.
-        ctc_weight: Of the joint loss.
+        ctc_weight: The share of CTC in the joint loss.
         channel: As in `mpq.speech.audio.read_audio`.
         workers: The processes.
     """
     model = loss.model.eval()
     device = next(model.parameters()).device
     index = {item.utt_id: i for i, item in enumerate(data.utterances)}
-    sums = torch.zeros(5, dtype=torch.float64)  # ctc, attention, tokens, word errors, words
+    heads = model.output_heads
+    sums = torch.zeros(len(heads) + 3, dtype=torch.float64)  # loss of each head, tokens, word errors, words
     utterances = data.utterances[workers.rank :: workers.count]
     durations = data.durations[workers.rank :: workers.count]
     for batch in batches(utterances, durations, BATCH_SECONDS):
@@ -44,15 +44,17 @@ def held_out_errors(
         features, frames = model.features(waveforms, lengths)
         tokens = [data.tokens[index[item.utt_id]] for item in batch]
         encoded, valid = model.encode(features, frames)
-        ctc, attention = loss.of_encoded(encoded, valid, Targets.of(tokens).to(device))
-        found = ctc_greedy(model.ctc_log_probs(encoded), valid, model.blank_id)
-        losses = [float(ctc.sum()), float(attention.sum()), sum(map(len, tokens))]
-        sums += torch.tensor([*losses, *_word_errors(model, batch, found)], dtype=torch.float64)
+        losses = loss.of_encoded(encoded, valid, Targets.of(tokens).to(device))
+        found = model.greedy(encoded, valid)
+        figures = [*(float(one.sum()) for one in losses.values()), sum(map(len, tokens))]
+        sums += torch.tensor([*figures, *_word_errors(model, batch, found)], dtype=torch.float64)
     workers.add_up(sums)
-    ctc_sum, attention_sum, tokens_sum, errors, words = sums.tolist()
-    count = max(1.0, tokens_sum)
-    total = ctc_weight * ctc_sum / count + (1 - ctc_weight) * attention_sum / (tokens_sum + len(data.utterances))
-    return total, errors / max(1.0, words)
+    *loss_sums, tokens_sum, errors, words = sums.tolist()
+    parts = [
+        share * total / head.loss_tokens(int(tokens_sum), len(data.utterances))
+        for head, share, total in zip(heads, shares(model.heads, ctc_weight).values(), loss_sums, strict=True)
+    ]
+    return sum(parts), errors / max(1.0, words)
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def changed_errors(
 ) -> tuple[float, float | None]:
     """Returns how far a changed model's output is from the model's (as `output_divergence`), and its WER.
 
-    The WER is that of greedy CTC over the utterances with a transcript, a fraction; None without any.
+    The WER is that of greedy search over the utterances with a transcript, a fraction; None without any.
 
     Args:
         model: As trained, in eval mode.
@@ -80,13 +82,13 @@ def changed_errors(
     for items in batches(utterances, durations, BATCH_SECONDS):
         waveforms, lengths = (one.to(device) for one in read_batch(items, model.sample_rate, channel))
         batch = OutputBatch(model, *model.features(waveforms, lengths))
-        wanted, given = (batch.log_distributions(tree, trees[0].recognition) for tree in trees)
-        for output, reference in wanted.items():
-            sums[0] += float(bounded_kl(reference, given[output]).sum())
+        outputs = trees[0].recognition
+        wanted, given = (batch.logits(tree, (*outputs, "encoder")) for tree in trees)
+        for output in outputs:
+            reference, other = (batch.log_softmax(x[output], output) for x in (wanted, given))
+            sums[0] += float(bounded_kl(reference, other).sum())
             sums[1] += len(reference)
-        frames = batch.rows["ctc"]
-        padded = nn.utils.rnn.pad_sequence(given["ctc"].split(frames.tolist()), batch_first=True)  # (N, T', V)
-        found = ctc_greedy(padded, frames, model.blank_id)
+        found = changed.greedy(given["encoder"], batch.counts["encoder"])
         sums[2:] += torch.tensor(_word_errors(model, items, found), dtype=torch.float64)
     workers.add_up(sums)
     divergence, rows, errors, words = sums.tolist()

@@ -27,12 +27,12 @@ from mpq.config import AugmentConfig, LoopConfig
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel
+from mpq.models.heads import Targets
 from mpq.runtime import Processes, keep_freed_memory, memory_for, progress, stop_requests
 from mpq.speech.augment import generator, spec_mask
 from mpq.speech.manifests import Utterance
 from mpq.training.data import BatchReader, TrainingSet, plan_epoch
 from mpq.training.log import TrainingLog
-from mpq.training.losses import Targets
 from mpq.training.optimization import choose_precision, learning_rate
 from mpq.training.record import EpochResult, rank_epochs
 

@@ -4,6 +4,7 @@ Legend: N utterances.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from mpq.training.data import TrainingSet
 from mpq.training.distillation import Distillation, DistillationLosses
 from mpq.training.held_out import changed_errors, held_out_errors
 from mpq.training.loop import Batch
-from mpq.training.losses import JointLoss
+from mpq.training.losses import JointLoss, joint
 
 IMITATION_OPTIONS = {"bound", "hidden_weight", "ctc_weight", "teacher_hears", "dropout", "batch_norm"}
 """The options of [finetune] that an `Imitation` reads."""
@@ -26,7 +27,7 @@ class Objective(ABC):
     """A loss of batches, and figures on held-out data.
 
     Attributes:
-        module: Whose forward pass gives the losses; its parameters may be trained.
+        module: The module whose forward pass gives the losses; its parameters may be trained.
         logged: Names of the parts of the loss.
     """
 
@@ -57,29 +58,34 @@ class Objective(ABC):
 
 
 class Transcripts(Objective):
-    """The joint CTC/attention loss (Li et al. 2023, Eq. 1)."""
+    """The transcripts' joint loss (Li et al. 2023, Eq. 1)."""
 
     def __init__(self, model: AsrModel, options: TrainConfig, channel: str, workers: Processes) -> None:
         self.options, self.channel, self.workers = options, channel, workers
-        self.module = JointLoss(model, options.label_smoothing)
-        self.logged = ("ctc", "attention") if model.decoder_segments else ("ctc",)
+        self.loss = JointLoss(model, options.label_smoothing)
+        self.module, self.logged = self.loss, model.heads
 
     def prepare(self) -> None:
-        self.module.model.train()
+        self.loss.model.train()
 
     def losses(self, module: nn.Module, batch: Batch, data: TrainingSet) -> tuple[Tensor, Tensor, Tensor]:
-        ctc, attention = module(batch.features, batch.frames, batch.targets)
-        counts = [len(data.tokens[index]) for index in batch.update_indices]
-        sums = torch.stack([ctc.sum() / max(1, sum(counts)), attention.sum() / (sum(counts) + len(counts))])
-        weight = self.options.ctc_weight
-        return weight * sums[0] + (1 - weight) * sums[1], sums[: len(self.logged)], ctc + attention
+        losses = module(batch.features, batch.frames, batch.targets)
+        tokens = sum(len(data.tokens[index]) for index in batch.update_indices)
+        means = {
+            head.name: losses[head.name].sum() / head.loss_tokens(tokens, len(batch.update_indices))
+            for head in self.loss.model.output_heads
+        }
+        parts = torch.stack([means[name] for name in self.logged])
+        return self._joint(means), parts, torch.stack([*losses.values()]).sum(dim=0)
+
+    def _joint(self, values: Mapping[str, Any]) -> Any:
+        return joint(values, self.logged, self.options.ctc_weight)
 
     def total(self, values: dict[str, float]) -> float:
-        weight = self.options.ctc_weight
-        return weight * values["ctc"] + (1 - weight) * values.get("attention", 0.0)
+        return float(self._joint(values))
 
     def held_out(self, data: TrainingSet) -> tuple[float, float]:
-        return held_out_errors(self.module, data, self.options.ctc_weight, self.channel, self.workers)
+        return held_out_errors(self.loss, data, self.options.ctc_weight, self.channel, self.workers)
 
 
 class Imitation(Objective):
@@ -91,11 +97,8 @@ class Imitation(Objective):
         self.model, self.teacher, self.options = model, teacher, options
         self.channel, self.workers = channel, workers
         has_hidden = options.hidden_weight > 0
-        self.ctc_weight = options.ctc_weight if teacher.decoder_segments else 1.0
         self.module = Distillation(model, None, teacher, options.bound, 0.0, has_hidden, has_transcripts=False)
-        self.logged = ("ctc_kl",)
-        self.logged += ("attention_kl",) if teacher.decoder_segments else ()
-        self.logged += ("hidden",) if has_hidden else ()
+        self.logged = (*(f"{head}_kl" for head in teacher.heads), *(("hidden",) if has_hidden else ()))
 
     def prepare(self) -> None:
         training_mode(self.model, self.options)
@@ -106,13 +109,14 @@ class Imitation(Objective):
         found = DistillationLosses(*module(batch.features, heard, batch.frames, batch.targets, untold))
         values = distilled(found, self.workers, batch.of)
         parts = torch.stack([values[name] for name in self.logged])
-        return self._mixed(values), parts, found.ctc_kl + found.attention_kl + found.hidden
+        return self._mixed(values), parts, found.each()
 
     def _mixed(self, values: dict[str, Any]) -> Any:
-        return mixed_distillation(values, self.ctc_weight, self.options.hidden_weight)
+        options = self.options
+        return mixed_distillation(values, self.teacher.heads, options.ctc_weight, options.hidden_weight)
 
     def total(self, values: dict[str, float]) -> float:
-        return self._mixed(values)
+        return float(self._mixed(values))
 
     def held_out(self, data: TrainingSet) -> tuple[float, float | None]:
         self.model.eval()
@@ -123,29 +127,33 @@ def training_mode(model: AsrModel, options: FinetuneConfig) -> None:
     """Puts a model that imitates a trained one into training mode: dropout and batch statistics as `options` say."""
     model.train(options.dropout)
     for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if isinstance(module, nn.BatchNorm1d):
             module.train(options.batch_norm == "updated")
 
 
-def mixed_distillation(values: dict[str, Any], ctc_weight: float, hidden_weight: float) -> Any:
-    """Returns the loss that the parts of a distillation make up, those that there are."""
-    outputs = ctc_weight * values["ctc_kl"] + (1 - ctc_weight) * values.get("attention_kl", 0.0)
-    return outputs + hidden_weight * values.get("hidden", 0.0)
+def mixed_distillation(values: Mapping[str, Any], heads: Sequence[str], ctc_weight: float, hidden_weight: float) -> Any:
+    """Returns the loss that the parts of a distillation make up.
+
+    Args:
+        values: {"<head>_kl": divergence, "hidden": error of the hidden states, where it is wanted}.
+        heads: The heads of the model.
+        ctc_weight: As in `mpq.training.losses.joint`.
+        hidden_weight: The factor of the error of the hidden states.
+    """
+    divergences = {head: values[f"{head}_kl"] for head in heads}
+    return joint(divergences, heads, ctc_weight) + hidden_weight * values.get("hidden", 0.0)
 
 
 def distilled(found: DistillationLosses, workers: Processes, parts: int) -> dict[str, Tensor]:
-    """Returns this process's share of the distillation's means over the rows of a batch.
+    """Returns this process's share of the distillation's means over the rows of a batch: "<head>_kl" and "hidden".
 
     Args:
-        found: Of this process's utterances.
+        found: The losses of this process's utterances.
         workers: The processes that share the batch.
         parts: Over how many batches and passes the shares add up.
     """
-    counts = torch.stack([found.frames.sum(), found.tokens.sum()]).detach().double().cpu()
+    counts = torch.stack([one.sum() for one in (found.frames, *found.rows.values())]).detach().double().cpu()
     workers.add_up(counts)
-    rows, tokens = counts.clamp(min=1).tolist()
-    return {
-        "ctc_kl": found.ctc_kl.sum() / rows / parts,
-        "attention_kl": found.attention_kl.sum() / tokens / parts,
-        "hidden": found.hidden.sum() / rows / parts,
-    }
+    frames, *rows = counts.clamp(min=1).tolist()
+    means = {f"{head}_kl": kl.sum() / count / parts for (head, kl), count in zip(found.kl.items(), rows, strict=True)}
+    return means | {"hidden": found.hidden.sum() / frames / parts}

@@ -32,7 +32,6 @@ from mpq.sensitivity.calibration import statistics as input_statistics
 from mpq.sensitivity.fisher import fisher_scores, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 from mpq.speech.data import batches, prepare_data, read_batch
-from mpq.speech.decoding import ctc_greedy
 from mpq.speech.trn import split_words
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
@@ -69,7 +68,7 @@ class Bench:
         with torch.inference_mode():
             for texts, features in self.parts[part]:
                 encoded, lengths = self.model.encode(*features)
-                tokens = ctc_greedy(self.model.ctc_log_probs(encoded), lengths, self.model.blank_id)
+                tokens = self.model.greedy(encoded, lengths)
                 outputs = map(self.model.tokenizer.decode, tokens)
                 alignments += [align(*map(split_words, pair)) for pair in zip(texts, outputs, strict=True)]
         for name, weight in self.original.items():

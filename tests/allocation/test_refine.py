@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from mpq.allocation.refine import allocate_measured
 from mpq.allocation.solve import allocate
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
+from mpq.loading import OpenedModel
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.calibration import draw, input_grams, one_by_one
@@ -409,8 +411,14 @@ def test_the_model_has_its_weights_back(
     tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     models = []
-    load_model = refine.load_model
-    monkeypatch.setattr(refine, "load_model", lambda *of: models.append(load_model(*of)) or models[-1])
+    open_float_model = refine.open_float_model
+
+    def watched(*arguments: Any) -> OpenedModel:
+        opened = open_float_model(*arguments)
+        models.append(opened.model)
+        return opened
+
+    monkeypatch.setattr(refine, "open_float_model", watched)
     refined(misled, tiny_archive, tmp_path / "a.json")
     with pytest.raises(KeyboardInterrupt):
         Watched(monkeypatch).run(misled, tiny_archive, tmp_path / "b.json", most=20)

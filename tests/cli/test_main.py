@@ -175,7 +175,7 @@ def test_bad_input_is_one_line_and_exit_2(tmp_path: Path, chain: dict, tiny_arch
         "pack", tiny_archive, "--allocation", alloc, "--scheme", "symmetric", "--out", out, words="--scheme symmetric"
     )
     fails("pack", tiny_archive, "--bits", "4", "--out", tmp_path / "no" / "m", words="does not exist")
-    fails("inspect", tiny_manifest, words="not a whole .nemo")
+    fails("inspect", tiny_manifest, words="not a format that mpq reads; expected a NeMo archive (.nemo)")
     fails("inspect", tiny_archive, "--device", "cuda:", words="--device")
     fails("allocate", sens, "--average-bits", "4", "--out", tmp_path, words="a folder")
     fails("allocate", sens, "--average-bits", "4", "--out", ".", words="a folder")
@@ -229,7 +229,7 @@ def test_searches_on_the_command_line(tmp_path: Path, tiny_archive: Path, tiny_m
     command[-1] = tmp_path / "other"
     done = run(*command, "--decode", "joint", "--quiet")
     assert done.exit_code == 2 and done.stdout == "" and len(done.stderr.splitlines()) == 1
-    assert "joint search needs an attention decoder" in done.stderr
+    assert "joint search needs a head that this model does not have" in done.stderr
     fails(*command, "--decode", "beam", words="--decode")
     fails(*command, "--decode", "prefix", "--beam-size", 0, words="beam_size: expected 1 or more")
     fails(*command, "--decode", "joint", "--ctc-weight", 2, words="ctc_weight: expected 0 to 1")

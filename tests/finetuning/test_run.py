@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,13 @@ from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.finetuning.loop import Finetuner
 from mpq.loading import load_model
 from mpq.models.checkpoint import write_checkpoint
+from mpq.models.heads import Targets
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.measure import measure_sensitivity
 from mpq.speech.audio import read_audio
 from mpq.speech.augment import generator, spec_mask
-from mpq.training.distillation import Distillation, DistillationLosses
-from mpq.training.losses import Targets
+from mpq.training.distillation import Distillation
 
 __all__ = ["four", "one_thread", "speech"]  # fixtures
 
@@ -223,7 +224,7 @@ def test_first_update_by_hand(speech: Path, four: Path, tmp_path: Path) -> None:
     trained = {ref.name: state[ref.name] for ref in model.weights()}
     weights = QuantizedWeights(trained, [dict.fromkeys(trained, 4)], NEAREST, {}, "learned")
     loss = Distillation(model, weights, load_model(speech / "hybrid"), 0.5, 0.1, True, True)
-    sums = dict.fromkeys(DistillationLosses._fields, 0.0)
+    sums: dict[str, float] = defaultdict(float)
     for index, text in enumerate(TRAINED):
         waveform = read_audio(speech / f"train-{index}.wav", 8000)[None]
         clean, frames = model.features(waveform, torch.tensor([waveform.shape[1]]))
@@ -232,7 +233,10 @@ def test_first_update_by_hand(speech: Path, four: Path, tmp_path: Path) -> None:
         heard[0, : len(mask)][mask] = 0.0
         known = index in (0, 3)
         tokens = Targets.of([model.tokenizer.encode(text) if known else []])
-        for name, value in loss(heard, clean, frames, tokens, torch.tensor([known]), 0)._asdict().items():
+        each = loss(heard, clean, frames, tokens, torch.tensor([known]), 0)
+        figures = {f"{head}_kl": one for head, one in each.kl.items()} | each.transcripts
+        figures |= {"hidden": each.hidden, "frames": each.frames, "tokens": each.rows["attention"]}
+        for name, value in figures.items():
             sums[name] += float(value.detach())
     spoken = sum(len(TRAINED[index]) for index in (0, 3))
     ctc_kl, attention_kl = sums["ctc_kl"] / sums["frames"], sums["attention_kl"] / sums["tokens"]

@@ -22,10 +22,11 @@ from mpq.cli.main import main
 from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder
-from mpq.models.base import AsrModel, Segment
+from mpq.models.base import AsrModel
 from mpq.models.checkpoint import write_checkpoint
 from mpq.models.conformer import ConformerOptions
 from mpq.models.hybrid import HybridConformer
+from mpq.models.segment import Segment
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity.calibration import cache_folder, input_grams
@@ -213,43 +214,52 @@ def test_what_a_search_asks_is_the_forward_pass() -> None:
         prefixes = torch.randint(0, CLASSES, (7, 5), generator=torch.Generator().manual_seed(1))
         utterances = torch.tensor([3, 0, 0, 2, 1, 3, 0])
         expected = model.decoder(prefixes, encoded[utterances], valid[utterances])[:, -1].log_softmax(dim=-1)
-        torch.testing.assert_close(model.next_token(encoded, valid)(prefixes, utterances), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            model.decoder.scorer(encoded, valid)(prefixes, utterances), expected, atol=1e-5, rtol=0
+        )
 
 
 def test_decoder_segments_are_its_forward_pass_and_own_every_weight() -> None:
     model = hybrid()
     (features, lengths) = batched(model, 4)[0]
     with torch.inference_mode():
-        context, rows = model.output_context(features, lengths)
+        context = model.output_context(features, lengths)
+        inputs, rows = context.inputs["attention"], context.rows["decoder"].sum(dim=1)
         encoded, frames = model.encode(features, lengths)
         hidden = encoded
-        for segment in model.decoder_segments:
-            hidden = segment.run(hidden, context)
-        assert torch.equal(hidden, model.decoder(context.decoder.prefixes, encoded, frames))
+        for segment in model.head("attention").segments:
+            hidden = segment.run(hidden, inputs)
+        assert torch.equal(hidden, model.decoder(inputs.prefixes, encoded, frames))
     assert hidden.shape == (4, int(rows.max()), CLASSES)
     tree = SegmentTree(model)
     owners = [owner(ref.name, tree.segments) for ref in model.weights()]
-    assert set(owners) == set(range(len(tree.segments))) and len(model.decoder_segments) == 4
+    assert set(owners) == set(range(len(tree.segments))) and len(model.head("attention").segments) == 4
     assert sum(ref.numel for ref in model.weights() if ref.name.startswith("decoder.")) == 2 * 16 * CLASSES + 2 * (
         8 * 16 * 16 + 2 * 16 * 24
     )
 
 
+def told(model: HybridConformer, features: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the (N, U + 1) prefixes that the attention head is given, and its (N,) rows that count."""
+    context = model.output_context(features, lengths)
+    return context.inputs["attention"].prefixes, context.rows["decoder"].sum(dim=1)
+
+
 def test_the_tokens_are_the_models_own_and_depend_on_no_batch() -> None:
     model = hybrid()
-    together, rows = model.output_context(*batched(model, 4)[0])
+    together, rows = told(model, *batched(model, 4)[0])
     for i, (features, lengths) in enumerate(utterances(model)):
         with torch.no_grad():
             expected = [CLASSES - 1, *spoken(model, model.encode(features, lengths)[0])]
-        alone, own = model.output_context(features, lengths)
-        assert alone.decoder.prefixes.tolist() == [expected] and int(rows[i]) == int(own) == len(expected)
-        assert together.decoder.prefixes[i, : len(expected)].tolist() == expected
+        alone, own = told(model, features, lengths)
+        assert alone.tolist() == [expected] and int(rows[i]) == int(own) == len(expected)
+        assert together[i, : len(expected)].tolist() == expected
     assert sorted(rows.tolist())[::3] == [1, 7]  # one of them is empty
     with torch.no_grad():  # only blanks: <eos> after <sos> is left
         model.ctc.weight.zero_()
         model.ctc.bias.copy_(torch.eye(CLASSES)[-1])
-    silent, rows = model.output_context(*batched(model, 4)[0])
-    assert silent.decoder.prefixes.tolist() == [[CLASSES - 1]] * 4 and rows.tolist() == [1] * 4
+    silent, rows = told(model, *batched(model, 4)[0])
+    assert silent.tolist() == [[CLASSES - 1]] * 4 and rows.tolist() == [1] * 4
     batch = OutputBatch(model, *batched(model, 4)[0])
     assert batch.log_distributions(SegmentTree(model), ("decoder",))["decoder"].shape == (4, CLASSES)
 
@@ -395,7 +405,7 @@ def test_statistics_of_every_weight() -> None:
 @pytest.mark.parametrize("model", [tiny_model(), hybrid(0)], ids=["nemo", "hybrid without decoder"])
 def test_a_model_without_decoder_has_no_decoder_output(model: AsrModel) -> None:
     data = batched(model, 4)
-    words = "this model has no attention decoder; expected ctc or encoder"
+    words = "output: expected encoder or ctc, which this model has, got 'decoder'"
     name = model.weights()[0].name
     errors = rounding_errors(model, WeightFormat(QuantSpec(8)), (2,), {})
     for measure in (
@@ -406,8 +416,8 @@ def test_a_model_without_decoder_has_no_decoder_output(model: AsrModel) -> None:
     ):
         with pytest.raises(MpqError, match=words):
             measure()
-    assert model.decoder_segments == () and SegmentTree(model).recognition == ("ctc",)
-    assert model.output_context(*data[0])[1] is None
+    assert model.heads == ("ctc",) and SegmentTree(model).recognition == ("ctc",)
+    assert set(model.output_context(*data[0]).rows) == {"encoder", "ctc"}
     assert output_divergence(model, model, data) == 0
 
 
@@ -502,5 +512,5 @@ def test_a_ctc_model_has_no_decoder_to_ask(tmp_path: Path, tiny_archive: Path, t
         main,
         f"sensitivity {tiny_archive} --data {tiny_manifest} --bits 2 --output decoder --out {tmp_path / 's.json'}",
     )
-    assert done.exit_code == 2 and "no attention decoder" in done.output
+    assert done.exit_code == 2 and "which this model has, got 'decoder'" in done.output
     assert list(tmp_path.iterdir()) == []

@@ -3,6 +3,8 @@
 import io
 import json
 import pickle
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 
@@ -119,7 +121,7 @@ def test_alone_equals_padded_in_a_batch(options: dict) -> None:
 
 def test_stages_own_every_weight_once() -> None:
     model = tiny_model()
-    segments = (*model.segments, model.head)
+    segments = (*model.segments, *model.head("ctc").segments)
     for ref in model.weights():
         assert sum(ref.name.startswith(segment.prefixes) for segment in segments) == 1
 
@@ -348,3 +350,30 @@ def test_damaged_files(tmp_path: Path, tiny_archive: Path) -> None:
     (tmp_path / "hollow.nemo").write_bytes(buffer.getvalue())
     with pytest.raises(MpqError, match=r"model_config\.yaml"):
         load_model(tmp_path / "hollow.nemo")
+
+
+# A small archive of our own making
+
+
+GOLDEN = Path(__file__).resolve().parents[1] / "golden/nemo"
+
+
+def test_our_own_archive_gives_what_an_independent_program_computed() -> None:
+    """`tests/golden/nemo/make.py` made it; needs no files but those of the repository."""
+    model, expected = load_model(GOLDEN / "tiny.nemo"), np.load(GOLDEN / "expected.npz")
+    waveforms = [torch.from_numpy(expected[f"samples_{index}"]).float() / 32768 for index in range(2)]
+    features, feature_lengths, encoded, encoded_lengths, log_probs = outputs(model, waveforms)
+    for index in range(2):
+        frames, count = int(feature_lengths[index]), int(encoded_lengths[index])
+        assert_close(features[index, :frames], expected[f"features_{index}"], 1e-4)
+        assert_close(encoded[index, :count], expected[f"encoded_{index}"], 1e-4)
+        assert_close(log_probs[index, :count], expected[f"log_probs_{index}"], 1e-4)
+    assert model.greedy(encoded, encoded_lengths) == [expected[f"tokens_{index}"].tolist() for index in range(2)]
+    assert min(len(set(expected[f"tokens_{index}"].tolist())) for index in range(2)) >= 3  # a golden of silence is none
+
+
+def test_the_independent_program_computes_what_nemo_does(shared: Path) -> None:
+    folder = shared / "reference/checkpoints/nemo_fastconformer_ctc_char"
+    command = [sys.executable, GOLDEN / "make.py", "--check", folder / "nemo_fastconformer_ctc_char.nemo"]
+    done = subprocess.run([*command, folder / "reference.npz"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -210,5 +210,5 @@ def test_hypotheses_of_another_search_are_not_mixed_in(
 
 
 def test_the_joint_search_needs_a_decoder(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
-    with pytest.raises(MpqError, match="joint search needs an attention decoder, which this model does not have"):
+    with pytest.raises(MpqError, match="joint search needs a head that this model does not have; it has ctc"):
         run(tiny_archive, tiny_manifest, tmp_path / "run", decode=DecodeOptions("joint"))

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Segment
+from mpq.models.base import AsrModel
+from mpq.models.heads import CtcHead
+from mpq.models.segment import Segment
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity import calibration
 from mpq.sensitivity.calibration import draw, further, in_batches, input_grams, one_by_one, redraw, statistics
@@ -136,7 +138,7 @@ def test_utterances_add_up() -> None:
 class OtherModel(AsrModel):
     """What NeMo's models do not have: an embedding, groups, dilation, a convolution with keywords, a weight unused."""
 
-    segments, decoder_segments, head, mel = (), (), None, None
+    segments, output_heads, mel = (), (), None
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,7 +149,7 @@ class OtherModel(AsrModel):
             self.plain = nn.Conv1d(4, 3, 2)
             self.unused = nn.Linear(3, 3)
         self.segments = (Segment(("table.", "grouped."), lambda x, _: self.first(x)),)
-        self.head = Segment(("plain.",), lambda x, _: self.last(x))
+        self.output_heads = (CtcHead("plain.", self.last, 0),)
 
     def first(self, tokens: Tensor) -> Tensor:
         return self.grouped(self.table(tokens).transpose(1, 2))
@@ -161,20 +163,11 @@ class OtherModel(AsrModel):
     def context(self, feature_lengths: Tensor, frames: int) -> None:
         return None
 
-    def output_context(self, features: Tensor, feature_lengths: Tensor) -> tuple[None, None]:
-        return None, None
-
     def feature_lengths(self, waveform_lengths: Tensor) -> Tensor:
         raise NotImplementedError
 
     def encoded_lengths(self, feature_lengths: Tensor) -> Tensor:
         return feature_lengths
-
-    def next_token(self, encoded: Tensor, encoded_lengths: Tensor) -> None:
-        raise NotImplementedError
-
-    def attention_logits(self, prefixes: Tensor, encoded: Tensor, encoded_lengths: Tensor) -> Tensor:
-        raise NotImplementedError
 
     def to_config(self) -> tuple[dict, bytes]:
         raise NotImplementedError

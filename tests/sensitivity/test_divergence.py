@@ -8,10 +8,11 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel, Segment
+from mpq.models.base import AsrModel
+from mpq.models.segment import Segment
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.divergence import JointDivergence, OutputBatch, output_divergence, owner
+from mpq.sensitivity.divergence import JointDivergence, OutputBatch, SegmentTree, output_divergence, owner
 from mpq.speech.audio import pad_batch
 
 SAMPLES = (16000, 12000, 7000, 3300)
@@ -186,29 +187,31 @@ def test_distributions_are_of_the_valid_frames() -> None:
     (features, lengths) = batched(model, 4)[0]
     batch = OutputBatch(model, features, lengths)
     with torch.inference_mode():
-        early = batch.log_distribution((*model.segments, model.head))
-        for segment in model.segments:
-            batch.advance(segment)
-        assert torch.equal(batch.log_distribution((model.head,)), early)
+        tree = SegmentTree(model)
+        early = batch.log_distribution(tree, tree.path("ctc"), "ctc")
+        for index in range(len(model.segments)):
+            batch.advance(tree, index)
+        assert torch.equal(batch.log_distribution(tree, (len(model.segments),), "ctc"), early)
+        (encoded,) = batch.states.values()  # nothing is kept that no later segment reads
     assert early.dtype == torch.float64 and early.shape == (int(model.encoded_lengths(lengths).sum()), 29)
-    logits = 10 * torch.randn(4, batch.hidden.shape[1], 29, generator=torch.Generator().manual_seed(1))
-    rows = [x[:count].double() for x, count in zip(logits, batch.rows["ctc"].tolist(), strict=True)]
+    logits = 10 * torch.randn(4, encoded.shape[1], 29, generator=torch.Generator().manual_seed(1))
+    rows = [x[:count].double() for x, count in zip(logits, batch.counts["ctc"].tolist(), strict=True)]
     expected = torch.cat(rows) - torch.cat(rows).exp().sum(dim=-1, keepdim=True).log()
     # float32 would drown what 8 bits do
-    torch.testing.assert_close(batch.log_softmax(logits), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(batch.log_softmax(logits, "ctc"), expected, rtol=1e-12, atol=1e-12)
 
 
 def test_an_unknown_output_is_refused() -> None:
     model = tiny_model()
-    with pytest.raises(MpqError, match="output: expected ctc, encoder or decoder, got 'ctx'"):
+    with pytest.raises(MpqError, match="output: expected encoder or ctc, which this model has, got 'ctx'"):
         JointDivergence(model, batched(model, 4), "ctx")
-    with pytest.raises(MpqError, match="this model has no attention decoder; expected ctc or encoder"):
+    with pytest.raises(MpqError, match="output: expected encoder or ctc, which this model has, got 'decoder'"):
         JointDivergence(model, batched(model, 4), "decoder")
 
 
 def test_every_weight_has_one_stage() -> None:
     model = tiny_model()
-    segments = (*model.segments, model.head)
+    segments = SegmentTree(model).segments
     owners = [owner(ref.name, segments) for ref in model.weights()]
     assert owners[0] == 0 and owners[-1] == len(segments) - 1 and set(owners) == set(range(len(segments)))
     assert owner("encoder.layers.1.conv.depthwise_conv.weight", segments) == 1 + 4 + 2

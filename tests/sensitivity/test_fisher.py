@@ -50,7 +50,7 @@ class Outputs64:
         for segment in self.model.segments:
             x = segment.run(x, self.context)
         if output == "ctc":
-            x = self.model.head.run(x, None)
+            x = self.model.head("ctc").logits(x, None)
         if name is not None:
             weight.data = original
         return x[0].log_softmax(dim=-1)

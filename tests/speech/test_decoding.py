@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.speech.decoding import Hypothesis, ctc_greedy, ctc_prefix_beam, joint_beam
+from mpq.speech.ctc_search import ctc_greedy, ctc_prefix_beam
+from mpq.speech.decoding import Hypothesis
+from mpq.speech.joint_search import joint_beam
 
 INF = float("inf")
 Decoder = Callable[[Tensor, Tensor], Tensor]

@@ -15,11 +15,11 @@ from torch.nn import functional as F
 from mpq.artifact.weights import WeightFormat
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.models.base import AsrModel
+from mpq.models.heads import Targets
 from mpq.quantization.spec import QuantSpec
 from mpq.speech.text import CharTokenizer
 from mpq.training.building import build_model
 from mpq.training.distillation import Distillation, DistillationLosses
-from mpq.training.losses import Targets
 
 __all__ = ["one_thread"]  # a fixture
 
@@ -41,7 +41,8 @@ class Case(NamedTuple):
 
     def found(self, **options: float | bool) -> DistillationLosses:
         heard = (self.masked, self.features, torch.tensor(FRAMES), targets(), torch.tensor(KNOWN))
-        return DistillationLosses(*(one.detach() for one in self.loss(**options)(*heard, 0)))
+        with torch.no_grad():
+            return self.loss(**options)(*heard, 0)
 
 
 def targets() -> Targets:
@@ -83,7 +84,7 @@ def states(model: AsrModel, features: Tensor) -> tuple[list[Tensor], Tensor]:
     for stage in model.segments:
         hidden = stage.run(hidden, context)
         found.append(hidden[0].double())
-    return found, model.head.run(hidden, None)[0].double().log_softmax(dim=-1)
+    return found, model.head("ctc").logits(hidden, None)[0].double().log_softmax(dim=-1)
 
 
 def attention(model: AsrModel, tokens: list[int], encoded: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def by_hand(case: Case, bound: float, smoothing: float) -> Tensor:
                     torch.tensor([len(TOKENS[index])]), blank=teacher.blank_id, reduction="sum",
                 )
             )  # fmt: skip
-        if teacher.decoder_segments:
+        if "attention" in teacher.heads:
             expected = attention(teacher, tokens, wanted_states[-1])
             log_probs = attention(student, tokens, given_states[-1])
             attention_kl, count_tokens = saturating(expected, log_probs, bound), len(tokens) + 1.0
@@ -142,27 +143,38 @@ def by_hand(case: Case, bound: float, smoothing: float) -> Tensor:
 def test_losses_are_those_of_utterances_alone(case: Case, bound: float) -> None:
     found = case.found(bound=bound, smoothing=0.2)
     expected = by_hand(case, bound, 0.2)
-    for name, one, other in zip(DistillationLosses._fields, found, expected, strict=True):
-        torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5, msg=name)
-    assert min(found.ctc_kl.tolist()) > 0.1 and min(found.hidden.tolist()) > 0.1  # the case is there
-    if case.teacher.decoder_segments:
-        assert found.tokens[1] > 1  # the teacher does recognise something in the one without a transcript
+    heads = case.teacher.heads
+    given = {
+        "ctc_kl": found.kl["ctc"], "attention_kl": found.kl.get("attention"), "hidden": found.hidden,
+        "frames": found.frames, "tokens": found.rows.get("attention"), "ctc": found.transcripts["ctc"],
+        "attention": found.transcripts.get("attention"),
+    }  # fmt: skip
+    assert set(found.kl) == set(found.rows) == set(found.transcripts) == set(heads)
+    assert torch.equal(found.rows["ctc"], found.frames)
+    for (name, one), other in zip(given.items(), expected, strict=True):
+        if one is not None:
+            torch.testing.assert_close(one, other, rtol=2e-4, atol=2e-5, msg=name)
+    parts = [name for name, one in given.items() if one is not None and name not in ("frames", "tokens")]
+    torch.testing.assert_close(found.each(), sum(given[name] for name in parts))
+    assert min(found.kl["ctc"].tolist()) > 0.1 and min(found.hidden.tolist()) > 0.1  # the case is there
+    if "attention" in case.teacher.heads:
+        assert found.rows["attention"][1] > 1  # the teacher does recognise something in the one without a transcript
 
 
 def test_what_is_not_wanted_is_0(case: Case) -> None:
     found = case.found(hidden=False, told=False)
     whole = case.found()
-    assert torch.equal(found.ctc_kl, whole.ctc_kl) and torch.equal(found.attention_kl, whole.attention_kl)
-    assert not any(one.any() for one in (found.hidden, found.ctc, found.attention))
+    assert all(torch.equal(one, whole.kl[head]) for head, one in found.kl.items())
+    assert not found.hidden.any() and found.transcripts == {}
 
 
 def test_a_student_that_is_the_teacher_has_no_loss(case: Case) -> None:
     trained = {name: case.teacher.state_dict()[name] for name in case.weights.names}
     exact = QuantizedWeights(trained, [dict.fromkeys(trained, 32)], WeightFormat(QuantSpec(8)), {}, "frozen")
     same = case._replace(weights=exact, masked=case.features).found()
-    assert float(same.ctc_kl.max()) < 1e-6 and float(same.attention_kl.max()) < 1e-6
+    assert all(float(one.max()) < 1e-6 for one in same.kl.values())
     assert float(same.hidden.max()) < 1e-9
-    assert float(case._replace(weights=exact).found().ctc_kl.min()) > 1e-3  # it hears something else
+    assert float(case._replace(weights=exact).found().kl["ctc"].min()) > 1e-3  # it hears something else
 
 
 def test_gradients_reach_all_that_is_trained_and_nothing_of_the_teacher(case: Case) -> None:
@@ -170,7 +182,7 @@ def test_gradients_reach_all_that_is_trained_and_nothing_of_the_teacher(case: Ca
         parameter.requires_grad_(True)
     loss = case.loss()
     found = loss(case.masked, case.features, torch.tensor(FRAMES), targets(), torch.tensor(KNOWN), 0)
-    sum(one.sum() for one in (found.ctc_kl, found.attention_kl, found.hidden, found.ctc, found.attention)).backward()
+    found.each().sum().backward()
     for parameter in case.weights.parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all() and parameter.grad.any()
     assert all(parameter.grad is None for parameter in case.teacher.parameters())

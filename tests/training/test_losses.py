@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mpq.models.attention_decoder import DecoderOptions
 from mpq.models.conformer import ConformerOptions
+from mpq.models.heads import Targets, with_ends
 from mpq.models.hybrid import HybridConformer
 from mpq.speech.features import LogMelOptions
 from mpq.speech.text import CharTokenizer
-from mpq.training.losses import JointLoss, Targets, with_ends
+from mpq.training.losses import JointLoss
 
 
 def small_model(has_decoder: bool = True, conv_norm: str = "batch_norm") -> HybridConformer:
@@ -68,7 +69,7 @@ def test_ctc_is_the_sum_over_all_alignments(texts: list[list[int]]) -> None:
     model = small_model()
     features, lengths = some_features(22, 15)
     with torch.no_grad():
-        ctc, _ = JointLoss(model, 0.0)(features, lengths, Targets.of(texts))
+        ctc = JointLoss(model, 0.0)(features, lengths, Targets.of(texts))["ctc"]
         encoded, frames = model.encode(features, lengths)
         probs = model.ctc(encoded).double().softmax(dim=-1).numpy()
     assert frames.tolist() == [6, 4]
@@ -84,7 +85,7 @@ def test_attention_loss_is_the_smoothed_cross_entropy_of_each_next_token(smoothi
     features, lengths = some_features(30, 24, 20)
     texts = [[0, 2, 1], [1], []]
     with torch.no_grad():
-        _, attention = JointLoss(model, smoothing)(features, lengths, Targets.of(texts))
+        attention = JointLoss(model, smoothing)(features, lengths, Targets.of(texts))["attention"]
         for row, tokens in enumerate(texts):
             encoded, frames = model.encode(features[row : row + 1, : int(lengths[row])], lengths[row : row + 1])
             total = 0.0
@@ -117,8 +118,8 @@ def test_padding_tokens_do_not_count() -> None:
     longer = Targets(torch.nn.functional.pad(targets.tokens, (0, 3), value=2), targets.lengths)
     with torch.no_grad():
         for one, other in zip(
-            JointLoss(model, 0.1)(features, lengths, targets),
-            JointLoss(model, 0.1)(features, lengths, longer),
+            JointLoss(model, 0.1)(features, lengths, targets).values(),
+            JointLoss(model, 0.1)(features, lengths, longer).values(),
             strict=True,
         ):
             torch.testing.assert_close(one, other)
@@ -126,8 +127,8 @@ def test_padding_tokens_do_not_count() -> None:
 
 def test_a_model_without_decoder_has_the_ctc_loss_alone() -> None:
     model, (features, lengths) = small_model(has_decoder=False), some_features(30, 24)
-    ctc, attention = JointLoss(model, 0.1)(features, lengths, Targets.of([[0], [1, 2]]))
-    assert attention.tolist() == [0.0, 0.0] and (ctc > 0).all()
+    losses = JointLoss(model, 0.1)(features, lengths, Targets.of([[0], [1, 2]]))
+    assert set(losses) == {"ctc"} and (losses["ctc"] > 0).all()
 
 
 def test_outputs_alone_equal_those_in_a_padded_batch() -> None:
@@ -155,7 +156,7 @@ def test_training_does_not_depend_on_padding_or_order(change: str, conv_norm: st
         model = small_model(conv_norm=conv_norm).train()
         lengths, texts = (46, 17, 29, 30), [[0, 1, 2], [1], [], [2, 2]]
         features, counts = some_features(*(lengths[i] for i in order), padding=padding, fill=fill)
-        ctc, attention = JointLoss(model, 0.1)(features, counts, Targets.of([texts[i] for i in order]))
+        ctc, attention = JointLoss(model, 0.1)(features, counts, Targets.of([texts[i] for i in order])).values()
         (ctc.sum() + attention.sum()).backward()
         losses = torch.stack((ctc, attention)).detach()[:, torch.tensor(order).argsort()]
         buffers = {name: one for name, one in model.named_buffers() if "running" in name}

@@ -32,6 +32,7 @@ from mpq.cli.main import main
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.loading import load_model
+from mpq.models.heads import Targets
 from mpq.scoring.metrics import measure
 from mpq.speech.audio import pad_batch, read_audio
 from mpq.speech.augment import generator, spec_mask
@@ -41,7 +42,7 @@ from mpq.training import weights as weight_loop
 from mpq.training.building import build_model
 from mpq.training.data import BatchReader, plan_epoch
 from mpq.training.log import TrainingLog
-from mpq.training.losses import JointLoss, Targets
+from mpq.training.losses import JointLoss
 from mpq.training.orthogonal import constrained_factors, orthogonality_error
 from mpq.training.record import EpochResult, TrainingResult, rank_epochs
 from mpq.training.run import train
@@ -136,7 +137,7 @@ def test_dev_loss_and_wer_are_those_of_the_model(whole: Path, speech: Path) -> N
             length = torch.tensor([waveform.shape[1]])
             ctc, attention = JointLoss(model, 0.1)(
                 *model.features(waveform, length), Targets.of([model.tokenizer.encode(text)])
-            )
+            ).values()
             total += 0.2 * float(ctc) / 13 + 0.8 * float(attention) / 16
             hypotheses += model.transcribe(waveform, length)
     assert result.dev_loss == pytest.approx(total, rel=1e-5)
@@ -166,7 +167,7 @@ def test_updates_by_hand(speech: Path, tmp_path: Path) -> None:
                 assert 0 < mask.sum() < 0.6 * mask.numel() or mask.sum() == 0
                 features[row, : len(mask)][mask] = 0.0
             texts = [model.tokenizer.encode(TEXTS[index]) for index in batch]
-            ctc, attention = JointLoss(model, 0.1)(features, frames, Targets.of(texts))
+            ctc, attention = JointLoss(model, 0.1)(features, frames, Targets.of(texts)).values()
             tokens = sum(map(len, texts))
             loss = 0.2 * ctc.sum() / tokens + 0.8 * attention.sum() / (tokens + len(batch))
             model.zero_grad()
@@ -478,14 +479,14 @@ def plant(patch: pytest.MonkeyPatch, token_count: int, kind: str, epoch_calls: i
     def spoilt(self: JointLoss, features: torch.Tensor, lengths: torch.Tensor, targets: Targets) -> Any:
         nonlocal calls
         calls += self.training
-        ctc, attention = forward(self, features, lengths, targets)
+        found = forward(self, features, lengths, targets)
         rows = (targets.lengths == token_count) & (calls > epoch_calls)
         if not rows.any():
-            return ctc, attention
+            return found
         if kind == "gradient":
             zero = next(self.parameters()).sum() * 0  # whose square root has an infinite slope
-            return ctc + torch.where(rows, zero.sqrt(), 0.0), attention
-        return torch.where(rows, float(kind), ctc), attention
+            return found | {"ctc": found["ctc"] + torch.where(rows, zero.sqrt(), 0.0)}
+        return found | {"ctc": torch.where(rows, float(kind), found["ctc"])}
 
     patch.setattr(JointLoss, "forward", spoilt)
 

@@ -1,0 +1,78 @@
+"""The model families: which classes there are, and which files of other frameworks each of them reads.
+
+This table is the one place that knows them. To add a family, write its module (an `AsrModel` and, where it has files of
+its own, a function that reads them) and add a line here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from mpq.errors import MpqError
+from mpq.models.base import AsrModel
+from mpq.models.hybrid import HybridConformer
+from mpq.models.nemo import NemoConformerCtc, read_nemo
+from mpq.models.nemo_archive import is_nemo
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """The files of another framework.
+
+    Attributes:
+        words: What they are, for messages, such as "a NeMo archive (.nemo)".
+        is_one: Whether a file is one of them, by its name or its content.
+        read: Returns the model in a file, float32, eval mode, on the CPU.
+    """
+
+    words: str
+    is_one: Callable[[Path], bool]
+    read: Callable[[Path], AsrModel]
+
+
+@dataclass(frozen=True)
+class Family:
+    """A family of models.
+
+    Attributes:
+        model: The class. Its `family` is the key of the same name in the configurations that mpq writes.
+        files: The files of the framework that it comes from; None for mpq's own.
+    """
+
+    model: type[AsrModel]
+    files: ForeignFiles | None = None
+
+
+FAMILIES = [
+    Family(HybridConformer),
+    Family(NemoConformerCtc, ForeignFiles("a NeMo archive (.nemo)", is_nemo, read_nemo)),
+]
+
+
+def family_class(name: str) -> type[AsrModel]:
+    """Returns the class of the models whose configuration has this `family`.
+
+    Raises:
+        MpqError: No such family.
+    """
+    known = {family.model.family: family.model for family in FAMILIES}
+    if name not in known:
+        raise MpqError(f"family: expected {' or '.join(known)}, got {name!r}; another version of mpq may know it")
+    return known[name]
+
+
+def read_foreign(path: Path) -> AsrModel:
+    """Returns the model in a file of another framework, float32, eval mode, on the CPU.
+
+    Raises:
+        MpqError: A file of no framework that mpq reads, or not a whole one.
+    """
+    readers = [family.files for family in FAMILIES if family.files]
+    for files in readers:
+        if files.is_one(path):
+            return files.read(path)
+    words = ", ".join(files.words for files in readers)
+    raise MpqError(
+        f"{path}: not a format that mpq reads; expected {words}, a checkpoint of `mpq train` or a file that `mpq pack` "
+        "wrote"
+    )

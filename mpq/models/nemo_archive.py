@@ -1,0 +1,89 @@
+"""The `.nemo` archive: a tar (old ones gzipped) of `model_config.yaml`, `model_weights.ckpt` and a tokenizer's files.
+
+It is read in memory: nothing is extracted, nothing is unpickled but tensors, and no name may lead out of it.
+"""
+
+import io
+import lzma
+import pickle
+import posixpath
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import Tensor
+
+from mpq.errors import MpqError
+
+CONFIG_FILE = "model_config.yaml"
+WEIGHTS_FILE = "model_weights.ckpt"
+
+
+def is_nemo(path: Path) -> bool:
+    """Returns whether a file is called `.nemo`, or is a tar archive, whatever its name."""
+    return path.suffix == ".nemo" or tarfile.is_tarfile(path)
+
+
+def read_members(path: Path) -> dict[str, bytes]:
+    """Returns {normalised name: content} of an archive's files, refusing names and links that leave it."""
+    members = {}
+    try:
+        with tarfile.open(path, "r:*") as archive:
+            for entry in archive:
+                name = posixpath.normpath(entry.name)
+                if name.startswith(("/", "..")) or entry.islnk() or entry.issym():
+                    raise MpqError(f"{path}: the member {entry.name!r} is a link or leaves the archive; refused")
+                if entry.isfile():
+                    file = archive.extractfile(entry)
+                    assert file is not None
+                    members[name] = file.read()
+    except FileNotFoundError:
+        raise MpqError(f"{path}: no such file") from None
+    except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
+        raise MpqError(f"{path}: not a whole .nemo (tar) archive: {str(error).splitlines()[0]}") from None
+    return members
+
+
+def member(path: Path, members: dict[str, bytes], name: str, why: str) -> bytes:
+    """Returns the content of a member, or raises MpqError, which says why it is needed."""
+    if name not in members:
+        raise MpqError(
+            f"{path}: {why} {name!r}: no such member; the archive has {', '.join(sorted(members)) or 'none'}"
+        )
+    return members[name]
+
+
+def read_yaml(path: Path, members: dict[str, bytes]) -> Any:
+    """Returns the content of model_config.yaml.
+
+    Raises:
+        MpqError: No such member, or not plain YAML.
+    """
+    text = member(path, members, CONFIG_FILE, "configuration")
+    try:
+        return yaml.safe_load(text.decode("utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise MpqError(f"{path}: {CONFIG_FILE}: not plain YAML: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_weights(path: Path, members: dict[str, bytes]) -> dict[str, Tensor]:
+    """Returns {name: tensor} of model_weights.ckpt, floating-point ones as float32.
+
+    Raises:
+        MpqError: No such member, or not a plain dictionary of real tensors.
+    """
+    data = member(path, members, WEIGHTS_FILE, "weights")
+    try:
+        state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MpqError(f"{path}: {WEIGHTS_FILE}: not a plain dictionary of tensors (refused): {reason}") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise MpqError(f"{path}: {WEIGHTS_FILE}: expected a dictionary of tensors, got {type(state).__name__}")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
+            raise MpqError(f"{path}: {WEIGHTS_FILE}: tensor {name}: expected plain real numbers, got {tensor.dtype}")
+    return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
