@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mpq.artifact.weights import WeightFormat, quantize_weight
-from mpq.finetuning.fake_quant import MARGIN, QuantizedWeights, StraightThrough
+from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.finetuning.straight_through import MARGIN, StraightThrough
 from mpq.quantization.grids import matrix_shape
 from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
 from mpq.quantization.spec import QuantSpec

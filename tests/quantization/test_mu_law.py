@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from mpq.errors import MpqError
 from mpq.quantization import grids
-from mpq.quantization.grids import choose_centroids, choose_grid
-from mpq.quantization.mu_law import MUS, mu_law_centroids, nearest_centroids, nearest_levels
+from mpq.quantization.grids import choose_grid
+from mpq.quantization.mu_law import MUS, choose_centroids, mu_law_centroids, nearest_centroids, nearest_levels
 from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
 from mpq.quantization.spec import QuantSpec
 
@@ -161,5 +161,5 @@ def test_sizes_whose_squares_are_no_floats(size: float) -> None:
 
 
 def test_gptq_is_refused_with_the_remedy() -> None:
-    with pytest.raises(MpqError, match=r"mulaw has no gptq.*use --rounding nearest"):
+    with pytest.raises(MpqError, match=r"scheme mulaw has no gptq; use --rounding nearest"):
         QuantSpec(4, "mulaw", rounding="gptq")
