@@ -159,10 +159,10 @@ def calibration_subset(
     alone, not on the order or on a library's generator.
 
     Args:
-        utterances: As checked.
-        durations: Theirs, seconds.
+        utterances: The checked utterances.
+        durations: Their durations, seconds.
         max_seconds: None is all of them.
-        seed: Another seed is another choice.
+        seed: Another seed makes another choice.
 
     Raises:
         MpqError: `max_seconds` is not above 0.
@@ -172,7 +172,8 @@ def calibration_subset(
         if not 0 < max_seconds < math.inf:
             raise MpqError(f"calibration data: expected more than 0 seconds, or all, got {max_seconds:g}")
         chosen.sort(key=lambda i: hashlib.sha256(f"{seed}:{utterances[i].utt_id}".encode()).digest())
-        total, fitting = 0.0, []
+        total = 0.0
+        fitting: list[int] = []
         for i in chosen:
             if not fitting or total + durations[i] <= max_seconds:
                 total += durations[i]
