@@ -10,7 +10,7 @@ from tiny_models import tiny_model
 from torch import Tensor
 
 from mpq.artifact.file import fixed_bytes, read_artifact, write_artifact
-from mpq.artifact.weights import WeightFormat, layer_bytes
+from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
 from mpq.cli.options import quantizer_options
 from mpq.config import SensitivityConfig
 from mpq.errors import MpqError
@@ -104,7 +104,9 @@ def test_a_new_scheme_is_stored_and_read_back(powers: None, tmp_path: Path) -> N
     write_artifact(tmp_path / "m.safetensors", model, bits, weight_format, fixed_bytes(model, weight_format) + size)
     packed, original = read_artifact(tmp_path / "m.safetensors").state_dict(), model.state_dict()
     for name, width in bits.items():
-        assert torch.equal(packed[name], fake_quantize(original[name], QuantSpec(width, "powers", "group:16")))
+        expected = fake_quantize(original[name], QuantSpec(width, "powers", "group:16"))
+        assert torch.equal(packed[name], expected)
+        assert torch.equal(quantize_layer(name, original[name], weight_format, [width], {})[0], expected)
 
 
 def test_a_new_scheme_says_what_it_lacks(powers: None) -> None:
