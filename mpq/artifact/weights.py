@@ -23,7 +23,7 @@ class WeightFormat:
 
     Attributes:
         spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
-        rest_dtype: "float16" or "float32": of whatever is not quantized.
+        rest_dtype: "float16" or "float32": the type of whatever is not quantized.
     """
 
     spec: QuantSpec
@@ -68,7 +68,7 @@ class WeightFormat:
         """Returns what options say; without a "rounding" it is the scheme's default with data, or without.
 
         Raises:
-            MpqError: As `from_json`.
+            MpqError: An unknown option or value.
         """
         if "rounding" not in options and (scheme := SCHEMES.get(options.get("scheme", QuantSpec.scheme))):
             default = scheme.rounding_with_data if has_data else scheme.roundings[0]
@@ -95,10 +95,10 @@ def quantize_layer(
     """Returns what the file gives back of a weight stored at each of several widths.
 
     Args:
-        name: Of the weight.
-        weight: Of any shape.
+        name: The weight's name.
+        weight: The weight, of any shape.
         weight_format: How it is stored.
-        widths: 1 to 8.
+        widths: Bit-widths from 1 to 8.
         grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at where the rounding
             needs none.
 
@@ -112,10 +112,12 @@ def quantize_layer(
 def quantize_weight(
     name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Quantized]:
-    """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
+    """Returns a weight's codes, scales and zero points at each of several widths.
+
+    The arguments are those of `quantize_layer`.
 
     Raises:
-        MpqError: As `quantize_layer`.
+        MpqError: The weight cannot be quantized; the message names it.
     """
     if weight_format.spec.needs_statistics and name not in grams:
         raise MpqError(
@@ -184,7 +186,7 @@ def read_floats(data: bytes, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 class Cursor:
-    """Reads a blob from front to back."""
+    """Reads bytes from front to back."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 0

@@ -81,7 +81,7 @@ class QuantizedWeights(nn.Module):
         allocations: {name: bits} each; 16 and 32 leave a weight as it is. The first one's grids give the units.
         weight_format: How the weights are stored.
         grams: Statistics for the rounding at the start, as in `mpq.artifact.weights.quantize_layer`.
-        scales: As in `StraightThrough`.
+        scales: What becomes of the scales, as in `StraightThrough`.
 
     Raises:
         MpqError: The scheme cannot be trained so, or a weight cannot be quantized; the message names it.
@@ -100,31 +100,36 @@ class QuantizedWeights(nn.Module):
         self.latents = nn.ParameterList()
         self.quantizers = nn.ModuleDict()
         self._check(scales)
-        nearest = replace(weight_format, spec=replace(weight_format.spec, rounding="nearest"))
         for index, (name, weight) in enumerate(weights.items()):
-            widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
-            specs = [replace(weight_format.spec, bits=bits) for bits in widths]
-            # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
-            keep_codes = len({bits[name] for bits in allocations}) == 1 and scales != "recomputed"
-            starts = (
-                quantize_weight(name, weight, weight_format if keep_codes else nearest, widths, grams) if widths else []
-            )
-            latent = weight.detach().float().clone()
-            if starts and self.is_annealed:
-                unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
-                latent = latent.reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
-                for spec in specs:
-                    self.quantizers[f"{index}:{spec.bits}"] = Annealed(spec, unit, tuple(weight.shape))
-            elif starts:
-                unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
-                if not keep_codes:
-                    unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
-                latent = start_latent(weight, specs[0], starts[0], unit, keep_codes)
-                for spec, start in zip(specs, starts, strict=True):
-                    self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
-            self.latents.append(nn.Parameter(latent))
+            self.latents.append(nn.Parameter(self._added(index, name, weight, grams, scales)))
         if not self.is_annealed:  # whose search depends on alpha
             self.search()
+
+    def _added(self, index: int, name: str, weight: Tensor, grams: Mapping[str, Tensor], scales: Scales) -> Tensor:
+        """Makes the quantizers of one weight, and returns its latent."""
+        all_bits = [bits[name] for bits in self.allocations]
+        widths = [bits for bits in dict.fromkeys(all_bits) if bits not in FLOAT_BITS]
+        if not widths:
+            return weight.detach().float().clone()
+        weight_format = self.weight_format
+        # GPTQ's codes are those of one grid, so not where several widths share a latent or grids move at once
+        keep_codes = len(set(all_bits)) == 1 and scales != "recomputed"
+        if not keep_codes:
+            nearest = weight_format.spec.record.roundings[0]
+            weight_format = replace(weight_format, spec=replace(weight_format.spec, rounding=nearest))
+        starts = quantize_weight(name, weight, weight_format, widths, grams)
+        specs = [replace(self.weight_format.spec, bits=bits) for bits in widths]
+        if self.is_annealed:
+            unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
+            for spec in specs:
+                self.quantizers[f"{index}:{spec.bits}"] = Annealed(spec, unit, tuple(weight.shape))
+            return weight.detach().float().reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
+        unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
+        if not keep_codes:
+            unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
+        for spec, start in zip(specs, starts, strict=True):
+            self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
+        return start_latent(weight, specs[0], starts[0], unit, keep_codes)
 
     @property
     def is_annealed(self) -> bool:

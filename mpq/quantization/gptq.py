@@ -24,7 +24,7 @@ from mpq.quantization.grids import choose_grid
 from mpq.quantization.spec import QuantSpec
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md has what others do)."""
+"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md says what others do)."""
 
 _BLOCK = 64
 
@@ -38,7 +38,7 @@ def gptq(
 
     Args:
         matrix: (C, K) float32 weights: C = B * R rows; the first R go with the first Gram matrix, and so on.
-        specs: Of the same scheme, granularity, clip and scale_dtype; granularity "tensor" shares one scale, (1, 1).
+        specs: The quantizers, which differ in their bits alone; with granularity "tensor" there is one scale, (1, 1).
         gram: (B, K, K) sums of the outer products of the inputs.
         tables: Centroids, which schemes of evenly spaced levels do not have; not looked at.
 
@@ -121,7 +121,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     """Returns the upper Cholesky factors (B, K, K), float32, of the inverses of damped Gram matrices.
 
     Raises:
-        MpqError: As `gptq`.
+        MpqError: A Gram matrix is not finite, or zero, or singular although it was damped.
     """
     gram = gram.to(torch.float64)
     diagonal = gram.diagonal(dim1=1, dim2=2)  # (B, K)

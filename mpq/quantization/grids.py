@@ -18,7 +18,7 @@ from mpq.quantization.scales import stored_scale
 from mpq.quantization.spec import QuantSpec
 
 CLIP_RATIOS = tuple(ratio / 40 for ratio in range(40, 3, -1))
-"""What share of the range "mse" and "mae" try: 1, 0.975, ... 0.1."""
+"""Shares of the range that "mse" and "mae" try: 1, 0.975, ... 0.1."""
 
 _AT_ONCE = 2**19
 """Levels that are tried in one operation: enough to hide its overhead, few enough for a processor's cache."""
@@ -29,7 +29,7 @@ def code_range(spec: QuantSpec) -> tuple[int, int]:
 
     >>> code_range(QuantSpec(3, scheme="symmetric")), code_range(QuantSpec(3, scheme="asymmetric"))
     ((-3, 3), (0, 7))
-    >>> code_range(QuantSpec(1, scheme="symmetric"))  # and 0 is not used: sign(w)
+    >>> code_range(QuantSpec(1, scheme="symmetric"))  # without 0: the levels are sign(w)
     (-1, 1)
     """
     return spec.codes[0], spec.codes[-1]
@@ -84,7 +84,8 @@ def choose_grid(groups: Tensor, spec: QuantSpec, centroids: Tensor | None = None
 def choose_clip(groups: Tensor, spec: QuantSpec, centroids: Tensor | None = None) -> Tensor:
     """Returns the (C, G) share of the range of groups of weights (C, G, size) that gives the smallest error.
 
-    It is searched (Rybakov et al. 2023) where the spec's clip is "mse" or "mae", else 1. Arguments as `choose_grid`.
+    It is searched (Rybakov et al. 2023) where the spec's clip is "mse" or "mae", else 1. The arguments are those of
+    `choose_grid`.
     """
     chosen = groups.new_ones(groups.shape[:-1])
     if spec.clip not in ("mse", "mae") or _has_two_levels(spec):
@@ -136,7 +137,7 @@ def nearest(
 
     Args:
         matrix: (C, K) float32 weights, the rows of which are one with granularity "tensor".
-        specs: What to round to: one result for each. They differ in their bits alone.
+        specs: The quantizers, which differ in their bits alone; there is one result for each.
         gram: (B, K, K) statistics of the inputs for the roundings that need them, which this one does not.
         tables: The (2^bits,) int8 centroids for each spec, None for a scheme without.
 

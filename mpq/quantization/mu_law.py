@@ -53,14 +53,14 @@ def choose_centroids(parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
 
     Args:
         parts: The weight as groups of one size, (C, G, size) each.
-        spec: Of the scheme "mulaw".
+        spec: The quantizer, of the scheme "mulaw".
 
     Raises:
         MpqError: A scale does not fit into the spec's scale_dtype.
     """
     candidates = [mu_law_centroids(spec.bits, mu).to(parts[0].device) for mu in MUS]
     if spec.bits == 1:
-        return candidates[0]  # of the poles alone, whatever mu is
+        return candidates[0]  # the poles alone, whatever mu is
     squared = replace(spec, clip="mse")
     chosen = candidates[0]
     is_searched = spec.clip in ("mse", "mae")
@@ -81,7 +81,7 @@ def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     tensor([0, 1, 2, 2])
 
     Args:
-        values: Of any shape; float32, in units of 1 (most of them in [-1, 1]).
+        values: float32 numbers of any shape, in units of 1 (most of them in [-1, 1]).
         centroids: (m,) int8, ascending.
     """
     return _look_up(values, _nearest_table(centroids))

@@ -63,7 +63,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
     has nothing to clip.
 
     Args:
-        weight: Of any shape with at least one element, floating point, finite; computed in float32.
+        weight: Finite floating-point numbers, at least one, of any shape; computed in float32.
         spec: The quantizer.
         gram: For a rounding that needs statistics: (B, K, K) sums of outer products of the inputs, as
             `mpq.sensitivity.calibration.input_grams` collects them; others do not look at it.
@@ -79,7 +79,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
 def quantize_widths(
     weight: Tensor, spec: QuantSpec, widths: Sequence[int], gram: Tensor | None = None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns with each of several bit-widths in the spec; with "gptq" in far less time."""
+    """Returns what `quantize` returns with each of several bit-widths in the spec; gptq does that in far less time."""
     return _quantize(weight, [replace(spec, bits=bits) for bits in widths], gram, None)
 
 
@@ -119,7 +119,7 @@ def as_stored(
     Args:
         shape: The weight's.
         spec: The quantizer.
-        codes: As many as weights, in their order, float32.
+        codes: float32 codes, as many as weights, in their order.
         scale: (C, G) float32.
         zero_point: (C, G) float32; not looked at for a scheme without zero points.
         centroids: (2^bits,) int8; None for a scheme without.

@@ -60,7 +60,7 @@ def soft_assign(weights: Tensor, centroids: Tensor, alpha: float) -> Tensor:
     tensor([-1.0000,  0.0000,  0.5000])
 
     Args:
-        weights: Of any shape, float32 or float64, in units of the scale (most of them in [-1, 1]).
+        weights: float32 or float64 numbers of any shape, in units of the scale (most of them in [-1, 1]).
         centroids: (m,) int8, ascending, in units of 1/128; equal ones count as often as they are there.
         alpha: At least 0.
 
@@ -171,7 +171,7 @@ class SoftToHard(nn.Module):
         alpha: How hard the assignment is (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
         is_hard: Whether the weight is rounded: the value is that of `dequantize(quantized(weight))`, and the gradient
             passes unchanged (straight-through estimator).
-        mu: Of the mu-law. Set it by `choose_mu`.
+        mu: The parameter of the mu-law. Set it by `choose_mu`.
         centroids: (2^bits,) int8 buffer, in units of 1/128.
         clip_ratio: (C, G) float32 buffer of a weight whose clip was searched, else (1, 1) of one.
 
@@ -298,12 +298,12 @@ class GeneralQuantizer:
     Args:
         model: Any module.
         bits: {parameter name: 1 to 8} of the weights to quantize; the others stay as they are.
-        granularity: As in `mpq.quantization.spec.QuantSpec`.
+        granularity: What shares a scale, as in `mpq.quantization.spec.QuantSpec`.
         start_step, end_step: Between which alpha rises, in steps.
         alpha_start, alpha_end: From what to what; the defaults are the paper's example.
         mu_every: mu is chosen at the beginning, and again after so many steps up to end_step; the paper does not say
             how often.
-        scale_dtype: As in `QuantSpec`.
+        scale_dtype: Type of the stored scales, as in `QuantSpec`.
 
     Raises:
         MpqError: A name that is none of the model's parameters, bad bits, granularity or steps.

@@ -28,8 +28,8 @@ class LayerSensitivity:
     Attributes:
         name: The tensor's name in the user's checkpoint.
         kind: linear, conv1d, conv2d, embedding, ...
-        shape: Of the weight.
-        numel: Number of weights.
+        shape: The tensor's shape.
+        numel: The number of its weights.
         size_bytes: {bits: bytes in the packed file}, scales and zero points included.
         kl: {bits: KL divergence per frame in nats that this layer alone is expected to cause}, as the table's `method`
             says; "kl" is Li et al. 2023, Eq. 7.
@@ -64,7 +64,7 @@ class SensitivityTable:
             7).
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere
             may hold fewer keys.
-        fingerprint: Of model, data, output, method and quantizer; None in a file from elsewhere.
+        fingerprint: Digest of model, data, output, method and quantizer; None in a file from elsewhere.
     """
 
     layers: tuple[LayerSensitivity, ...]

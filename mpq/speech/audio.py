@@ -108,7 +108,7 @@ class AudioReader:
     the waveform.
 
     Args:
-        sample_rate, channel: As in `read_audio`.
+        sample_rate, channel: Rate of the waveforms in Hz, and which channel, as in `read_audio`.
         kept_bytes: How much is kept at most.
     """
 

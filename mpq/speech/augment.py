@@ -52,7 +52,7 @@ class NoiseSource:
 
     Args:
         names: "white", "babble", and absolute paths of recordings or of folders with recordings.
-        utterances: What babble is made of.
+        utterances: The utterances that babble is made of.
         reader: Reads the utterances, and says the sample rate; recordings of noise are mixed down.
 
     Raises:
