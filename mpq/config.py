@@ -11,6 +11,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from mpq.quantization.spec import RoundingName, SchemeName
+
 STAGES = ("train", "search", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
 """All stages that a recipe may name, in the order in which they run."""
 
@@ -288,14 +290,14 @@ class SensitivityConfig(_Section):
         None, description="Whose divergence; default: decoder where there is one, else ctc."
     )
     seconds: Annotated[float, Field(gt=0)] | None = Field(None, description="Of audio; default: 300 (fisher), 60 (kl).")
-    scheme: Literal["symmetric", "asymmetric", "mulaw"] | None = Field(None, description="Default: asymmetric.")
+    scheme: SchemeName | None = Field(None, description="Default: asymmetric.")
     granularity: Annotated[str, Field(pattern="^(tensor|channel|group:[1-9][0-9]*)$")] | None = Field(
         None, description="Default: group:64."
     )
     clip: Annotated[str, Field(pattern="^(none|mse|mae|percentile:[0-9.]+)$")] | None = Field(
         None, description="Default: mse."
     )
-    rounding: Literal["nearest", "gptq"] | None = Field(None, description="Default: gptq; mulaw: nearest.")
+    rounding: RoundingName | None = Field(None, description="Default: gptq; mulaw: nearest.")
 
 
 class AllocateConfig(_Section):

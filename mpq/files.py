@@ -26,7 +26,7 @@ def check_output(out: Path, *inputs: Path | None) -> None:
 
     Args:
         out: The file that a command will write.
-        inputs: What the command reads; None is passed over.
+        inputs: The files that the command reads; None is passed over.
 
     Raises:
         MpqError: `out` is a folder, lies in no folder that can be written to, or is one of the inputs.

@@ -10,9 +10,12 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mpq"
 ORDER = (
     "cli", "pipeline", "export", "search", "finetuning", "allocation", "training", "sensitivity", "scoring", "loading",
-    "artifact", "models", "quantization", "speech",
+    "artifact", "models", "speech", "schema_docs", "config", "quantization",
 )  # fmt: skip
-"""The packages (and `loading`), the highest first; below them are the modules at the top of mpq."""
+"""The packages and three modules, the highest first; below them are the other modules at the top of mpq.
+
+`config` lists the schemes that `quantization.spec` knows.
+"""
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 
 

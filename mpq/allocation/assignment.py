@@ -38,7 +38,7 @@ class Assignment:
     @property
     def needs_statistics(self) -> bool:
         """Whether the rounding looks at the layers' inputs."""
-        return self.weight_format.spec.rounding == "gptq" and any(bits not in FLOAT_BITS for bits in self.bits.values())
+        return self.weight_format.spec.needs_statistics and any(bits not in FLOAT_BITS for bits in self.bits.values())
 
 
 def assign(
@@ -114,7 +114,7 @@ def recalled_statistics(
     out: Path,
     quiet: bool,
 ) -> dict[str, Tensor]:
-    """Returns the statistics that the rounding "gptq" needs, collected from audio or out of the cache.
+    """Returns the statistics that the rounding needs, collected from audio or out of the cache.
 
     Args:
         model, sha256: The float model and its file's digest.
@@ -134,5 +134,5 @@ def recalled_statistics(
     known: dict[str, Any] = allocation.data if allocation else {}
     grams = cached_statistics(model, sha256, known.get("sha256", "")) if allocation else None
     if grams is None:
-        raise MpqError(f"{out}: rounding gptq needs calibration data: {note}")
+        raise MpqError(f"{out}: rounding {weight_format.spec.rounding} needs calibration data: {note}")
     return grams

@@ -6,12 +6,14 @@ Plain Python (no torch). Reading validates: a fault names the file, the key and 
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, Field, Strict, field_validator
+from pydantic_core import PydanticCustomError
+
+from mpq.faults import Count, JsonObject, Number, Text, check_different, checked
 from mpq.files import read_json, write_json
-from mpq.quantization.spec import FLOAT_BITS
-from mpq.sensitivity.records import a_width
-from mpq.validation import Reader, a_finite, a_finite_or_none, a_text, a_text_or_none, a_whole, an_object
+from mpq.quantization.spec import FLOAT_BITS, MAX_BITS, MIN_BITS
 
 ALLOCATION_FORMAT = "mpq.allocation/1"
 
@@ -81,56 +83,70 @@ class Allocation:
     @classmethod
     def load(cls, path: Path) -> "Allocation":
         """Reads and validates a file; raises MpqError that names the file, the key and what was expected."""
-        reader = Reader(path, read_json(path, ALLOCATION_FORMAT))
-        bits: dict[str, int] = {}
-        for entry in reader.objects("layers"):
-            name = entry.get("name", a_text)
-            if name in bits:
-                entry.fail("name", "different names", name)
-            bits[name] = entry.get("bits", _bits_or_float)
+        file = checked(_File, read_json(path, ALLOCATION_FORMAT), path)
         return cls(
-            bits=bits,
-            target_bytes=reader.get("target_bytes", a_whole),
-            predicted_bytes=reader.get("predicted_bytes", a_whole),
-            predicted_kl=reader.get("predicted_kl", a_finite),
-            average_bits=reader.get("average_bits", a_finite),
-            frontier=tuple(reader.sequence("frontier", _frontier_point, default=())),
-            frontier_note=reader.get("frontier_note", a_text, default=""),
-            quantizer=reader.get("quantizer", an_object, default={}),
-            model=reader.get("model", an_object, default={}),
-            data=reader.get("data", an_object, default={}),
-            output=reader.get("output", a_text, default="ctc"),
-            measured=tuple(reader.sequence("measured", _measured_point, default=())),
-            measured_kl=reader.get("measured_kl", a_finite_or_none, default=None),
-            measured_seconds=reader.get("measured_seconds", a_finite, default=0.0),
-            refinement=reader.get("refinement", _refinement, default={}),
-            fingerprint=reader.get("fingerprint", a_text_or_none, default=None),
+            bits={layer.name: layer.bits for layer in file.layers},
+            target_bytes=file.target_bytes,
+            predicted_bytes=file.predicted_bytes,
+            predicted_kl=file.predicted_kl,
+            average_bits=file.average_bits,
+            frontier=tuple(file.frontier),
+            frontier_note=file.frontier_note,
+            quantizer=file.quantizer,
+            model=file.model,
+            data=file.data,
+            output=file.output,
+            fingerprint=file.fingerprint,
+            measured=tuple(file.measured),
+            measured_kl=file.measured_kl,
+            measured_seconds=file.measured_seconds,
+            refinement=file.refinement,
         )
 
 
-def _bits_or_float(value: Any) -> int:
-    if value in FLOAT_BITS and isinstance(value, int):
-        return value
-    try:
-        return a_width(value)
-    except ValueError as error:
-        raise ValueError(f"{error}, or {' or '.join(map(str, FLOAT_BITS))}") from None
+def _a_width(bits: int) -> int:
+    if not MIN_BITS <= bits <= MAX_BITS and bits not in FLOAT_BITS:
+        floats = " or ".join(map(str, FLOAT_BITS))
+        raise PydanticCustomError("width", f"a whole number from {MIN_BITS} to {MAX_BITS}, or {floats}")
+    return bits
 
 
-def _refinement(value: Any) -> dict[str, Any]:
-    seconds = an_object(value).get("max_seconds")
-    if value and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf):
-        raise ValueError('an object with "max_seconds", a number above 0')
-    return value
+def _a_refinement(refinement: dict[str, Any]) -> dict[str, Any]:
+    seconds = refinement.get("max_seconds")
+    if refinement and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf):
+        raise PydanticCustomError("refinement", 'an object with "max_seconds", a number above 0')
+    return refinement
 
 
-def _measured_point(value: Any) -> tuple[int, float, float]:
-    if not isinstance(value, list) or len(value) != 3:
-        raise ValueError("[bytes, predicted kl, measured kl]")
-    return a_whole(value[0]), a_finite(value[1]), a_finite(value[2])
+class _Layer(JsonObject):
+    """An entry of "layers"."""
+
+    name: Text
+    bits: Annotated[int, AfterValidator(_a_width)]
 
 
-def _frontier_point(value: Any) -> tuple[int, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("a pair [bytes, kl]")
-    return a_whole(value[0]), a_finite(value[1])
+class _File(JsonObject):
+    """The whole file."""
+
+    layers: list[_Layer]
+    target_bytes: Count
+    predicted_bytes: Count
+    predicted_kl: Number
+    average_bits: Number
+    frontier: list[Annotated[tuple[Count, Number], Strict(False)]] = Field(default_factory=list)
+    frontier_note: Text = ""
+    quantizer: dict[str, Any] = Field(default_factory=dict)
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    output: Text = "ctc"
+    fingerprint: Text | None = None
+    measured: list[Annotated[tuple[Count, Number, Number], Strict(False)]] = Field(default_factory=list)
+    measured_kl: Number | None = None
+    measured_seconds: Number = 0.0
+    refinement: Annotated[dict[str, Any], AfterValidator(_a_refinement)] = Field(default_factory=dict)
+
+    @field_validator("layers")
+    @classmethod
+    def _have_names_of_their_own(cls, layers: list[_Layer]) -> list[_Layer]:
+        check_different(layer.name for layer in layers)
+        return layers

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mpq.artifact.codes import pack_codes, packed_size, unpack_codes
 from mpq.errors import MpqError
-from mpq.quantization.quantizers import Quantized, code_range, dequantize, quantize_widths, scale_shape
-from mpq.quantization.spec import FLOAT_BITS, QuantSpec
+from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths, scale_shape
+from mpq.quantization.spec import FLOAT_BITS, SCHEMES, QuantSpec
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class WeightFormat:
 
     Attributes:
         spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
-        rest_dtype: "float16" or "float32": of whatever is not quantized.
+        rest_dtype: "float16" or "float32": the type of whatever is not quantized.
     """
 
     spec: QuantSpec
@@ -65,13 +65,15 @@ class WeightFormat:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "WeightFormat":
-        """Returns what options say; without a "rounding" it is gptq where there are data and the scheme has it.
+        """Returns what options say; without a "rounding" it is the scheme's default with data, or without.
 
         Raises:
-            MpqError: As `from_json`.
+            MpqError: An unknown option or value.
         """
-        is_gptq = has_data and options.get("scheme") != "mulaw"
-        return cls.from_json({"rounding": "gptq" if is_gptq else "nearest"} | dict(options))
+        if "rounding" not in options and (scheme := SCHEMES.get(options.get("scheme", QuantSpec.scheme))):
+            default = scheme.rounding_with_data if has_data else scheme.roundings[0]
+            return cls.from_json({**options, "rounding": default})
+        return cls.from_json(options)
 
 
 def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) -> int:
@@ -81,10 +83,10 @@ def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) 
         return numel * bits // 8
     spec = replace(weight_format.spec, bits=bits)
     groups = int(np.prod(scale_shape(shape, spec)))
-    zero_points = packed_size(groups, 2**bits) if spec.scheme == "asymmetric" else 0
-    centroids = 2**bits if spec.scheme == "mulaw" else 0
+    zero_points = packed_size(groups, len(spec.codes)) if spec.record.has_zero_points else 0
+    centroids = len(spec.codes) if spec.record.has_centroids else 0
     scales = groups * np.dtype(spec.scale_dtype).itemsize
-    return packed_size(numel, _levels(spec)) + zero_points + centroids + scales
+    return packed_size(numel, len(spec.codes)) + zero_points + centroids + scales
 
 
 def quantize_layer(
@@ -93,28 +95,31 @@ def quantize_layer(
     """Returns what the file gives back of a weight stored at each of several widths.
 
     Args:
-        name: Of the weight.
-        weight: Of any shape.
+        name: The weight's name.
+        weight: The weight, of any shape.
         weight_format: How it is stored.
-        widths: 1 to 8.
-        grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at when rounding is
-            "nearest".
+        widths: Bit-widths from 1 to 8.
+        grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at where the rounding
+            needs none.
 
     Raises:
         MpqError: The weight cannot be quantized; the message names it.
     """
-    return [dequantize(one, weight_format.spec) for one in quantize_weight(name, weight, weight_format, widths, grams)]
+    stored = quantize_weight(name, weight, weight_format, widths, grams)
+    return [dequantize(one, replace(weight_format.spec, bits=bits)) for bits, one in zip(widths, stored, strict=True)]
 
 
 def quantize_weight(
     name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Quantized]:
-    """Returns a weight's codes, scales and zero points at each of several widths; arguments as `quantize_layer`.
+    """Returns a weight's codes, scales and zero points at each of several widths.
+
+    The arguments are those of `quantize_layer`.
 
     Raises:
-        MpqError: As `quantize_layer`.
+        MpqError: The weight cannot be quantized; the message names it.
     """
-    if weight_format.spec.rounding == "gptq" and name not in grams:
+    if weight_format.spec.needs_statistics and name not in grams:
         raise MpqError(
             f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
         )
@@ -122,12 +127,6 @@ def quantize_weight(
         return quantize_widths(weight, weight_format.spec, widths, grams.get(name))
     except MpqError as error:
         raise MpqError(f"{name}: {error}") from None
-
-
-def _levels(spec: QuantSpec) -> int:
-    """Returns how many codes the spec uses, for `packing`."""
-    q_min, q_max = code_range(spec)
-    return 2 if spec.bits == 1 else q_max - q_min + 1
 
 
 def encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
@@ -141,11 +140,11 @@ def encode_floats(name: str, weight: Tensor, bits: int) -> bytes:
 def encode(quantized: Quantized, bits: int, weight_format: WeightFormat) -> bytes:
     """Returns codes, zero points or centroids, and scales of a weight."""
     spec = replace(weight_format.spec, bits=bits)
-    codes = quantized.codes.flatten().to(torch.int16).cpu()
-    codes = (codes + 1) // 2 if spec.bits == 1 and spec.scheme == "symmetric" else codes - code_range(spec)[0]
-    encoded = pack_codes(codes.numpy(), _levels(spec))
+    codes = spec.codes
+    indices = (quantized.codes.flatten().to(torch.int16).cpu() - codes.start) // codes.step
+    encoded = pack_codes(indices.numpy(), len(codes))
     if quantized.zero_point is not None:
-        encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), 2**bits)
+        encoded += pack_codes(quantized.zero_point.flatten().cpu().numpy(), len(codes))
     if quantized.centroids is not None:
         encoded += quantized.centroids.cpu().numpy().tobytes()
     return encoded + float_bytes(quantized.scale, spec.scale_dtype)
@@ -159,15 +158,15 @@ def decode(data: bytes, shape: tuple[int, ...], bits: int, weight_format: Weight
     cursor = Cursor(data)
     numel, scales = int(np.prod(shape)), scale_shape(shape, spec)
     groups = int(np.prod(scales))
-    stored = unpack_codes(cursor.take(packed_size(numel, _levels(spec))), numel, _levels(spec))
-    codes, zero_point, centroids = torch.from_numpy(stored).to(torch.int16), None, None
-    if spec.scheme == "mulaw":
-        centroids = torch.from_numpy(np.frombuffer(cursor.take(2**bits), dtype=np.int8).copy())
-    elif spec.scheme == "asymmetric":
-        zero_points = unpack_codes(cursor.take(packed_size(groups, 2**bits)), groups, 2**bits)
+    count = len(spec.codes)
+    indices = torch.from_numpy(unpack_codes(cursor.take(packed_size(numel, count)), numel, count))
+    codes = indices.to(torch.int16) * spec.codes.step + spec.codes.start
+    zero_point, centroids = None, None
+    if spec.record.has_zero_points:
+        zero_points = unpack_codes(cursor.take(packed_size(groups, count)), groups, count)
         zero_point = torch.from_numpy(zero_points).reshape(scales)
-    else:
-        codes = codes * 2 - 1 if bits == 1 else codes + code_range(spec)[0]
+    if spec.record.has_centroids:
+        centroids = torch.from_numpy(np.frombuffer(cursor.take(count), dtype=np.int8).copy())
     scale = read_floats(cursor.take(groups * np.dtype(spec.scale_dtype).itemsize), scales, spec.scale_dtype)
     return dequantize(Quantized(codes.reshape(shape), scale, zero_point, centroids), spec)
 
@@ -187,7 +186,7 @@ def read_floats(data: bytes, shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 class Cursor:
-    """Reads a blob from front to back."""
+    """Reads bytes from front to back."""
 
     def __init__(self, data: bytes) -> None:
         self.data, self.position = data, 0

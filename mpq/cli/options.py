@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from mpq.config import describe_section
 from mpq.errors import MpqError
+from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
 
 PATH = click.Path(path_type=Path)
 
@@ -63,20 +64,20 @@ decode_options = _together(
     click.option("--length-bonus", default=0.0, show_default=True, help="Of the joint search, nats for each token."),
 )
 quantizer_options = _together(
-    click.option("--scheme", type=click.Choice(["symmetric", "asymmetric", "mulaw"]), help="Default: asymmetric."),
+    click.option("--scheme", type=click.Choice(list(SCHEMES)), help=f"Levels. Default: {QuantSpec.scheme}."),
     click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
     click.option("--clip", metavar="none|mse|mae|percentile:P", help="How the range is chosen. Default: mse."),
     click.option(
         "--rounding",
-        type=click.Choice(["nearest", "gptq"]),
-        help="gptq makes up for errors by what the layers see of the data, and is the default; without data, and for "
-        "mulaw, nearest is.",
+        type=click.Choice(list(ROUNDINGS)),
+        help="gptq makes up for errors by what the layers see of the data. It is the default where there are data and "
+        "the scheme has it; otherwise nearest is.",
     ),
-    click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
+    click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Type of the stored scales. Default: float16."),
     click.option(
         "--rest-dtype",
         type=click.Choice(["float16", "float32"]),
-        help="Of what is not quantized (biases, norms). Default: float16.",
+        help="Type of what is not quantized (biases, norms). Default: float16.",
     ),
 )
 

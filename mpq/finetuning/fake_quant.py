@@ -1,129 +1,31 @@
 """Weights that are rounded in every forward pass of a training, so that the training makes up for the rounding.
 
-What is trained is a *latent* weight; the model sees its rounding (Li et al. 2023, section 6: quantization-aware
-training with the straight-through estimator, Bengio et al. 2013). The gradient passes the rounding as if it were the
-identity inside the clipping range, and is 0 outside. What the model sees is `dequantize` of the codes that `quantized`
-gives, bit for bit, so the weights that were trained are the weights in the packed file.
+What is trained are *latent* weights; the model sees their rounding, bit for bit what the packed file will give back.
+Schemes of evenly spaced levels are trained with the straight-through estimator (`mpq.finetuning.straight_through`),
+schemes of centroids by the General Quantizer (`mpq.quantization.soft_assignment`): from soft to hard. Which scheme is
+trained how is said by its record in `mpq.quantization.spec`.
 
-A latent is counted in *units* of the step of its grid at the start, one unit for each group: the same learning rate
-then means the same number of rounding steps in every layer, whatever its bit-width. It starts inside the interval of
-the code that the start's rounding chose (GPTQ's codes are not the nearest), at the point next to the trained weight.
-
-Scales are frozen, or recomputed from the latents in each pass with the clip ratio of the last search (Rybakov et al.
-2023), or learned (LSQ, Esser et al. 2020): scale = start * exp(log_scale), a parameter for each group, whose gradient
-is that of LSQ, sum of (code - zero point - [inside] * weight / scale), times the scale. Zero points are not learned.
-
-The scheme mulaw is trained by the General Quantizer instead (`mpq.quantization.soft_assignment`): from soft to hard.
-
-Legend: C rows (output channels), K columns, G groups of `size` columns a row, as in `mpq.quantization.grids`.
+Legend: C rows (output channels), K columns, as in `mpq.quantization.grids`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.errors import MpqError
-from mpq.quantization.grids import (
-    choose_clip,
-    clipped_grid,
-    is_sign,
-    matrix_shape,
-    nearest_codes,
-    scale_shape,
-    split_groups,
-    storable_scale,
-)
+from mpq.finetuning.straight_through import StraightThrough, start_latent
+from mpq.quantization.grids import matrix_shape, scale_shape
 from mpq.quantization.quantizers import Quantized, dequantize
 from mpq.quantization.soft_assignment import SoftToHard
-from mpq.quantization.spec import FLOAT_BITS, QuantSpec
+from mpq.quantization.spec import FLOAT_BITS, QuantSpec, Scales
 
-Scales = Literal["learned", "recomputed", "frozen"]
-
-MARGIN = 0.1
-"""Of a rounding step: how far from the border of its code's interval a latent starts at least."""
-
-
-class StraightThrough(nn.Module):
-    """The quantizer of one weight at one bit-width: latent -> the weight that the model sees.
-
-    Args:
-        spec: The quantizer.
-        unit: (C, G): what a latent of 1 stands for.
-        start: The grid to start from.
-        scales: "learned", "recomputed" or "frozen".
-    """
-
-    def __init__(self, spec: QuantSpec, unit: Tensor, start: Quantized, scales: Scales) -> None:
-        super().__init__()
-        self.spec, self.scales, self.shape = spec, scales, tuple(start.codes.shape)
-        self.register_buffer("unit", unit.clone())
-        self.register_buffer("scale", start.scale.clone())
-        zero_point = torch.zeros_like(start.scale) if start.zero_point is None else start.zero_point.to(torch.float32)
-        self.register_buffer("zero_point", zero_point)
-        self.register_buffer("clip_ratio", torch.ones_like(start.scale))
-        self.log_scale = nn.Parameter(torch.zeros_like(start.scale)) if scales == "learned" else None
-
-    def forward(self, latent: Tensor) -> Tensor:
-        """Returns the (C, K) rounded weight of a (C, K) latent."""
-        if self.scales == "recomputed":
-            self._recompute(latent.detach())
-        return _RoundThrough.apply(latent, self.log_scale, self)
-
-    @torch.no_grad()
-    def search(self, latent: Tensor) -> None:
-        """Searches the clip ratio for the latent as it is, where scales are recomputed."""
-        if self.scales == "recomputed":
-            for groups, part in _groups(self._exact(latent), self.spec):
-                self.clip_ratio[:, part] = choose_clip(groups, self.spec)
-            self._recompute(latent)
-
-    @torch.no_grad()
-    def quantized(self, latent: Tensor) -> Quantized:
-        """Returns the codes, scales and zero points of what `forward` returns."""
-        if self.scales == "recomputed":
-            self._recompute(latent)
-        scale = self.current_scale()
-        codes = torch.empty_like(latent)
-        for (groups, part), (into, _) in zip(_groups(latent, self.spec), _groups(codes, self.spec), strict=True):
-            into.copy_(self._codes(groups, scale[:, part], part))
-        symmetric = self.spec.scheme == "symmetric"
-        return Quantized(
-            codes=codes.to(torch.int8 if symmetric else torch.uint8).reshape(self.shape),
-            scale=scale,
-            zero_point=None if symmetric else self.zero_point.to(torch.uint8),
-        )
-
-    def as_weight(self, latent: Tensor) -> Tensor:
-        """Returns a latent in the weight's own units and shape."""
-        parts = [groups * self.unit[:, part, None] for groups, part in _groups(latent, self.spec)]
-        return torch.cat([part.reshape(len(latent), -1) for part in parts], dim=1).reshape(self.shape)
-
-    def current_scale(self) -> Tensor:
-        """Returns the (C, G) scales as they would be stored now."""
-        if self.log_scale is None:
-            return self.scale
-        return storable_scale(self.scale * self.log_scale.detach().exp(), self.spec)
-
-    def _codes(self, groups: Tensor, scale: Tensor, part: slice) -> Tensor:
-        """Returns the (C, G', size) codes of latents; scale (C, G') is that of the groups `part`."""
-        return nearest_codes(groups, scale / self.unit[:, part], self.zero_point[:, part], self.spec)
-
-    def _recompute(self, latent: Tensor) -> None:
-        grids = [
-            clipped_grid(groups, self.spec, self.clip_ratio[:, part])
-            for groups, part in _groups(self._exact(latent), self.spec)
-        ]
-        self.scale, self.zero_point = (torch.cat(values, dim=1) for values in zip(*grids, strict=True))
-
-    def _exact(self, latent: Tensor) -> Tensor:
-        """Returns the (C, K) weight that a latent stands for."""
-        return self.as_weight(latent.detach()).reshape(latent.shape)
+OPTIONS = {"straight_through": ("scales",), "soft_assignment": ("alpha", "anneal")}
+"""The keys of a recipe's [finetune] that one way of training reads and the other does not."""
 
 
 class Annealed(nn.Module):
@@ -132,11 +34,12 @@ class Annealed(nn.Module):
     Weights are normalised by max|w|, as in the paper, times a clip ratio where the spec asks for a search.
 
     Args:
-        spec: The quantizer, of the scheme "mulaw".
+        spec: The quantizer, of a scheme with centroids.
         unit: (1, 1): what a latent of 1 stands for.
-        shape: Of the weight.
+        shape: The weight's shape.
     """
 
+    unit: Tensor
     log_scale = None
 
     def __init__(self, spec: QuantSpec, unit: Tensor, shape: tuple[int, ...]) -> None:
@@ -146,7 +49,8 @@ class Annealed(nn.Module):
 
     def forward(self, latent: Tensor) -> Tensor:
         """Returns the weight, on its way to the centroids, of a (C, K) latent."""
-        return self.kernel(self.as_weight(latent))
+        seen: Tensor = self.kernel(self.as_weight(latent))
+        return seen
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
@@ -169,52 +73,6 @@ class Annealed(nn.Module):
         return (latent * self.unit).reshape(self.shape)
 
 
-class _RoundThrough(torch.autograd.Function):
-    """The rounding of a latent, and the straight-through gradient."""
-
-    @staticmethod
-    def forward(ctx: Any, latent: Tensor, log_scale: Tensor | None, quantizer: StraightThrough) -> Tensor:
-        scale = quantizer.current_scale()
-        weight = torch.empty_like(latent)
-        for (groups, part), (into, _) in zip(
-            _groups(latent, quantizer.spec), _groups(weight, quantizer.spec), strict=True
-        ):
-            codes = quantizer._codes(groups, scale[:, part], part)
-            torch.mul(codes.sub_(quantizer.zero_point[:, part, None]), scale[:, part, None], out=into)
-        ctx.save_for_backward(latent, weight, scale, quantizer.unit)
-        ctx.spec, ctx.learned = quantizer.spec, log_scale is not None
-        return weight
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, None]:
-        latent, weight, scale, unit = ctx.saved_tensors
-        gradient = gradient.contiguous()
-        to_latent = torch.empty_like(latent)
-        to_scale = torch.empty_like(scale) if ctx.learned else None
-        # a weight is outside where it is farther from its level than half the distance of levels, so beyond the last
-        reach = scale * ((1.0 if is_sign(ctx.spec) else 0.5) * (1 + 1e-5))
-        for found in zip(*(_groups(one, ctx.spec) for one in (latent, weight, gradient, to_latent)), strict=True):
-            (x, part), (rounded, _), (g, _), (into, _) = found
-            units = unit[:, part, None]
-            error = torch.addcmul(rounded, x, units, value=-1)  # of the rounding
-            inside = error.abs() <= reach[:, part, None]
-            if to_scale is not None:
-                # sign(w) * scale: which sign does not depend on the scale
-                slope = rounded if is_sign(ctx.spec) else torch.where(inside, error, rounded)
-                to_scale[:, part] = (slope * g).sum(dim=-1)
-            torch.mul(g, inside, out=into).mul_(units)
-        return to_latent, to_scale, None
-
-
-def _groups(matrix: Tensor, spec: QuantSpec) -> Iterator[tuple[Tensor, slice]]:
-    """Yields views (C, G', size) of a (C, K) matrix, and which groups they are."""
-    start = 0
-    for part in split_groups(matrix, spec):
-        yield part, slice(start, start + part.shape[1])
-        start += part.shape[1]
-
-
 class QuantizedWeights(nn.Module):
     """All quantizable weights of a model, at the bit-widths of one allocation or of several that share the latents.
 
@@ -222,11 +80,11 @@ class QuantizedWeights(nn.Module):
         weights: {name: trained weight}, of every weight of the model.
         allocations: {name: bits} each; 16 and 32 leave a weight as it is. The first one's grids give the units.
         weight_format: How the weights are stored.
-        grams: For the rounding "gptq" at the start, as in `mpq.artifact.weights.quantize_layer`.
-        scales: As in `StraightThrough`.
+        grams: Statistics for the rounding at the start, as in `mpq.artifact.weights.quantize_layer`.
+        scales: What becomes of the scales, as in `StraightThrough`.
 
     Raises:
-        MpqError: A weight cannot be quantized; the message names it.
+        MpqError: The scheme cannot be trained so, or a weight cannot be quantized; the message names it.
     """
 
     def __init__(
@@ -241,31 +99,51 @@ class QuantizedWeights(nn.Module):
         self.names, self.allocations, self.weight_format = tuple(weights), tuple(map(dict, allocations)), weight_format
         self.latents = nn.ParameterList()
         self.quantizers = nn.ModuleDict()
-        nearest = replace(weight_format, spec=replace(weight_format.spec, rounding="nearest"))
+        self._check(scales)
         for index, (name, weight) in enumerate(weights.items()):
-            widths = list(dict.fromkeys(bits[name] for bits in allocations if bits[name] not in FLOAT_BITS))
-            specs = [replace(weight_format.spec, bits=bits) for bits in widths]
-            # GPTQ's codes are those of one grid: not where several widths share a latent, nor where grids move at once
-            keep_codes = len({bits[name] for bits in allocations}) == 1 and scales != "recomputed"
-            starts = (
-                quantize_weight(name, weight, weight_format if keep_codes else nearest, widths, grams) if widths else []
-            )
-            latent = weight.detach().float().clone()
-            if starts and weight_format.spec.scheme == "mulaw":
-                unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
-                latent = latent.reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
-                for spec in specs:
-                    self.quantizers[f"{index}:{spec.bits}"] = Annealed(spec, unit, tuple(weight.shape))
-            elif starts:
-                unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
-                if not keep_codes:
-                    unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
-                latent = _start(weight, specs[0], starts[0], unit, keep_codes)
-                for spec, start in zip(specs, starts, strict=True):
-                    self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
-            self.latents.append(nn.Parameter(latent))
-        if weight_format.spec.scheme != "mulaw":  # whose search depends on alpha
+            self.latents.append(nn.Parameter(self._added(index, name, weight, grams, scales)))
+        if not self.is_annealed:  # whose search depends on alpha
             self.search()
+
+    def _added(self, index: int, name: str, weight: Tensor, grams: Mapping[str, Tensor], scales: Scales) -> Tensor:
+        """Makes the quantizers of one weight, and returns its latent."""
+        all_bits = [bits[name] for bits in self.allocations]
+        widths = [bits for bits in dict.fromkeys(all_bits) if bits not in FLOAT_BITS]
+        if not widths:
+            return weight.detach().float().clone()
+        weight_format = self.weight_format
+        # GPTQ's codes are those of one grid, so not where several widths share a latent or grids move at once
+        keep_codes = len(set(all_bits)) == 1 and scales != "recomputed"
+        if not keep_codes:
+            nearest = weight_format.spec.record.roundings[0]
+            weight_format = replace(weight_format, spec=replace(weight_format.spec, rounding=nearest))
+        starts = quantize_weight(name, weight, weight_format, widths, grams)
+        specs = [replace(self.weight_format.spec, bits=bits) for bits in widths]
+        if self.is_annealed:
+            unit = torch.exp2(torch.log2(_mean_step(starts[0], specs[0])).round())
+            for spec in specs:
+                self.quantizers[f"{index}:{spec.bits}"] = Annealed(spec, unit, tuple(weight.shape))
+            return weight.detach().float().reshape(matrix_shape(tuple(weight.shape), specs[0])) / unit
+        unit = starts[0].scale.clamp(min=torch.finfo(torch.float32).tiny)
+        if not keep_codes:
+            unit = torch.exp2(torch.log2(unit).round())  # so that the latent is the weight exactly
+        for spec, start in zip(specs, starts, strict=True):
+            self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
+        return start_latent(weight, specs[0], starts[0], unit, keep_codes)
+
+    @property
+    def is_annealed(self) -> bool:
+        """Whether the weights move from soft to hard (the General Quantizer)."""
+        return self.weight_format.spec.record.training == "soft_assignment"
+
+    def _check(self, scales: Scales) -> None:
+        """Raises MpqError unless the scheme can be trained, with such scales."""
+        scheme, record = self.weight_format.spec.scheme, self.weight_format.spec.record
+        if record.training is None:
+            raise MpqError(f"scheme {scheme}: its weights cannot be trained; allocate with another --scheme")
+        if not self.is_annealed and scales not in record.scales:
+            known = " or ".join(record.scales)
+            raise MpqError(f"finetune.scales: expected {known} for the scheme {scheme}, got {scales}")
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the model sees it} at the widths of an allocation.
@@ -285,14 +163,14 @@ class QuantizedWeights(nn.Module):
         for index, (name, bits) in enumerate(self._widths(allocation)):
             if bits not in FLOAT_BITS:
                 with _named(name):
-                    found[name] = self.quantizers[f"{index}:{bits}"].quantized(self.latents[index])
+                    found[name] = self._at(index, bits).quantized(self.latents[index])
         return found
 
     def rounded(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the packed file gives it back} at the widths of an allocation."""
         stored = self.quantized(allocation)
         return {
-            name: dequantize(stored[name], self.weight_format.spec)
+            name: dequantize(stored[name], replace(self.weight_format.spec, bits=bits))
             if name in stored
             else self._seen(index, bits).detach()
             for index, (name, bits) in enumerate(self._widths(allocation))
@@ -306,8 +184,8 @@ class QuantizedWeights(nn.Module):
 
     def search(self) -> None:
         """Searches anew: the clip ratios where scales are recomputed, those and mu of the General Quantizer."""
-        for key, quantizer in self.quantizers.items():
-            quantizer.search(self.latents[int(key.split(":")[0])])
+        for index, quantizer in self._all():
+            quantizer.search(self.latents[index])
 
     def floats(self) -> dict[str, Tensor]:
         """Returns {name: the latent as a weight}: what the codes are rounded from."""
@@ -319,8 +197,8 @@ class QuantizedWeights(nn.Module):
 
     def parameter_groups(self, scale_share: float, float_share: float) -> list[dict[str, Any]]:
         """Returns an optimizer's groups, with their "share" of its rate: latents, log-scales, unquantized weights."""
-        quantized = {int(key.split(":")[0]) for key in self.quantizers}
-        log_scales = [one.log_scale for one in self.quantizers.values() if one.log_scale is not None]
+        quantized = {index for index, _ in self._all()}
+        log_scales = [one.log_scale for _, one in self._all() if one.log_scale is not None]
         groups = [
             {"params": [self.latents[index] for index in sorted(quantized)], "share": 1.0},
             {"params": log_scales, "share": scale_share},
@@ -331,20 +209,33 @@ class QuantizedWeights(nn.Module):
     def _widths(self, allocation: int) -> Iterator[tuple[str, int]]:
         return ((name, self.allocations[allocation][name]) for name in self.names)
 
-    def _quantizer(self, index: int) -> "StraightThrough | Annealed | None":
+    def _all(self) -> Iterator[tuple[int, StraightThrough | Annealed]]:
+        """Yields the index of a weight and one of its quantizers."""
+        for key, quantizer in self.quantizers.items():
+            assert isinstance(quantizer, StraightThrough | Annealed)
+            yield int(key.split(":")[0]), quantizer
+
+    def _at(self, index: int, bits: int) -> StraightThrough | Annealed:
+        quantizer = self.quantizers[f"{index}:{bits}"]
+        assert isinstance(quantizer, StraightThrough | Annealed)
+        return quantizer
+
+    def _quantizer(self, index: int) -> StraightThrough | Annealed | None:
         """Returns one of the quantizers of a weight, which all have one unit; None if no allocation quantizes it."""
-        return next((one for key, one in self.quantizers.items() if key.startswith(f"{index}:")), None)
+        widths = (one[self.names[index]] for one in self.allocations)
+        return next((self._at(index, bits) for bits in widths if bits not in FLOAT_BITS), None)
 
     def _seen(self, index: int, bits: int) -> Tensor:
         latent = self.latents[index]
         if bits in FLOAT_BITS:
-            quantizer = self._quantizer(index)  # of another allocation, which counts the latent in its units
-            weight = latent if quantizer is None else quantizer.as_weight(latent)
+            other = self._quantizer(index)  # of another allocation, which counts the latent in its units
+            weight = latent if other is None else other.as_weight(latent)
             stored = weight.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
             return weight + (stored - weight.detach())  # as it will be stored, and the gradient straight through
-        quantizer = self.quantizers[f"{index}:{bits}"]
+        quantizer = self._at(index, bits)
         with _named(self.names[index]):
-            return quantizer(latent).reshape(quantizer.shape)
+            seen: Tensor = quantizer(latent)
+            return seen.reshape(quantizer.shape)
 
 
 @contextmanager
@@ -359,22 +250,5 @@ def _named(name: str) -> Iterator[None]:
 def _mean_step(start: Quantized, spec: QuantSpec) -> Tensor:
     """Returns the (1, 1) mean distance of neighbouring levels."""
     tiny = torch.finfo(torch.float32).tiny
-    return (start.scale.mean() * 2 / (2**spec.bits - 1)).clamp(min=tiny).reshape(1, 1)
-
-
-def _start(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor, keep_codes: bool) -> Tensor:
-    """Returns the (C, K) latent in units: the weight, moved into the interval of its code where it has to keep it."""
-    rows, columns = matrix_shape(tuple(weight.shape), spec)
-    levels = start.codes.reshape(rows, columns).to(torch.float32)
-    latent = weight.detach().to(torch.float32).reshape(rows, columns).clone()
-    for (groups, part), (level, _) in zip(_groups(latent, spec), _groups(levels, spec), strict=True):
-        if start.zero_point is not None:
-            level.sub_(start.zero_point[:, part, None])
-        groups.div_(unit[:, part, None])
-        if not keep_codes:
-            continue
-        if is_sign(spec):
-            groups.copy_(torch.where(level > 0, groups.clamp(min=MARGIN), groups.clamp(max=-MARGIN)))
-        else:
-            groups.copy_(torch.minimum(torch.maximum(groups, level - 0.5 + MARGIN), level + 0.5 - MARGIN))
-    return latent
+    step: Tensor = start.scale.mean() * 2 / (len(spec.codes) - 1)
+    return step.clamp(min=tiny).reshape(1, 1)

@@ -141,9 +141,7 @@ class Finetuner(TrainingLoop):
         start, end = (round(part * self.total_steps) for part in self.tuning.anneal)
         self.weights.anneal(annealed_alpha(self.step, start, end, *self.tuning.alpha), is_hard=self.step >= end)
         is_due = self.step % self.tuning.search_every == 0
-        if (
-            self.weights.weight_format.spec.scheme == "mulaw"
-        ):  # once more when the weights are rounded, and then no more
+        if self.weights.is_annealed:  # once more when the weights are rounded, and then no more
             is_due = self.step == end or (is_due and self.step < end)
         if is_due:
             self.weights.search()

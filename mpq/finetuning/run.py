@@ -21,7 +21,7 @@ from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import digest, make_folder
-from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.finetuning.fake_quant import OPTIONS, QuantizedWeights
 from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
 from mpq.loading import PACKED_FILE, open_float_model
@@ -72,10 +72,12 @@ def finetune(
     loaded = {path: Allocation.load(path) for path in allocations}
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
     options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
-    scheme = targets[0].assigned.weight_format.spec.scheme
-    for key in ("scales",) if scheme == "mulaw" else ("alpha", "anneal"):
-        if key in options.model_fields_set:
-            raise MpqError(f"finetune.{key}: does nothing for the scheme {scheme} of the allocation; leave it out")
+    spec = targets[0].assigned.weight_format.spec
+    for training, keys in OPTIONS.items():
+        if training != spec.record.training and (given := options.model_fields_set & set(keys)):
+            raise MpqError(
+                f"finetune.{min(given)}: does nothing for the scheme {spec.scheme} of the allocation; leave it out"
+            )
     statistics = {name for name in exact_names(teacher, targets[0].assigned.weight_format) if "running_" in name}
     if options.batch_norm == "updated" and statistics:
         raise MpqError(
@@ -153,7 +155,7 @@ def _targets(
                 f"{quantizers[1]}; allocate both from one sensitivity file"
             )
     audio = {json.dumps(allocation.data.get("sha256")) for allocation in loaded.values()}
-    if len(audio) > 1 and found[0].assigned.weight_format.spec.rounding == "gptq":
+    if len(audio) > 1 and found[0].assigned.weight_format.spec.needs_statistics:
         raise MpqError(
             f"allocations {found[0].name} and {found[-1].name}: made with different calibration audio; allocate all "
             "from one sensitivity file"

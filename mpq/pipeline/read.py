@@ -5,7 +5,6 @@ contradict each other, files that are not there.
 """
 
 import difflib
-import json
 import os
 import re
 import tomllib
@@ -17,6 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from mpq.config import STAGES, SYNTHETIC_NOISE, AugmentConfig, Recipe, sections
 from mpq.errors import MpqError
+from mpq.faults import WORDS, Place, by_place, fault, named
 from mpq.files import read_text
 from mpq.pipeline.contradictions import ALTERNATIVES, contradictions, missing_files
 
@@ -90,7 +90,7 @@ def _recipe(
     try:
         recipe = Recipe.model_validate(_with_tuples(table, Recipe))
     except ValidationError as error:
-        found = _faults(table, [dict(entry) for entry in error.errors()])
+        found = _faults(table, error)
         faults += found.values()
         for location in found:
             _drop(table, location)
@@ -177,60 +177,17 @@ def _with_tuples(table: Any, section: type[BaseModel]) -> Any:
     return result
 
 
-_WORDS = {
-    "string_type": "text in quotes",
-    "int_type": "a whole number",
-    "int_from_float": "a whole number",
-    "float_type": "a number",
-    "finite_number": "a finite number",
-    "bool_type": "true or false",
-    "list_type": "a list",
-    "tuple_type": "a list",
-    "dict_type": "a table",
-    "model_type": "a section",
-    "greater_than": "more than {gt}",
-    "greater_than_equal": "{ge} or more",
-    "less_than": "less than {lt}",
-    "less_than_equal": "{le} or less",
-    "literal_error": "{expected}",
-    "string_too_short": "text that is not empty",
-    "string_pattern_mismatch": "text of the form {pattern}",
-    "missing": "an item more",
-    "too_long": "{max_length} items",
-}
-"""What was expected, by the type of pydantic's error."""
+_WORDS = WORDS | {"string_type": "text in quotes", "dict_type": "a table", "model_type": "a section"}
+"""What was expected of a recipe, which is TOML."""
 
 
-def _faults(table: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], str]:
-    """Returns pydantic's errors in the words of this project, [section] key: expected ..., got ..., by location.
-
-    The alternatives of a union are one line: what is wrong inside a list where there is a list, else all of them.
-    """
-    places: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for entry in entries:
-        places.setdefault(_location(table, entry), []).append(entry)
-    faults = {}
-    for place, found in places.items():
-        if any(other[: len(place)] == place and len(other) > len(place) for other in places):
-            continue
-        if found[0]["type"] == "extra_forbidden":
-            faults[place] = f"{_where(place)}: {_unknown(place)}"
-        else:
-            expected = dict.fromkeys(_expected(entry) for entry in found)
-            faults[place] = f"{_where(place)}: expected {' or '.join(expected)}, got {_shown(found[0]['input'])}"
-    return faults
-
-
-def _expected(entry: dict[str, Any]) -> str:
-    words = _WORDS.get(entry["type"])
-    if words is None:
-        return re.sub(r"^Input should be ", "", entry["msg"])
-    return words.format(**{key: str(value).strip("^$") for key, value in entry.get("ctx", {}).items()})
-
-
-def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else f"{text[:57]}..."
+def _faults(table: dict[str, Any], error: ValidationError) -> dict[Place, str]:
+    """Returns pydantic's errors in the words of this project, [section] key: expected ..., got ..., by place."""
+    return {
+        place: f"{_where(place)}: "
+        + (_unknown(place) if entries[0]["type"] == "extra_forbidden" else fault(entries, _WORDS))
+        for place, entries in by_place(error, table).items()
+    }
 
 
 def _unknown(place: Sequence[Any]) -> str:
@@ -242,27 +199,10 @@ def _unknown(place: Sequence[Any]) -> str:
     return f"unknown key; {hint}known: {', '.join(known)}"
 
 
-def _location(table: Any, entry: dict[str, Any]) -> tuple[Any, ...]:
-    """Returns where in the table an error is, without the names that pydantic gives to the alternatives of a union."""
-    location = []
-    for part in entry["loc"]:
-        if isinstance(table, dict) and part in table:
-            table = table[part]
-        elif isinstance(table, list) and isinstance(part, int):
-            table = table[part] if part < len(table) else None
-        else:
-            continue
-        location.append(part)
-    if entry["type"] == "missing":
-        location = location[:-1]
-    return tuple(location)
-
-
-def _where(location: Sequence[Any]) -> str:
-    names = [f"[{part}]" if isinstance(part, int) else str(part) for part in location]
-    if len(names) > 1 and location[0] in sections():
-        return f"[{names[0]}] " + ".".join(names[1:]).replace(".[", "[")
-    return ".".join(names).replace(".[", "[")
+def _where(place: Place) -> str:
+    if len(place) > 1 and place[0] in sections():
+        return f"[{place[0]}] {named(place[1:])}"
+    return named(place)
 
 
 def _known(location: Sequence[Any]) -> list[str]:

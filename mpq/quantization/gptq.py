@@ -20,24 +20,27 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import choose_grid, code_range, is_sign
+from mpq.quantization.grids import choose_grid
 from mpq.quantization.spec import QuantSpec
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md has what others do)."""
+"""Share of the mean diagonal that is added to the diagonal (docs/rounding.md says what others do)."""
 
 _BLOCK = 64
 
 
-def gptq(matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
+def gptq(
+    matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor, tables: Sequence[Tensor | None] = ()
+) -> list[tuple[Tensor, Tensor, Tensor]]:
     """Returns codes (C, K), scales (C, G) and zero points (C, G), float32 all, for each of several specs.
 
     The result for a spec does not depend on which others are there.
 
     Args:
         matrix: (C, K) float32 weights: C = B * R rows; the first R go with the first Gram matrix, and so on.
-        specs: Of the same scheme, granularity, clip and scale_dtype; granularity "tensor" shares one scale, (1, 1).
+        specs: The quantizers, which differ in their bits alone; with granularity "tensor" there is one scale, (1, 1).
         gram: (B, K, K) sums of the outer products of the inputs.
+        tables: Centroids, which schemes of evenly spaced levels do not have; not looked at.
 
     Raises:
         MpqError: The Gram matrix is not finite, of the wrong shape, or zero (no data reached the layer); or a scale
@@ -53,54 +56,72 @@ def gptq(matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor) -> list[tuple
     rows = len(matrix) // blocks
     size = min(specs[0].group_size or columns, columns)
     one_scale = specs[0].granularity == "tensor"
-    groups = -(-columns // size)
-    ranges = torch.tensor([code_range(spec) for spec in specs], dtype=torch.float32, device=matrix.device)
-    q_min, q_max = ranges[:, 0, None, None], ranges[:, 1, None, None]  # (W, 1, 1)
-    signs = torch.tensor([is_sign(spec) for spec in specs], device=matrix.device)[:, None, None]
     # columns first, so that each is one piece of memory
     weights = matrix.t().reshape(columns, 1, blocks, rows).repeat(1, len(specs), 1, 1)  # (K, W, B, R)
     codes = torch.empty_like(weights)
-    scales = weights.new_empty(groups, len(specs), blocks, rows)
+    scales = weights.new_empty(-(-columns // size), len(specs), blocks, rows)
     zero_points = torch.empty_like(scales)
-    steps = factor.permute(1, 2, 0)[:, :, None, :, None]  # (K, K, 1, B, 1)
-    for group in range(groups):
-        first, last = group * size, min((group + 1) * size, columns)
+    for group, first in enumerate(range(0, columns, size)):
+        last = min(first + size, columns)
         for index, spec in enumerate(specs):
             part = weights[first:last, index].flatten(1).t()  # (C, size)
             grid = choose_grid((part.reshape(1, 1, -1) if one_scale else part[:, None]).contiguous(), spec)
             scales[group, index], zero_points[group, index] = (
                 values.expand(blocks, rows) if one_scale else values.reshape(blocks, rows) for values in grid
             )
-        scale, zero_point = scales[group], zero_points[group]  # (W, B, R)
-        inverse_scale = scale.reciprocal()
         for start in range(first, last, _BLOCK):
-            stop = min(start + _BLOCK, last)
-            errors = weights.new_empty(stop - start, len(specs), blocks, rows)
-            for column in range(start, stop):
-                values = weights[column]
-                rounded = torch.round(values * inverse_scale).add_(zero_point)
-                rounded = torch.minimum(torch.maximum(rounded, q_min), q_max)
-                codes[column] = torch.where(signs, torch.where(values >= 0, 1.0, -1.0), rounded)
-                error = (values - (codes[column] - zero_point) * scale) / steps[column, column]
-                weights[column + 1 : stop] -= steps[column, column + 1 : stop] * error
-                errors[column - start] = error
-            for index in range(len(specs)):  # one at a time, so that each result is the same whatever the others
-                fed = torch.einsum("bjk,jbr->kbr", factor[:, start:stop, stop:], errors[:, index])
-                weights[stop:, index] -= fed
+            block = slice(start, min(start + _BLOCK, last))
+            _round_block(weights, codes, block, scales[group], zero_points[group], factor, specs)
     results = []
     for index in range(len(specs)):
-        parameters = (values[:, index].flatten(1).t() for values in (scales, zero_points))  # (C, G) each
-        results.append(
-            (codes[:, index].flatten(1).t(), *(values[:1] if one_scale else values for values in parameters))
-        )
+        scale, zero_point = (values[:, index].flatten(1).t() for values in (scales, zero_points))  # (C, G) each
+        end = 1 if one_scale else len(scale)
+        results.append((codes[:, index].flatten(1).t(), scale[:end], zero_point[:end]))
     return results
+
+
+def _round_block(
+    weights: Tensor,
+    codes: Tensor,
+    block: slice,
+    scale: Tensor,
+    zero_point: Tensor,
+    factor: Tensor,
+    specs: Sequence[QuantSpec],
+) -> None:
+    """Rounds the columns of a block into `codes`, and feeds their errors to all columns of `weights` after them.
+
+    Args:
+        weights, codes: (K, W, B, R).
+        block: Which columns, all of one group.
+        scale, zero_point: (W, B, R), the group's.
+        factor: (B, K, K), as `inverse_factor` returns it.
+        specs: W of them.
+    """
+    ranges = torch.tensor([(spec.codes[0], spec.codes[-1]) for spec in specs], dtype=torch.float32)
+    q_min, q_max = ranges.to(weights.device)[:, :, None, None].unbind(1)  # (W, 1, 1)
+    signs = torch.tensor([spec.is_sign for spec in specs], device=weights.device)[:, None, None]
+    steps = factor.permute(1, 2, 0)[:, :, None, :, None]  # (K, K, 1, B, 1)
+    inverse_scale = scale.reciprocal()
+    errors = weights.new_empty(block.stop - block.start, *weights.shape[1:])
+    for column in range(block.start, block.stop):
+        values = weights[column]
+        rounded = torch.round(values * inverse_scale).add_(zero_point)
+        rounded = torch.minimum(torch.maximum(rounded, q_min), q_max)
+        codes[column] = torch.where(signs, torch.where(values >= 0, 1.0, -1.0), rounded)
+        error = (values - (codes[column] - zero_point) * scale) / steps[column, column]
+        weights[column + 1 : block.stop] -= steps[column, column + 1 : block.stop] * error
+        errors[column - block.start] = error
+    for index in range(len(specs)):  # one at a time, so that each result is the same whatever the others
+        fed = torch.einsum("bjk,jbr->kbr", factor[:, block, block.stop :], errors[:, index])
+        weights[block.stop :, index] -= fed
 
 
 def inverse_factor(gram: Tensor) -> Tensor:
     """Returns the upper Cholesky factors (B, K, K), float32, of the inverses of damped Gram matrices.
 
     Raises:
-        MpqError: As `gptq`.
+        MpqError: A Gram matrix is not finite, or zero, or singular although it was damped.
     """
     gram = gram.to(torch.float64)
     diagonal = gram.diagonal(dim1=1, dim2=2)  # (B, K)
@@ -113,6 +134,7 @@ def inverse_factor(gram: Tensor) -> Tensor:
     damped[mean[:, 0] <= 0] = torch.eye(gram.shape[1], dtype=gram.dtype, device=gram.device)
     try:
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-        return torch.linalg.cholesky(inverse, upper=True).to(torch.float32)
-    except torch.linalg.LinAlgError as error:
+        upper: Tensor = torch.linalg.cholesky(inverse, upper=True)
+        return upper.to(torch.float32)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]  # public, but missing in torch's __all__
         raise MpqError(f"the statistics of its inputs are singular, although damped: {error}") from None

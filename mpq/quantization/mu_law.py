@@ -11,9 +11,17 @@ Legend: m centroids, as whole numbers k in [-128, 127] that stand for k / 128, a
 """
 
 import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import final
 
 import torch
 from torch import Tensor
+
+from mpq.quantization.grids import choose_grid, rounding_error
+from mpq.quantization.levels import Levels
+from mpq.quantization.scales import normalised, range_around_zero, stored_scale
+from mpq.quantization.spec import QuantSpec
 
 UNIT = 128
 """A centroid k stands for k / UNIT."""
@@ -37,6 +45,35 @@ def mu_law_centroids(bits: int, mu: float) -> Tensor:
     return (warped * UNIT).round().clamp(-UNIT, UNIT - 1).to(torch.int8)
 
 
+def choose_centroids(parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
+    """Returns the (2^bits,) int8 mu-law centroids, of all `MUS`, that give a weight the smallest squared error.
+
+    mu is chosen with the scales before the search, and where there is one, once more with those that it finds: that
+    comes close to a search of both together (docs/quantizers.md).
+
+    Args:
+        parts: The weight as groups of one size, (C, G, size) each.
+        spec: The quantizer, of the scheme "mulaw".
+
+    Raises:
+        MpqError: A scale does not fit into the spec's scale_dtype.
+    """
+    candidates = [mu_law_centroids(spec.bits, mu).to(parts[0].device) for mu in MUS]
+    if spec.bits == 1:
+        return candidates[0]  # the poles alone, whatever mu is
+    squared = replace(spec, clip="mse")
+    chosen = candidates[0]
+    is_searched = spec.clip in ("mse", "mae")
+    for step in [replace(spec, clip="none"), spec] if is_searched else [spec]:
+        grids = [choose_grid(part, step, chosen) for part in parts]
+        errors = []
+        for one in candidates:
+            pairs = zip(parts, grids, strict=True)
+            errors.append(sum(float(rounding_error(part, *grid, squared, one).double().sum()) for part, grid in pairs))
+        chosen = candidates[errors.index(min(errors))]
+    return chosen
+
+
 def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     """Returns the int64 index of the centroid next to each value; the upper one in the middle between two.
 
@@ -44,7 +81,7 @@ def nearest_centroids(values: Tensor, centroids: Tensor) -> Tensor:
     tensor([0, 1, 2, 2])
 
     Args:
-        values: Of any shape; float32, in units of 1 (most of them in [-1, 1]).
+        values: float32 numbers of any shape, in units of 1 (most of them in [-1, 1]).
         centroids: (m,) int8, ascending.
     """
     return _look_up(values, _nearest_table(centroids))
@@ -71,3 +108,33 @@ def _nearest_table(centroids: Tensor) -> Tensor:
 def _look_up(values: Tensor, table: Tensor) -> Tensor:
     cell = (values * (2 * UNIT)).floor_().clamp_(-2 * UNIT, 2 * UNIT - 1).add_(2 * UNIT).to(torch.int64)
     return table.index_select(0, cell.flatten()).reshape(values.shape)
+
+
+@final
+class MuLaw(Levels):
+    """Levels scale * centroid, with the centroids that fit the whole weight best."""
+
+    def bounds(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return range_around_zero(groups, spec)
+
+    def spread(self, low: Tensor, high: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
+        return stored_scale(high, spec), torch.zeros_like(high)  # 0 for zeros: not every set of centroids has a zero
+
+    def centroids(self, parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
+        return choose_centroids(parts, spec)
+
+    def nearest(
+        self, groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, centroids: Tensor | None
+    ) -> Tensor:
+        assert centroids is not None, "mu-law levels without centroids"
+        return nearest_centroids(normalised(groups, scale), centroids).to(torch.float32)
+
+    def rounded(
+        self, groups: Tensor, scale: Tensor, zero_point: Tensor, spec: QuantSpec, centroids: Tensor | None
+    ) -> Tensor:
+        assert centroids is not None, "mu-law levels without centroids"
+        return nearest_levels(normalised(groups, scale), centroids)
+
+    def of(self, codes: Tensor, spec: QuantSpec, centroids: Tensor | None) -> Tensor:
+        assert centroids is not None, "mu-law levels without centroids"
+        return centroid_levels(codes, centroids)

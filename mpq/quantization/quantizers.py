@@ -2,31 +2,22 @@
 
 `quantize` chooses scales and rounds, `dequantize` gives the weights that the codes stand for, `fake_quantize` is one
 after the other. Measuring, training and packing all use these, so what is measured is what is stored, bit for bit.
-`mpq.quantization.grids` has the levels, `mpq.quantization.gptq` the rounding that looks at the layer's inputs.
+`mpq.quantization.grids` chooses the levels and rounds to nearest, `mpq.quantization.gptq` rounds by the layer's inputs.
 
 Legend: as in `mpq.quantization.grids`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pkgutil import resolve_name
 
 import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.gptq import gptq
-from mpq.quantization.grids import (
-    CLIP_RATIOS,
-    choose_centroids,
-    choose_grid,
-    code_range,
-    matrix_shape,
-    nearest_codes,
-    scale_shape,
-    split_groups,
-)
-from mpq.quantization.mu_law import centroid_levels
-from mpq.quantization.spec import QuantSpec
+from mpq.quantization.grids import CLIP_RATIOS, code_range, matrix_shape, scale_shape, split_groups
+from mpq.quantization.levels import levels_of
+from mpq.quantization.spec import ROUNDINGS, QuantSpec
 
 __all__ = [
     "CLIP_RATIOS",
@@ -41,15 +32,21 @@ __all__ = [
 ]
 
 
+Rounder = Callable[
+    [Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[tuple[Tensor, Tensor, Tensor]]
+]
+"""What rounds: `mpq.quantization.grids.nearest` has the arguments and the result."""
+
+
 @dataclass(frozen=True)
 class Quantized:
     """A weight as stored.
 
     Attributes:
-        codes: The weight's shape; int8 in [-q_max, q_max] (symmetric) or uint8 in [0, 2^n - 1] (asymmetric, mulaw).
+        codes: The weight's shape; int8 where the scheme has negative codes (symmetric), else uint8.
         scale: (C, G) float32 ("tensor": (1, 1)), each value exact in the spec's scale_dtype.
-        zero_point: (C, G) uint8 in [0, 2^n - 1]; None unless asymmetric.
-        centroids: (2^n,) int8, ascending, in units of 1/128: what the codes are indices of; None unless mulaw.
+        zero_point: (C, G) uint8 in [0, 2^n - 1]; None for a scheme without zero points.
+        centroids: (2^n,) int8, ascending, in units of 1/128: what the codes are indices of; None for a scheme without.
     """
 
     codes: Tensor
@@ -66,15 +63,15 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
     has nothing to clip.
 
     Args:
-        weight: Of any shape with at least one element, floating point, finite; computed in float32.
+        weight: Finite floating-point numbers, at least one, of any shape; computed in float32.
         spec: The quantizer.
-        gram: For the rounding "gptq": (B, K, K) sums of outer products of the inputs, as
+        gram: For a rounding that needs statistics: (B, K, K) sums of outer products of the inputs, as
             `mpq.sensitivity.calibration.input_grams` collects them; others do not look at it.
-        centroids: For the scheme "mulaw": (2^bits,) int8 to use instead of those that fit the weight best.
+        centroids: For a scheme that has them: (2^bits,) int8 to use instead of those that fit the weight best.
 
     Raises:
-        MpqError: The weight is empty or not finite, a scale does not fit into scale_dtype, or the rounding "gptq" has
-            no `gram` or one that does not fit.
+        MpqError: The weight is empty or not finite, a scale does not fit into scale_dtype, or there are no statistics
+            (`gram`) for a rounding that needs them, or some that do not fit.
     """
     return _quantize(weight, [spec], gram, centroids)[0]
 
@@ -82,7 +79,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
 def quantize_widths(
     weight: Tensor, spec: QuantSpec, widths: Sequence[int], gram: Tensor | None = None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns with each of several bit-widths in the spec; with "gptq" in far less time."""
+    """Returns what `quantize` returns with each of several bit-widths in the spec; gptq does that in far less time."""
     return _quantize(weight, [replace(spec, bits=bits) for bits in widths], gram, None)
 
 
@@ -96,38 +93,56 @@ def _quantize(
         raise MpqError(f"weight of shape {tuple(weight.shape)}: expected finite values, got NaN or infinity")
     weight = weight.detach().to(torch.float32)
     spec = specs[0]
-    if spec.rounding == "gptq" and gram is None:
-        raise MpqError("rounding gptq: expected statistics of the layer's inputs, got none")
-    if spec.rounding == "gptq":
-        matrix = weight.flatten(1) if weight.ndim > 1 else weight[None]
-        results = [(*one, None) for one in gptq(matrix, specs, gram.to(weight.device))]
-    else:
-        results = [_nearest(weight.reshape(matrix_shape(tuple(weight.shape), one)), one, centroids) for one in specs]
-    code_dtype = torch.int8 if spec.scheme == "symmetric" else torch.uint8
-    return [
-        Quantized(
-            codes=codes.to(code_dtype).reshape(weight.shape),
-            scale=scale,
-            zero_point=zero_point.to(torch.uint8) if spec.scheme == "asymmetric" else None,
-            centroids=chosen,
-        )
-        for codes, scale, zero_point, chosen in results
-    ]
+    if spec.needs_statistics and gram is None:
+        raise MpqError(f"rounding {spec.rounding}: expected statistics of the layer's inputs, got none")
+    matrix = weight.flatten(1) if weight.ndim > 1 else weight.reshape(1, -1)
+    tables = [_centroids(matrix, one) if centroids is None else centroids for one in specs]
+    round_to: Rounder = resolve_name(ROUNDINGS[spec.rounding].function)
+    statistics = gram.to(weight.device) if spec.needs_statistics and gram is not None else None
+    results = round_to(matrix, specs, statistics, tables)
+    shape = tuple(weight.shape)
+    return [as_stored(shape, one, *found, table) for one, found, table in zip(specs, results, tables, strict=True)]
+
+
+def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
+    """Returns the centroids that a matrix (C, K) of weights gets; None for a scheme without."""
+    if not spec.record.has_centroids:
+        return None
+    return levels_of(spec).centroids(split_groups(matrix.reshape(matrix_shape(tuple(matrix.shape), spec)), spec), spec)
+
+
+def as_stored(
+    shape: tuple[int, ...], spec: QuantSpec, codes: Tensor, scale: Tensor, zero_point: Tensor, centroids: Tensor | None
+) -> Quantized:
+    """Returns what is stored of a weight of this shape.
+
+    Args:
+        shape: The weight's.
+        spec: The quantizer.
+        codes: float32 codes, as many as weights, in their order.
+        scale: (C, G) float32.
+        zero_point: (C, G) float32; not looked at for a scheme without zero points.
+        centroids: (2^bits,) int8; None for a scheme without.
+    """
+    return Quantized(
+        codes=codes.to(torch.int8 if spec.codes[0] < 0 else torch.uint8).reshape(shape),
+        scale=scale,
+        zero_point=zero_point.to(torch.uint8) if spec.record.has_zero_points else None,
+        centroids=centroids,
+    )
 
 
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Tensor:
     """Returns the float32 weight that the codes stand for, in the weight's shape.
 
-    It is (codes - zero_point) * scale, or centroids[codes] / 128 * scale where there are centroids.
+    It is (codes - zero_point) * scale, or centroids[codes] / 128 * scale where there are centroids. The spec is that of
+    the codes, their bits included.
     """
     shape = tuple(quantized.codes.shape)
     rows, columns = matrix_shape(shape, spec)
     size = min(spec.group_size or columns, columns)
     codes = quantized.codes.reshape(rows, columns)
-    if quantized.centroids is not None:
-        levels = centroid_levels(codes, quantized.centroids)
-    else:
-        levels = codes.to(torch.float32)
+    levels = levels_of(spec).of(codes, spec, quantized.centroids)
     if quantized.zero_point is not None:
         levels = levels - _per_column(quantized.zero_point.to(torch.float32), size, columns)
     return (levels * _per_column(quantized.scale, size, columns)).reshape(shape)
@@ -140,19 +155,6 @@ def fake_quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None) -
     tensor([[-1.,  0.,  1.]])
     """
     return dequantize(quantize(weight, spec, gram), spec)
-
-
-def _nearest(matrix: Tensor, spec: QuantSpec, centroids: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Returns float32 codes (C, K), scales and zero points (C, G), and centroids (2^bits,), of a matrix (C, K)."""
-    parts = split_groups(matrix, spec)
-    if spec.scheme == "mulaw" and centroids is None:
-        centroids = choose_centroids(parts, spec)
-    results = []
-    for part in parts:
-        scale, zero_point = choose_grid(part, spec, centroids)
-        results.append((nearest_codes(part, scale, zero_point, spec, centroids).flatten(1), scale, zero_point))
-    codes, scales, zero_points = (torch.cat(values, dim=1) for values in zip(*results, strict=True))
-    return codes, scales, zero_points, centroids
 
 
 def _per_column(values: Tensor, size: int, columns: int) -> Tensor:

@@ -24,13 +24,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn.utils.parametrize import register_parametrization, remove_parametrizations
+from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from mpq.errors import MpqError
 from mpq.quantization.grids import choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
 from mpq.quantization.mu_law import MUS, UNIT, mu_law_centroids
-from mpq.quantization.quantizers import Quantized, dequantize
-from mpq.quantization.spec import QuantSpec
+from mpq.quantization.quantizers import Quantized, as_stored, dequantize
+from mpq.quantization.spec import SCHEMES, QuantSpec
 
 _AT_ONCE = 2**15 - 1
 """Weights that a processor works on at once: few enough for all temporary values to stay in its cache, and for torch
@@ -60,7 +60,7 @@ def soft_assign(weights: Tensor, centroids: Tensor, alpha: float) -> Tensor:
     tensor([-1.0000,  0.0000,  0.5000])
 
     Args:
-        weights: Of any shape, float32 or float64, in units of the scale (most of them in [-1, 1]).
+        weights: float32 or float64 numbers of any shape, in units of the scale (most of them in [-1, 1]).
         centroids: (m,) int8, ascending, in units of 1/128; equal ones count as often as they are there.
         alpha: At least 0.
 
@@ -68,11 +68,17 @@ def soft_assign(weights: Tensor, centroids: Tensor, alpha: float) -> Tensor:
         MpqError: alpha is below 0 or not finite, or the centroids are not of that kind.
     """
     ones = weights.new_ones(1, 1)
-    return _SoftAssign.apply(weights.reshape(1, -1), ones, centroids, alpha).reshape(weights.shape)
+    return _soft(weights.reshape(1, -1), ones, centroids, alpha).reshape(weights.shape)
+
+
+def _soft(weights: Tensor, scale: Tensor, centroids: Tensor, alpha: float) -> Tensor:
+    """Returns scale * soft_assign(weights / scale) of weights (R, S) with scales (R, 1)."""
+    result: Tensor = _SoftAssign.apply(weights, scale, centroids, alpha)  # type: ignore[no-untyped-call]  # torch's
+    return result
 
 
 class _SoftAssign(torch.autograd.Function):
-    """scale * soft_assign(weights / scale) of weights (R, S) with scales (R, 1)."""
+    """The function `_soft` and its gradient."""
 
     @staticmethod
     def forward(ctx: Any, weights: Tensor, scale: Tensor, centroids: Tensor, alpha: float) -> Tensor:
@@ -82,8 +88,8 @@ class _SoftAssign(torch.autograd.Function):
         slope = torch.empty_like(weights) if ctx.needs_input_grad[0] else result
         at_once = _AT_ONCE if weights.device.type == "cpu" else weights.numel() + 1
         dim, size = (0, max(at_once // weights.shape[1], 1)) if len(weights) > 1 else (1, at_once)
-        pieces = [tensor.split(size, dim) for tensor in (weights, result, slope)]
-        factors = [tensor.split(size) if dim == 0 else [tensor] * len(pieces[0]) for tensor in (scale, inverse)]
+        pieces = [torch.split(tensor, size, dim) for tensor in (weights, result, slope)]
+        factors = [torch.split(one, size) if dim == 0 else [one] * len(pieces[0]) for one in (scale, inverse)]
         for some, values, slopes, factor, divisor in zip(*pieces, *factors, strict=True):
             x = some * divisor
             # from -1 - 1/128 to 127/128 in steps of 1/128; NaN becomes some cell, and stays NaN below
@@ -165,7 +171,7 @@ class SoftToHard(nn.Module):
         alpha: How hard the assignment is (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
         is_hard: Whether the weight is rounded: the value is that of `dequantize(quantized(weight))`, and the gradient
             passes unchanged (straight-through estimator).
-        mu: Of the mu-law. Set it by `choose_mu`.
+        mu: The parameter of the mu-law. Set it by `choose_mu`.
         centroids: (2^bits,) int8 buffer, in units of 1/128.
         clip_ratio: (C, G) float32 buffer of a weight whose clip was searched, else (1, 1) of one.
 
@@ -177,8 +183,9 @@ class SoftToHard(nn.Module):
 
     def __init__(self, spec: QuantSpec, alpha: float = 10.0, mu: float = 0.0, groups: tuple[int, int] = (1, 1)) -> None:
         super().__init__()
-        if spec.scheme != "mulaw":
-            raise MpqError(f"scheme: expected mulaw for a soft assignment, got {spec.scheme}")
+        if spec.record.training != "soft_assignment":
+            known = [name for name, record in SCHEMES.items() if record.training == "soft_assignment"]
+            raise MpqError(f"scheme: expected {' or '.join(known)} for a soft assignment, got {spec.scheme}")
         self.spec, self.alpha, self.mu, self.is_hard = spec, alpha, mu, False
         self.register_buffer("centroids", mu_law_centroids(spec.bits, mu))
         self.register_buffer("clip_ratio", torch.ones(groups))
@@ -241,7 +248,7 @@ class SoftToHard(nn.Module):
         """Returns the (C, G) scales of groups."""
         counts = [part.shape[1] for part in parts]
         rows = len(parts[0])
-        ratios = self.clip_ratio.expand(rows, sum(counts)).split(counts, dim=1)
+        ratios = torch.split(self.clip_ratio.expand(rows, sum(counts)), counts, dim=1)
         pairs = zip(parts, ratios, strict=True)
         return [clipped_grid(part.detach().to(torch.float32), self.spec, ratio)[0] for part, ratio in pairs]
 
@@ -254,12 +261,9 @@ class SoftToHard(nn.Module):
             nearest_codes(part, scale, torch.zeros_like(scale), self.spec, centroids).flatten(1)
             for part, scale in zip(parts, scales, strict=True)
         ]
-        return Quantized(
-            codes=torch.cat(codes, dim=1).to(torch.uint8).reshape(weight.shape),
-            scale=torch.cat(scales, dim=1),
-            zero_point=None,
-            centroids=centroids.clone(),
-        )
+        scale = torch.cat(scales, dim=1)
+        shape = tuple(weight.shape)
+        return as_stored(shape, self.spec, torch.cat(codes, dim=1), scale, torch.zeros_like(scale), centroids.clone())
 
     def _rounded(self, weight: Tensor, centroids: Tensor) -> Tensor:
         return dequantize(self._quantized(weight, centroids), self.spec).to(weight.dtype)
@@ -269,7 +273,7 @@ class SoftToHard(nn.Module):
         results = []
         for part, scale in zip(parts, self._scales(parts), strict=True):
             rows = part.reshape(-1, part.shape[-1])
-            result = _SoftAssign.apply(rows, scale.reshape(-1, 1).to(part.dtype), centroids, self.alpha)
+            result = _soft(rows, scale.reshape(-1, 1).to(part.dtype), centroids, self.alpha)
             results.append(result.reshape(len(part), -1))
         whole = torch.cat(results, dim=1) if len(results) > 1 else results[0]
         return whole.reshape(weight.shape).to(weight.dtype)
@@ -294,12 +298,12 @@ class GeneralQuantizer:
     Args:
         model: Any module.
         bits: {parameter name: 1 to 8} of the weights to quantize; the others stay as they are.
-        granularity: As in `mpq.quantization.spec.QuantSpec`.
+        granularity: What shares a scale, as in `mpq.quantization.spec.QuantSpec`.
         start_step, end_step: Between which alpha rises, in steps.
         alpha_start, alpha_end: From what to what; the defaults are the paper's example.
         mu_every: mu is chosen at the beginning, and again after so many steps up to end_step; the paper does not say
             how often.
-        scale_dtype: As in `QuantSpec`.
+        scale_dtype: Type of the stored scales, as in `QuantSpec`.
 
     Raises:
         MpqError: A name that is none of the model's parameters, bad bits, granularity or steps.
@@ -383,5 +387,6 @@ class GeneralQuantizer:
 
     def _latent(self, name: str) -> Tensor:
         owner, leaf = self._place(name)
-        parametrizations = getattr(owner, "parametrizations", {})
-        return parametrizations[leaf].original if leaf in parametrizations else getattr(owner, leaf)
+        if is_parametrized(owner, leaf):
+            owner, leaf = owner.get_submodule(f"parametrizations.{leaf}"), "original"
+        return owner.get_parameter(leaf)

@@ -1,8 +1,16 @@
-"""How a weight tensor is quantized: the options, without the mathematics (and without torch)."""
+"""How a weight tensor is quantized: the options, without the mathematics (and without torch).
+
+A scheme says which levels there are, a rounding which of them a weight gets. Each is one record in the tables below,
+and all that other packages ask about one is there. A new scheme is a record in `SCHEMES`, a child of
+`mpq.quantization.levels.Levels` in a module of its own, and its test; a new rounding is a record in `ROUNDINGS`, a
+function such as `mpq.quantization.gptq.gptq` in a module of its own, and its test.
+"""
 
 import math
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
 
 from mpq.errors import MpqError
 
@@ -10,9 +18,100 @@ MIN_BITS, MAX_BITS = 1, 8
 FLOAT_BITS = (16, 32)
 """Widths of a layer that is left unquantized: IEEE half and single precision."""
 
-SCHEMES = ("symmetric", "asymmetric", "mulaw")
 SCALE_DTYPES = ("float16", "float32")
-ROUNDINGS = ("nearest", "gptq")
+
+Scales = Literal["learned", "recomputed", "frozen"]
+"""What becomes of the scales in a training (`mpq.finetuning.fake_quant`)."""
+SCALES: tuple[Scales, ...] = ("learned", "recomputed", "frozen")
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How codes are chosen.
+
+    Attributes:
+        function: "module:name" of what rounds; arguments and result are those of `mpq.quantization.grids.nearest`.
+        needs_statistics: Whether it looks at the layer's inputs, so that it needs calibration data.
+    """
+
+    function: str
+    needs_statistics: bool = False
+
+
+ROUNDINGS = {
+    "nearest": Rounding("mpq.quantization.grids:nearest"),
+    "gptq": Rounding("mpq.quantization.gptq:gptq", needs_statistics=True),
+}
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Which levels there are, and what may be done with them.
+
+    Attributes:
+        levels: "module:name" of its mathematics, a child of `mpq.quantization.levels.Levels`.
+        codes: Returns the codes of a bit-width, ascending.
+        has_zero_points: Whether each group has a zero point, which is one of the codes.
+        has_centroids: Whether each weight has a table of levels, whose indices are the codes.
+        roundings: The names of the roundings that it has; without calibration data the first is the default.
+        rounding_with_data: The default rounding where there are calibration data.
+        training: How its weights are trained: "straight_through" (the gradient passes the rounding) needs levels that
+            are evenly spaced, "soft_assignment" centroids; None: not at all.
+        scales: What may become of its scales in a straight-through training.
+    """
+
+    levels: str
+    codes: Callable[[int], range]
+    has_zero_points: bool = False
+    has_centroids: bool = False
+    roundings: tuple[str, ...] = ("nearest",)
+    rounding_with_data: str = "nearest"
+    training: Literal["straight_through", "soft_assignment"] | None = None
+    scales: tuple[Scales, ...] = ()
+
+
+def signed_codes(bits: int) -> range:
+    """Returns the codes that lie evenly around zero; at 1 bit these are the signs, without zero.
+
+    >>> list(signed_codes(3)), list(signed_codes(1))
+    ([-3, -2, -1, 0, 1, 2, 3], [-1, 1])
+    """
+    q_max = max(2 ** (bits - 1) - 1, 1)
+    return range(-q_max, q_max + 1, 2 if bits == 1 else 1)
+
+
+def unsigned_codes(bits: int) -> range:
+    """Returns the codes from 0 to 2^bits - 1."""
+    return range(2**bits)
+
+
+SCHEMES = {
+    "symmetric": Scheme(
+        "mpq.quantization.uniform:Symmetric",
+        signed_codes,
+        roundings=("nearest", "gptq"),
+        rounding_with_data="gptq",
+        training="straight_through",
+        scales=SCALES,
+    ),
+    "asymmetric": Scheme(
+        "mpq.quantization.uniform:Asymmetric",
+        unsigned_codes,
+        has_zero_points=True,
+        roundings=("nearest", "gptq"),
+        rounding_with_data="gptq",
+        training="straight_through",
+        scales=SCALES,
+    ),
+    "mulaw": Scheme("mpq.quantization.mu_law:MuLaw", unsigned_codes, has_centroids=True, training="soft_assignment"),
+}
+
+if TYPE_CHECKING:  # a type checker knows no list of names that is made when the program runs
+    SchemeName = str
+    RoundingName = str
+else:
+    SchemeName = Literal[tuple(SCHEMES)]
+    RoundingName = Literal[tuple(ROUNDINGS)]
 
 
 @dataclass(frozen=True)
@@ -24,17 +123,19 @@ class QuantSpec:
 
     Attributes:
         bits: Width of a code, 1 to 8.
-        scheme: "symmetric": levels scale * {-(2^(n-1)-1) ... 2^(n-1)-1}; at 1 bit scale * {-1, 1}.
+        scheme: A name in `SCHEMES`. "symmetric": levels scale * {-(2^(n-1)-1) ... 2^(n-1)-1}; at 1 bit scale * {-1, 1}.
             "asymmetric": levels scale * ({0 ... 2^n-1} - zero_point) with an integer zero point.
-            "mulaw": levels scale * 2^n centroids that lie closer together near zero (mpq.quantization.mu_law);
-                "nearest" only.
+            "mulaw": levels scale * 2^n centroids that lie closer together near zero (mpq.quantization.mu_law).
         granularity: What shares a scale: "tensor", "channel" (a row), or "group:G" (G consecutive columns of a row;
             the last group of a row is shorter when G does not divide K).
         clip: How the range is chosen: "none" (all weights inside), "mse" or "mae" (searched for the smallest squared
             or absolute error), "percentile:P" (P in (50, 100], of the sorted weights).
-        rounding: "nearest", or "gptq": errors are made up for, by the statistics of the layer's inputs
-            (mpq.quantization.gptq).
+        rounding: A name in `ROUNDINGS`, one of those that the scheme has. "nearest", or "gptq": errors are made up
+            for, by the statistics of the layer's inputs (mpq.quantization.gptq).
         scale_dtype: "float16" or "float32": how scales are stored, and so what values they can take.
+
+    Raises:
+        MpqError: An option is none of these; the message names it.
     """
 
     bits: int
@@ -51,16 +152,37 @@ class QuantSpec:
             if not isinstance(getattr(self, key), str):
                 raise MpqError(f"{key}: expected a string, got {getattr(self, key)!r}")
         for key, known in (("scheme", SCHEMES), ("rounding", ROUNDINGS), ("scale_dtype", SCALE_DTYPES)):
-            if getattr(self, key) not in known:
+            if getattr(self, key) not in tuple(known):
                 raise MpqError(f"{key}: expected {' or '.join(known)}, got {getattr(self, key)!r}")
-        if self.scheme == "mulaw" and self.rounding == "gptq":
+        if self.rounding not in self.record.roundings:
             raise MpqError(
-                "rounding: scheme mulaw has no gptq, which needs evenly spaced levels; use --rounding nearest"
+                f"rounding: the scheme {self.scheme} has no {self.rounding}; use --rounding "
+                + " or ".join(self.record.roundings)
             )
         if self.granularity not in ("tensor", "channel") and not re.fullmatch(r"group:[1-9]\d*", self.granularity):
             raise MpqError(f"granularity: expected tensor, channel or group:G with G >= 1, got {self.granularity!r}")
         if self.clip not in ("none", "mse", "mae") and self.percentile is None:
             raise MpqError(f"clip: expected none, mse, mae or percentile:P with 50 < P <= 100, got {self.clip!r}")
+
+    @property
+    def record(self) -> Scheme:
+        """The record of the scheme."""
+        return SCHEMES[self.scheme]
+
+    @property
+    def codes(self) -> range:
+        """The codes that a weight may have, ascending."""
+        return self.record.codes(self.bits)
+
+    @property
+    def is_sign(self) -> bool:
+        """Whether the levels are sign(w) * scale, without zero: 1 bit symmetric (Rastegari et al. 2016)."""
+        return self.codes.step == 2
+
+    @property
+    def needs_statistics(self) -> bool:
+        """Whether the rounding looks at the layer's inputs."""
+        return ROUNDINGS[self.rounding].needs_statistics
 
     @property
     def group_size(self) -> int | None:

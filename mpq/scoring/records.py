@@ -16,7 +16,7 @@ class SystemScore:
     Attributes:
         name: What the reports call the system.
         wer: (sub + del + ins) / (corr + sub + del); 0 without reference words.
-        correct, substitutions, deletions, insertions: Words.
+        correct, substitutions, deletions, insertions: Numbers of words.
         sentence_errors: Utterances with at least one error.
     """
 
@@ -46,7 +46,7 @@ class MapssweResult:
 
     Attributes:
         segments: Number of segments.
-        mean, std: Of the differences (std with n - 1).
+        mean, std: Mean and standard deviation of the differences (with n - 1).
         z: mean / (std / sqrt(segments)); 0 when the differences are all equal; None without segments.
         p: Exact two-tailed normal probability of z; None without segments.
         p_sctk: The probability as sc_stats prints it (z floored to 0.01); None without segments.
@@ -75,7 +75,7 @@ class Comparison:
 
     Attributes:
         alpha: Level of the tests.
-        utterances, words: In the reference.
+        utterances, words: How many there are in the reference.
         a, b: The systems' scores.
         mapsswe: The matched pairs test.
         mcnemar: {"a_only_wrong", "b_only_wrong", "p", "significant"}: exact binomial test on utterances.

@@ -300,7 +300,7 @@ _PATCHES = {
 def statistics(
     model: AsrModel, model_sha256: str, data: CalibrationData, weight_format: WeightFormat, quiet: bool = True
 ) -> dict[str, Tensor]:
-    """Returns what a rounding needs to know of the layers' inputs: `input_grams` for "gptq", nothing for "nearest".
+    """Returns what a rounding needs to know of the layers' inputs: `input_grams`, or nothing if it needs none.
 
     It is taken from the cache folder, or collected and put there. A cache that cannot be written is not used, which is
     said on stderr.
@@ -312,7 +312,7 @@ def statistics(
         weight_format: Names the rounding.
         quiet: Show no progress.
     """
-    if weight_format.spec.rounding == "nearest":
+    if not weight_format.spec.needs_statistics:
         return {}
     if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
         return found

@@ -5,13 +5,18 @@ the file, the key and what was expected there.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, TypeVar
 
+from pydantic import Field, Strict, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError
+
+from mpq.errors import MpqError
+from mpq.faults import Count, JsonObject, Number, Text, check_different, checked
 from mpq.files import read_json, write_json
 from mpq.quantization.spec import MAX_BITS, MIN_BITS
-from mpq.validation import Reader, a_finite, a_positive, a_text, a_text_or_none, a_whole, an_object
 
 SENSITIVITY_FORMAT = "mpq.sensitivity/1"
 
@@ -23,8 +28,8 @@ class LayerSensitivity:
     Attributes:
         name: The tensor's name in the user's checkpoint.
         kind: linear, conv1d, conv2d, embedding, ...
-        shape: Of the weight.
-        numel: Number of weights.
+        shape: The tensor's shape.
+        numel: The number of its weights.
         size_bytes: {bits: bytes in the packed file}, scales and zero points included.
         kl: {bits: KL divergence per frame in nats that this layer alone is expected to cause}, as the table's `method`
             says; "kl" is Li et al. 2023, Eq. 7.
@@ -59,7 +64,7 @@ class SensitivityTable:
             7).
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere
             may hold fewer keys.
-        fingerprint: Of model, data, output, method and quantizer; None in a file from elsewhere.
+        fingerprint: Digest of model, data, output, method and quantizer; None in a file from elsewhere.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -112,51 +117,93 @@ class SensitivityTable:
         Raises:
             MpqError: Not such a file; the message names the file, the key and what was expected.
         """
-        reader = Reader(path, read_json(path, SENSITIVITY_FORMAT))
-        bits = tuple(sorted(reader.sequence("bits", a_width)))
-        if not bits or len(set(bits)) < len(bits):
-            reader.fail("bits", "a non-empty list of different widths", bits)
+        file = checked(_File, read_json(path, SENSITIVITY_FORMAT), path)
+        bits = tuple(sorted(file.bits))
         layers = []
-        for entry in reader.objects("layers"):
+        for index, entry in enumerate(file.layers):
+            where = f"{path}: layers[{index}]"
             layer = LayerSensitivity(
-                name=entry.get("name", a_text),
-                kind=entry.get("kind", a_text, default=""),
-                shape=entry.sequence("shape", a_whole),
-                numel=entry.get("numel", a_positive),
-                size_bytes=entry.mapping("bytes", bits, a_whole),
-                kl=entry.mapping("kl", bits, a_finite),
-                group=entry.get("group", a_text_or_none, default=None),
-                float_bytes=entry.get("float_bytes", a_whole, default=None),
-                interval=entry.mapping("interval", bits, _interval) if entry.has("interval") else None,
+                name=entry.name,
+                kind=entry.kind,
+                shape=tuple(entry.shape),
+                numel=entry.numel,
+                size_bytes=_at(bits, entry.bytes, f"{where}.bytes"),
+                kl=_at(bits, entry.kl, f"{where}.kl"),
+                group=entry.group,
+                float_bytes=entry.float_bytes,
+                interval=None if entry.interval is None else _at(bits, entry.interval, f"{where}.interval"),
             )
-            if math.prod(layer.shape) != layer.numel:
-                entry.fail("numel", f"the product of shape, {math.prod(layer.shape)}", layer.numel)
             layers.append(layer)
-        if not layers:
-            reader.fail("layers", "at least one layer", [])
-        names = [layer.name for layer in layers]
-        if len(set(names)) < len(names):
-            reader.fail("layers", "different names", next(name for name in names if names.count(name) > 1))
         return cls(
             layers=tuple(layers),
             bits=bits,
-            fixed_bytes=reader.get("fixed_bytes", a_whole),
-            model=reader.get("model", an_object, default={}),
-            data=reader.get("data", an_object, default={}),
-            output=reader.get("output", a_text, default="ctc"),
-            method=reader.get("method", a_text, default="kl"),
-            quantizer=reader.get("quantizer", an_object, default={}),
-            fingerprint=reader.get("fingerprint", a_text_or_none, default=None),
+            fixed_bytes=file.fixed_bytes,
+            model=file.model,
+            data=file.data,
+            output=file.output,
+            method=file.method,
+            quantizer=file.quantizer,
+            fingerprint=file.fingerprint,
         )
 
 
-def a_width(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not MIN_BITS <= value <= MAX_BITS:
-        raise ValueError(f"a whole number from {MIN_BITS} to {MAX_BITS}")
-    return value
+class _Layer(JsonObject):
+    """An entry of "layers"."""
+
+    name: Text
+    kind: Text = ""
+    shape: list[Count]
+    numel: Annotated[int, Field(ge=1)]
+    bytes: dict[str, Count]
+    kl: dict[str, Number]
+    group: Text | None = None
+    float_bytes: Count | None = None
+    interval: dict[str, Annotated[tuple[Number, Number], Strict(False)]] | None = None
+
+    @field_validator("numel")
+    @classmethod
+    def _is_the_shapes(cls, numel: int, info: ValidationInfo) -> int:
+        if "shape" in info.data and numel != math.prod(info.data["shape"]):
+            product = math.prod(info.data["shape"])
+            raise PydanticCustomError("numel", "the product of shape, {product}", {"product": product})
+        return numel
 
 
-def _interval(value: Any) -> tuple[float, float]:
-    if not isinstance(value, list) or len(value) != 2:
-        raise ValueError("a pair [low, high]")
-    return a_finite(value[0]), a_finite(value[1])
+class _File(JsonObject):
+    """The whole file."""
+
+    bits: list[Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]]
+    fixed_bytes: Count
+    layers: list[_Layer]
+    model: dict[str, Any] = Field(default_factory=dict)
+    data: dict[str, Any] = Field(default_factory=dict)
+    output: Text = "ctc"
+    method: Text = "kl"
+    quantizer: dict[str, Any] = Field(default_factory=dict)
+    fingerprint: Text | None = None
+
+    @field_validator("bits")
+    @classmethod
+    def _differ(cls, bits: list[int]) -> list[int]:
+        if not bits or len(set(bits)) < len(bits):
+            raise PydanticCustomError("bits", "a non-empty list of different widths")
+        return bits
+
+    @field_validator("layers")
+    @classmethod
+    def _have_names_of_their_own(cls, layers: list[_Layer]) -> list[_Layer]:
+        if not layers:
+            raise PydanticCustomError("layers", "at least one layer")
+        check_different(layer.name for layer in layers)
+        return layers
+
+
+Value = TypeVar("Value")
+
+
+def _at(bits: tuple[int, ...], values: Mapping[str, Value], where: str) -> dict[int, Value]:
+    """Returns {width: value} of values whose keys are the widths as text, and raises MpqError where one is missing."""
+    for width in bits:
+        if str(width) not in values:
+            raise MpqError(f"{where}.{width}: this key is missing")
+    return {width: values[str(width)] for width in bits}

@@ -108,7 +108,7 @@ class AudioReader:
     the waveform.
 
     Args:
-        sample_rate, channel: As in `read_audio`.
+        sample_rate, channel: Rate of the waveforms in Hz, and which channel, as in `read_audio`.
         kept_bytes: How much is kept at most.
     """
 
@@ -179,7 +179,8 @@ def resample(waveform: torch.Tensor, rate: int, sample_rate: int) -> torch.Tenso
     # assumes after the end anyway leaves enough to cut from.
     padded = torch.nn.functional.pad(waveform, (0, rate))
     resampled = sinc_resample(padded, rate, sample_rate, lowpass_filter_width=_LOWPASS_FILTER_WIDTH)
-    return resampled[: resampled_length(len(waveform), rate, sample_rate)].contiguous()
+    cut: torch.Tensor = resampled[: resampled_length(len(waveform), rate, sample_rate)]
+    return cut.contiguous()
 
 
 def resampled_length(samples: int, rate: int, sample_rate: int) -> int:
@@ -293,7 +294,7 @@ def _claimed_frames(path: Path, file: soundfile.SoundFile) -> int:
         return int(count[1]) if count else 0
     size = re.search(r"^\s*(?:data|SSND|Data Size)\s*: (\d+) \(should be (\d+)\)", file.extra_info, re.MULTILINE)
     if size and int(size[2]) and int(size[1]) < 0x7FFF0000:
-        return file.frames * int(size[1]) // int(size[2])
+        return int(file.frames) * int(size[1]) // int(size[2])
     return 0
 
 

@@ -43,7 +43,8 @@ def _resampler(rate: int, sample_rate: int) -> Callable[[Tensor], Tensor]:
     """Returns `torchaudio.functional.resample`, bit for bit, with its filter computed once."""
     from torchaudio.transforms import Resample
 
-    return Resample(rate, sample_rate, dtype=torch.float32)
+    resampler: Callable[[Tensor], Tensor] = Resample(rate, sample_rate, dtype=torch.float32)
+    return resampler
 
 
 class NoiseSource:
@@ -51,7 +52,7 @@ class NoiseSource:
 
     Args:
         names: "white", "babble", and absolute paths of recordings or of folders with recordings.
-        utterances: What babble is made of.
+        utterances: The utterances that babble is made of.
         reader: Reads the utterances, and says the sample rate; recordings of noise are mixed down.
 
     Raises:
@@ -62,7 +63,7 @@ class NoiseSource:
         self.utterances, self.reader = utterances, reader
         self.sources: list[list[Path | str]] = []
         for name in names:
-            files = [name] if name in SYNTHETIC_NOISE else _recordings(Path(name))
+            files: list[Path | str] = [name] if name in SYNTHETIC_NOISE else [*_recordings(Path(name))]
             if not files:
                 raise MpqError(f"noise: {name}: no recording; expected {', '.join(_SUFFIXES)} files")
             self.sources.append(files)

@@ -35,7 +35,7 @@ class Listener(Protocol):
     Attributes:
         sample_rate: Hz.
         min_samples: The shortest waveform that it accepts, samples at that rate.
-        tokenizer: Its vocabulary.
+        tokenizer: The recogniser's vocabulary.
     """
 
     sample_rate: int
@@ -76,13 +76,13 @@ def check_data(
     is faulty for all of its segments. The texts of all utterances are looked at, those with faulty audio too.
 
     Args:
-        utterances: As `read_data` returns them.
+        utterances: The utterances, as `read_data` returns them.
         sample_rate: The model's, Hz.
         min_samples: The fewest samples at that rate that the model accepts.
-        channel: As in `mpq.speech.audio.read_audio`.
+        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
         missing: The model's `Tokenizer.missing`; None is not to look at the words.
         need_text: Whether an utterance without a transcript is faulty.
-        decode: As in `mpq.speech.audio.probe_audio`; false for data that would take hours to decode.
+        decode: Whether files are decoded to the end; false for data that would take hours.
 
     Raises:
         MpqError: `channel` is not one of its values.
@@ -159,10 +159,10 @@ def calibration_subset(
     alone, not on the order or on a library's generator.
 
     Args:
-        utterances: As checked.
-        durations: Theirs, seconds.
+        utterances: The checked utterances.
+        durations: Their durations, seconds.
         max_seconds: None is all of them.
-        seed: Another seed is another choice.
+        seed: Another seed makes another choice.
 
     Raises:
         MpqError: `max_seconds` is not above 0.
@@ -172,7 +172,8 @@ def calibration_subset(
         if not 0 < max_seconds < math.inf:
             raise MpqError(f"calibration data: expected more than 0 seconds, or all, got {max_seconds:g}")
         chosen.sort(key=lambda i: hashlib.sha256(f"{seed}:{utterances[i].utt_id}".encode()).digest())
-        total, fitting = 0.0, []
+        total = 0.0
+        fitting: list[int] = []
         for i in chosen:
             if not fitting or total + durations[i] <= max_seconds:
                 total += durations[i]
@@ -222,7 +223,7 @@ def prepare_data(
     Args:
         path: The manifest or directory.
         model: Says the sample rate, the shortest waveform and the vocabulary.
-        channel: As in `mpq.speech.audio.read_audio`.
+        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
         skip_bad: Leave faulty utterances out (they are counted in the result).
         need_text: Whether each utterance needs a transcript (that the vocabulary can spell, unless it is a closed one).
 

@@ -9,16 +9,20 @@ wherever the command is started). All lines are looked at, and all faults are re
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
+
+from pydantic import AfterValidator, Field, ValidationError
+from pydantic_core import PydanticCustomError
 
 from mpq.errors import MpqError
+from mpq.faults import JsonObject, by_place, fault, named
 from mpq.speech.trn import fold
-from mpq.validation import a_finite, a_text
 
 _SHOWN_FAULTS = 20
+_NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
 @dataclass(frozen=True)
@@ -56,10 +60,12 @@ def read_data(path: Path) -> list[Utterance]:
         MpqError: The path is neither, a line is not as it should be, an utt_id is not unique or cannot stand in a trn
             file, or there is no utterance. All faults are in the one error.
     """
-    path, faults = Path(path), []
+    path = Path(path)
+    faults: list[str] = []
     if not path.exists():
         raise MpqError(f"{path}: no such file; expected a JSON-lines manifest or a Kaldi data directory")
-    utterances, seen = [], {}
+    utterances: list[Utterance] = []
+    seen: dict[str, str] = {}
     for utterance in _kaldi(path, faults) if path.is_dir() else _manifest(path, faults):
         if not utterance.utt_id or re.search(r"[\s()]", utterance.utt_id):
             faults.append(
@@ -104,42 +110,24 @@ def _lines(path: Path, faults: list[str]) -> Iterator[tuple[str, str]]:
             yield f"{path}:{number}", text
 
 
-def _a_text(value: Any) -> str | None:
-    if value is not None and re.search("[\0\ud800-\udfff]", a_text(value)):
-        raise ValueError("text without NUL and half surrogate pairs")
-    return value
+def _whole(text: str) -> str:
+    if _NO_TEXT.search(text):
+        raise PydanticCustomError("text", "text without NUL and half surrogate pairs")
+    return text
 
 
-def _a_name(value: Any) -> str | None:
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else _a_text(value)
+_Text = Annotated[str, AfterValidator(_whole)]
 
 
-def _a_path(value: Any) -> str:
-    if not _a_text(value):
-        raise ValueError("the path of an audio file")
-    return value
+class _Line(JsonObject):
+    """A line of a manifest."""
 
-
-def _a_time(value: Any) -> float | None:
-    if value is not None and a_finite(value) < 0:
-        raise ValueError("seconds, 0 or more")
-    return None if value is None else float(value)
-
-
-def _a_duration(value: Any) -> float | None:
-    if value is not None and a_finite(value) <= 0:
-        raise ValueError("seconds, more than 0")
-    return None if value is None else float(value)
-
-
-_KEYS: dict[str, Callable[[Any], Any]] = {
-    "audio_filepath": _a_path,
-    "text": _a_text,
-    "duration": _a_duration,
-    "offset": _a_time,
-    "speaker": _a_name,
-    "utt_id": _a_text,
-}
+    audio_filepath: Annotated[str, Field(min_length=1), AfterValidator(_whole)]
+    text: _Text | None = None
+    duration: Annotated[float, Field(gt=0, lt=1e100)] | None = None
+    offset: Annotated[float, Field(ge=0, lt=1e100)] | None = None
+    speaker: _Text | int | None = None
+    utt_id: _Text | None = None
 
 
 def _manifest(path: Path, faults: list[str]) -> Iterator[Utterance]:
@@ -154,23 +142,18 @@ def _manifest(path: Path, faults: list[str]) -> Iterator[Utterance]:
         if not isinstance(record, dict):
             faults.append(f"{source}: expected a JSON object, got a {type(record).__name__}")
             continue
-        values, found = {}, []
-        for key, convert in _KEYS.items():
-            if key == "audio_filepath" and key not in record:
-                found.append(f"{source}: {key}: this key is missing")
-                continue
-            try:
-                values[key] = convert(record.get(key))
-            except (ValueError, OverflowError) as error:  # a whole number may be too large for a float
-                found.append(f"{source}: {key}: expected {error}, got {json.dumps(record[key])[:80]}")
-        faults += found
-        if not found:
-            audio_path = path.parent / values.pop("audio_filepath")
-            utt_id = values.pop("utt_id")
-            if utt_id is None:
-                utt_id = _default_id(audio_path, values["offset"], source, used)
-            used.add(fold(utt_id))
-            yield Utterance(utt_id, audio_path, **values, source=source)
+        try:
+            values = _Line.model_validate(record)
+        except ValidationError as error:
+            faults += [f"{source}: {named(place)}: {fault(found)}" for place, found in by_place(error, record).items()]
+            continue
+        audio_path = path.parent / values.audio_filepath
+        utt_id = values.utt_id
+        if utt_id is None:
+            utt_id = _default_id(audio_path, values.offset, source, used)
+        used.add(fold(utt_id))
+        speaker = None if values.speaker is None else str(values.speaker)
+        yield Utterance(utt_id, audio_path, values.text, values.duration, values.offset, speaker, source)
 
 
 def _default_id(audio_path: Path, offset: float | None, source: str, used: set[str]) -> str:
@@ -194,6 +177,7 @@ def _kaldi(folder: Path, faults: list[str]) -> Iterator[Utterance]:
         elif not value or "\0" in value:
             faults.append(f"{source}: expected a recording and the path of its audio file")
     texts, speakers = _table(folder / "text", faults), _table(folder / "utt2spk", faults)
+    lines: dict[str, tuple[str, str, float | None, float | None]]
     if (folder / "segments").exists():
         lines = _segments(folder / "segments", recordings, faults)
     else:
@@ -221,12 +205,12 @@ def _table(path: Path, faults: list[str]) -> dict[str, tuple[str, str]]:
 
 def _segments(
     path: Path, recordings: dict[str, tuple[str, str]], faults: list[str]
-) -> dict[str, tuple[str, str, float, float | None]]:
+) -> dict[str, tuple[str, str, float | None, float | None]]:
     """Returns utt_id -> ("FILE:LINE", recording, offset, duration) of a Kaldi `segments` file.
 
     Source: extract-segments.cc (an end of -1 means up to the end of the recording).
     """
-    segments = {}
+    segments: dict[str, tuple[str, str, float | None, float | None]] = {}
     for utt_id, (source, rest) in _table(path, faults).items():
         fields = rest.split()
         try:

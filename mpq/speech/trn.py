@@ -82,7 +82,7 @@ def format_trn(path: Path, utt_ids: Sequence[str], texts: Sequence[str]) -> str:
     """Returns a trn file that `read_trn` and sclite read as the same words; the case of letters is kept.
 
     Args:
-        path: What messages name.
+        path: The file that messages name.
         utt_ids: Ids without parentheses, different from each other even when A-Z are folded.
         texts: The transcript of each, may be empty; white space becomes one space.
 

@@ -1,19 +1,15 @@
 """The packed file: its size, its bits, and what is refused."""
 
 import itertools
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_model
 
-from mpq.artifact.codes import packed_size
 from mpq.artifact.file import fixed_bytes, read_artifact, write_artifact
 from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
@@ -89,34 +85,6 @@ def test_transcripts_of_a_packed_file_are_those_of_the_fake_quantized_model(tmp_
     assert torch.equal(ours, theirs)
     assert packed.transcribe(waves, lengths) == quantized.transcribe(waves, lengths)
     assert packed.transcribe(waves, lengths) != MODEL.transcribe(waves, lengths)
-
-
-@settings(max_examples=100, deadline=None)
-@given(
-    st.lists(st.integers(1, 40), min_size=1, max_size=4),
-    st.integers(1, 8),
-    st.sampled_from(["symmetric", "asymmetric", "mulaw"]),
-    st.sampled_from(["tensor", "channel", "group:3", "group:64"]),
-)
-def test_layer_bytes_by_hand(shape: list[int], bits: int, scheme: str, granularity: str) -> None:
-    numel, rows = int(np.prod(shape)), shape[0] if len(shape) > 1 else 1
-    columns = numel // rows
-    groups = {
-        "tensor": 1,
-        "channel": rows,
-        "group:3": rows * -(-columns // 3),
-        "group:64": rows * -(-columns // 64),
-    }[granularity]
-    codes = -(-numel // 5) if (bits, scheme) == (2, "symmetric") else -(-numel * bits // 8)
-    zero_points = -(-groups * bits // 8) if scheme == "asymmetric" else 0
-    centroids = 2**bits if scheme == "mulaw" else 0
-    expected = codes + zero_points + centroids + 2 * groups
-    assert layer_bytes(tuple(shape), bits, WeightFormat(QuantSpec(8, scheme, granularity))) == expected
-    assert layer_bytes(tuple(shape), 16, WeightFormat(QuantSpec(8))) == 2 * numel
-
-
-def test_four_bits_take_half_a_byte() -> None:
-    assert packed_size(1000, 16) == 500
 
 
 def test_the_bytes_of_a_mulaw_layer(tmp_path: Path) -> None:
@@ -266,30 +234,6 @@ def test_safetensors_of_something_else(tmp_path: Path) -> None:
     save_file({"x": np.zeros(3)}, tmp_path / "m")
     with pytest.raises(MpqError, match="not written by `mpq pack`"):
         load_model(tmp_path / "m")
-
-
-def test_quantizer_of_a_file_from_elsewhere() -> None:
-    assert WeightFormat.from_json({}) == WeightFormat(QuantSpec(8))
-    assert WeightFormat.from_json({"scheme": "symmetric"}).spec.scheme == "symmetric"
-    with pytest.raises(MpqError, match="unknown key 'schema'"):
-        WeightFormat.from_json({"schema": "symmetric"})
-    with pytest.raises(MpqError, match="rest_dtype"):
-        WeightFormat.from_json({"rest_dtype": "int8"})
-    json.dumps(WeightFormat(QuantSpec(8)).to_json())
-
-
-def test_the_rounding_that_was_not_asked_for() -> None:
-    for options, has_data, rounding in (
-        ({}, True, "gptq"),
-        ({}, False, "nearest"),
-        ({"scheme": "symmetric"}, True, "gptq"),
-        ({"scheme": "mulaw"}, True, "nearest"),
-        ({"rounding": "nearest"}, True, "nearest"),
-        ({"rounding": "gptq"}, False, "gptq"),
-    ):
-        assert WeightFormat.from_options(options, has_data).spec.rounding == rounding
-    with pytest.raises(MpqError, match="use --rounding nearest"):
-        WeightFormat.from_options({"scheme": "mulaw", "rounding": "gptq"})
 
 
 def test_sentencepiece_tokenizer_survives(shared: Path) -> None:

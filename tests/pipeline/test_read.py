@@ -118,7 +118,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
         "[train] learning_rate: expected a finite number, got NaN",
         "[train] precision: expected 'auto', 'float32', 'bfloat16' or 'float16', got \"fp8\"",
         "[train] warmup_steps: expected 0 or more, got -1",
-        "[augment] speed[0]: expected 2.0 or less, got 3",
+        "[augment] speed[0]: expected 2 or less, got 3",
         "[augment] speed[1]: expected 0.5 or more, got 0.1",
         "[decode] beam_size: expected 1 or more, got 0",
         "[sensitivity] bits[0]: expected 8 or less, got 9",

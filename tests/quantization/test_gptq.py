@@ -11,7 +11,7 @@ from torch import Tensor
 from mpq.errors import MpqError
 from mpq.quantization import gptq as module
 from mpq.quantization.gptq import gptq
-from mpq.quantization.grids import choose_grid, code_range, is_sign, nearest_codes
+from mpq.quantization.grids import choose_grid, code_range, nearest_codes
 from mpq.quantization.quantizers import dequantize, quantize, quantize_widths
 from mpq.quantization.spec import QuantSpec
 
@@ -77,7 +77,7 @@ def assert_each_step_is_optimal(matrix: Tensor, spec: QuantSpec, gram: Tensor, r
         for j in range(columns):
             made_up = np.linalg.solve(H[j:, j:], H[j:, :j] @ errors[own, :j].T).T if gram[block].any() else 0
             best = original[own, j:] - made_up  # (R, K - j)
-            if is_sign(spec):
+            if spec.is_sign:
                 assert (codes[own, j] * best[:, 0] >= -1e-4).all()
             else:
                 ideal = (best[:, 0] / scale[own, j] + zero[own, j]).clip(q_min, q_max)
@@ -85,7 +85,7 @@ def assert_each_step_is_optimal(matrix: Tensor, spec: QuantSpec, gram: Tensor, r
             if j % size == 0 and spec.granularity != "tensor":
                 group = best[:, : min(size, columns - j)]
                 low, high = group.min(axis=1).clip(max=0), group.max(axis=1).clip(min=0)
-                if is_sign(spec):
+                if spec.is_sign:
                     step = abs(group).mean(axis=1)
                 elif spec.scheme == "symmetric":
                     step = abs(group).max(axis=1) / q_max
@@ -160,7 +160,7 @@ def test_between_the_best_codes_of_all_and_rounding_to_nearest(bits: int, scheme
     result, plain = gptq(matrix, [spec], gram)[0], nearest(matrix, [spec])[0]
     assert equal(result[1:], plain[1:])
     q_min, q_max = code_range(spec)
-    usable = (-1, 1) if is_sign(spec) else range(q_min, q_max + 1)
+    usable = (-1, 1) if spec.is_sign else range(q_min, q_max + 1)
     tried = torch.tensor(list(itertools.product(usable, repeat=3)), dtype=torch.float64)  # (P, 3)
     scale, zero = result[1].double(), result[2].double()  # (C, 1)
     H = torch.from_numpy(damped(gram[0]))

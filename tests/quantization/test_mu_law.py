@@ -8,10 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq.errors import MpqError
 from mpq.quantization import grids
-from mpq.quantization.grids import choose_centroids, choose_grid
-from mpq.quantization.mu_law import MUS, mu_law_centroids, nearest_centroids, nearest_levels
+from mpq.quantization.grids import choose_grid
+from mpq.quantization.mu_law import MUS, choose_centroids, mu_law_centroids, nearest_centroids, nearest_levels
 from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
 from mpq.quantization.spec import QuantSpec
 
@@ -158,8 +157,3 @@ def test_sizes_whose_squares_are_no_floats(size: float) -> None:
     x = kernel(4, 30) * size
     spec = QuantSpec(8, "mulaw", "channel", "none", scale_dtype="float32")
     assert float((fake_quantize(x, spec) - x).abs().max()) <= 0.1 * float(x.abs().max())
-
-
-def test_gptq_is_refused_with_the_remedy() -> None:
-    with pytest.raises(MpqError, match=r"mulaw has no gptq.*use --rounding nearest"):
-        QuantSpec(4, "mulaw", rounding="gptq")

@@ -204,26 +204,3 @@ def test_too_large_for_half_precision_is_refused() -> None:
 def test_empty_is_refused() -> None:
     with pytest.raises(MpqError, match="at least one element"):
         quantize(torch.zeros(3, 0), QuantSpec(4))
-
-
-@pytest.mark.parametrize(
-    "options, words",
-    [
-        ({"bits": 0}, "bits"),
-        ({"bits": 9}, "bits"),
-        ({"bits": True}, "bits"),
-        ({"bits": 4, "granularity": 64}, "granularity"),
-        ({"bits": 4, "clip": None}, "clip"),
-        ({"bits": 4, "scheme": "affine"}, "scheme"),
-        ({"bits": 4, "granularity": "group:0"}, "granularity"),
-        ({"bits": 4, "granularity": "row"}, "granularity"),
-        ({"bits": 4, "clip": "percentile:50"}, "clip"),
-        ({"bits": 4, "clip": "percentile:101"}, "clip"),
-        ({"bits": 4, "clip": "max"}, "clip"),
-        ({"bits": 4, "rounding": "up"}, "rounding"),
-        ({"bits": 4, "scale_dtype": "bfloat16"}, "scale_dtype"),
-    ],
-)
-def test_bad_specs_are_refused(options: dict, words: str) -> None:
-    with pytest.raises(MpqError, match=f"^{words}: expected"):
-        QuantSpec(**options)

@@ -1,15 +1,12 @@
-"""Files that others write: every fault names file, key, expected and got."""
+"""Sensitivity files that others write: every fault names file, key, expected and got."""
 
 import copy
-import hashlib
 import json
 from pathlib import Path
 
 import pytest
 
-from mpq.allocation.records import Allocation
 from mpq.errors import MpqError
-from mpq.files import atomic_path, read_json, sha256_file, write_json
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
 BY_HAND = {
@@ -64,21 +61,21 @@ def changed(path: str, value: object) -> dict:
         (changed("bits", []), "bits: expected a non-empty list"),
         ("[" * 100_000, "not JSON of a reasonable shape"),
         ('{"format": ' + "9" * 5000 + "}", "not JSON of a reasonable shape"),
-        (changed("layers.0.name", "\ud800"), r"layers\[0\]\.name: expected a string"),
-        (changed("layers.0.bytes.2", 10**30), r"layers\[0\]\.bytes\.2: expected a whole number"),
-        (changed("layers.0.kl.2", 9e307), r"layers\[0\]\.kl\.2: expected a finite number"),
-        (changed("bits", [2, 9]), r"bits\[1\]: expected a whole number from 1 to 8, got 9"),
-        (changed("fixed_bytes", -1), "fixed_bytes: expected a whole number, 0 or more"),
+        (changed("layers.0.name", "\ud800"), r"layers\[0\]\.name: expected a string of Unicode characters"),
+        (changed("layers.0.bytes.2", 10**30), r"layers\[0\]\.bytes\.2: expected less than 9007199254740992, got"),
+        (changed("layers.0.kl.2", 9e307), r"layers\[0\]\.kl\.2: expected less than 1e\+100, got 9e\+307"),
+        (changed("bits", [2, 9]), r"bits\[1\]: expected 8 or less, got 9"),
+        (changed("fixed_bytes", -1), "fixed_bytes: expected 0 or more, got -1"),
         (changed("fixed_bytes", 1.5), "fixed_bytes: expected a whole number"),
         (changed("layers", []), "layers: expected at least one layer"),
-        (changed("layers.0.name", 3), r"layers\[0\]\.name: expected a string .*, got 3"),
-        (changed("layers.1.name", "a"), "layers: expected different names"),
+        (changed("layers.0.name", 3), r"layers\[0\]\.name: expected a string, got 3"),
+        (changed("layers.1.name", "a"), "layers: expected different names, not a twice"),
         (changed("layers.1.kl.4", float("nan")), r"layers\[1\]\.kl\.4: expected a finite number"),
-        (changed("layers.1.kl.4", "0.1"), r"layers\[1\]\.kl\.4: expected a finite number"),
+        (changed("layers.1.kl.4", "0.1"), r"layers\[1\]\.kl\.4: expected a number, got "),
         (changed("layers.1.kl", {"2": 0.5}), r"layers\[1\]\.kl\.4: this key is missing"),
         (changed("layers.0.bytes.2", True), r"layers\[0\]\.bytes\.2: expected a whole number"),
         (changed("layers.0.numel", 15), r"layers\[0\]\.numel: expected the product of shape, 16, got 15"),
-        (changed("layers.0.group", 1), r"layers\[0\]\.group: expected a string .*, got 1"),
+        (changed("layers.0.group", 1), r"layers\[0\]\.group: expected a string, got 1"),
     ],
 )
 def test_faults_are_named(tmp_path: Path, value: object, words: str) -> None:
@@ -100,64 +97,9 @@ def test_intervals(tmp_path: Path) -> None:
     assert again[0]["interval"] == {"2": [0.4, 0.625], "4": [0.0, 0.2]} and "interval" not in again[1]
     for value, words in (
         ({"2": [0.4, 0.6]}, r"layers\[0\]\.interval\.4: this key is missing"),
-        ({"2": [0.4], "4": [0, 1]}, r"layers\[0\]\.interval\.2: expected a pair \[low, high\], got \[0\.4\]"),
-        ({"2": [0, 1], "4": [0, "1"]}, r"layers\[0\]\.interval\.4: expected a finite number"),
+        ({"2": [0.4], "4": [0, 1]}, r"layers\[0\]\.interval\.2: expected an item more, got \[0\.4\]"),
+        ({"2": [0, 1], "4": [0, "1"]}, r"layers\[0\]\.interval\.4\[1\]: expected a number"),
         ([[0, 1], [0, 1]], r"layers\[0\]\.interval: expected an object"),
     ):
         with pytest.raises(MpqError, match=words):
             SensitivityTable.load(written(tmp_path, changed("layers.0.interval", value)))
-
-
-def test_what_was_measured_of_an_allocation(tmp_path: Path) -> None:
-    plain = Allocation({"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),))
-    measured = Allocation(
-        {"a": 2}, 200, 150, 0.25, 2.0, ((150, 0.25),), measured=((140, 0.5, 0.75), (150, 0.25, 0.375)),
-        measured_kl=0.375, measured_seconds=12.5,
-        refinement={"moves": 2, "before": 0.5, "after": 0.25, "max_seconds": 3.5},
-    )  # fmt: skip
-    measured.save(tmp_path / "a.json")
-    assert Allocation.load(tmp_path / "a.json") == measured
-    raw = json.loads((tmp_path / "a.json").read_text())
-    assert raw["measured"] == [[140, 0.5, 0.75], [150, 0.25, 0.375]] and raw["measured_kl"] == 0.375
-    old = {key: raw[key] for key in raw if not key.startswith("measured") and key not in ("refinement", "fingerprint")}
-    assert Allocation.load(written(tmp_path, old)) == plain
-    for change, words in (
-        ({"measured": [[140, 0.5]]}, r"measured\[0\]: expected \[bytes, predicted kl, measured kl\]"),
-        ({"measured_kl": "low"}, "measured_kl: expected a finite number"),
-        ({"measured_seconds": None}, "measured_seconds: expected a finite number"),
-        ({"refinement": []}, "refinement: expected an object"),
-    ):
-        with pytest.raises(MpqError, match=words):
-            Allocation.load(written(tmp_path, raw | change))
-
-
-def test_allocation_round_trip(tmp_path: Path) -> None:
-    allocation = Allocation({"a": 2, "b": 16}, 200, 150, 0.25, 3.5, ((140, 0.5), (150, 0.25)), "exact")
-    allocation.save(tmp_path / "a.json")
-    assert Allocation.load(tmp_path / "a.json") == allocation
-    raw = json.loads((tmp_path / "a.json").read_text())
-    raw["layers"][0]["bits"] = 12
-    with pytest.raises(MpqError, match=r"layers\[0\]\.bits: expected a whole number from 1 to 8, or 16 or 32, got 12"):
-        Allocation.load(written(tmp_path, raw))
-    raw["layers"] = [{"name": "a", "bits": 2}, {"name": "a", "bits": 3}]
-    with pytest.raises(MpqError, match="different names"):
-        Allocation.load(written(tmp_path, raw))
-
-
-def test_atomic_writing(tmp_path: Path) -> None:
-    path = tmp_path / "x.json"
-    write_json(path, {"format": "f", "n": 1})
-    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
-    with pytest.raises(ValueError), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise ValueError
-    assert read_json(path, "f") == {"format": "f", "n": 1}
-    assert [item.name for item in tmp_path.iterdir()] == ["x.json"]
-    with pytest.raises(MpqError, match="does not exist"):
-        write_json(tmp_path / "no" / "x.json", {})
-    with pytest.raises(ValueError):
-        write_json(path, {"n": float("nan")})
-    assert sha256_file(path) == hashlib.sha256(path.read_bytes()).hexdigest()
-    for missing in (sha256_file, lambda name: read_json(name, "f")):
-        with pytest.raises(MpqError, match="no such file"):
-            missing(tmp_path / "absent")
