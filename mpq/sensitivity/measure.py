@@ -44,11 +44,11 @@ from mpq.sensitivity.calibration import (
     draw,
     in_batches,
     one_by_one,
-    statistics,
 )
 from mpq.sensitivity.divergence import OUTPUTS, OutputBatch, SegmentTree, mean_kl, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
+from mpq.sensitivity.statistics import input_statistics
 
 Point = tuple[str, int]
 """(layer name, bits)."""
@@ -131,10 +131,10 @@ def measure_sensitivity(
         workers.barrier()
         with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
             if workers.rank == 0:  # one process collects them, the others find them in the cache
-                grams = statistics(model, model_record["sha256"], drawn, weight_format, quiet)
+                grams = input_statistics(model, model_record["sha256"], drawn, weight_format, quiet)
             workers.barrier()
             if workers.rank > 0:
-                grams = statistics(model, model_record["sha256"], drawn, weight_format)
+                grams = input_statistics(model, model_record["sha256"], drawn, weight_format)
             measure = _measure_fisher if method == "fisher" else _measure_kl
             silent = quiet or workers.rank > 0
             features = one_by_one(model, drawn)
@@ -294,7 +294,7 @@ def measure_kl(
             output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's over
             "decoder".
         on_point: Called with each finished point.
-        grams: For the rounding "gptq": `mpq.sensitivity.calibration.input_grams`.
+        grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
 
     Raises:
         MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
