@@ -144,7 +144,8 @@ def allocate(
       mpq allocate sens.json --max-divergence 0.15 --measure model.nemo --out alloc.json
       mpq allocate sens.json --target-mb 5 --refine model.nemo --minutes 5 --out alloc.json
     """
-    from mpq.allocation import solve as step
+    from mpq.allocation.decisions import Constraints
+    from mpq.allocation.solve import one_budget, solve
     from mpq.cli.tables import allocation_view
     from mpq.files import check_output
     from mpq.sensitivity.records import SensitivityTable
@@ -160,14 +161,14 @@ def allocate(
         "average_bits": average_bits,
         "max_divergence": max_divergence,
     }
-    constraints = {
-        "keep": {pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
-        "exclude": exclude,
-        "tie": tie,
-        "whole_frontier": whole_frontier,
-    }
+    constraints = Constraints(
+        keep={pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
+        exclude=exclude,
+        tie=tie,
+    )
     table = SensitivityTable.load(sensitivity)
     if checkpoint := measure or refine:
+        from mpq.allocation.moves import Effort
         from mpq.allocation.refine import allocate_measured
 
         allocation = allocate_measured(
@@ -175,15 +176,16 @@ def allocate(
             checkpoint,
             out,
             budgets,
-            **constraints,
+            constraints,
+            whole_frontier=whole_frontier,
             points=5 if points is None else points,
-            refine_minutes=(minutes or 10.0) if refine else 0,
+            effort=Effort(seconds=60 * (minutes or 10.0)) if refine else None,
             data=data,
             device=device,
             quiet=quiet,
         )
     else:
-        allocation = step.allocate(table, **budgets, **constraints)
+        allocation = solve(table, one_budget(budgets), constraints, whole_frontier)
         allocation.save(out)
     print_result(allocation, as_json, allocation_view(allocation))
 
