@@ -76,10 +76,8 @@ def allocate_measured(
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     problem = _Problem(table, constraints, tuple(list_decisions(table, constraints)))
-    if limit is None:
-        allocation = solve(table, budget, constraints, whole_frontier)
-    else:
-        allocation = problem.answer(problem.largest)
+    start = budget if limit is None else Budget("target_bytes", problem.largest)
+    allocation = solve(table, start, constraints, whole_frontier and limit is None)
     model = load_model(checkpoint, choose_device(device))
     if model.quantized_bits:
         raise MpqError(f"{checkpoint}: already packed; measure with the float checkpoint that it was made from")
@@ -106,10 +104,8 @@ def allocate_measured(
             meter = Meter(joint, weights)
             measured = [meter.point(problem.answer(size)) for size in problem.sizes(points)]
             if limit is not None:
-                allocation, tried = _smallest_within(limit, problem, meter)
+                allocation, tried = _smallest_within(limit, problem, meter, whole_frontier)
                 measured += tried
-                if whole_frontier:
-                    allocation = problem.answer(allocation.target_bytes, whole_frontier)
             measured.append(meter.point(allocation))
             if refinement:
                 refinement["measured_before"] = measured[-1][2]
@@ -193,7 +189,9 @@ class _Audio:
         return cls(seen, deciding, fresh)
 
 
-def _smallest_within(limit: float, problem: _Problem, meter: Meter) -> tuple[Allocation, list[Point]]:
+def _smallest_within(
+    limit: float, problem: _Problem, meter: Meter, whole_frontier: bool
+) -> tuple[Allocation, list[Point]]:
     """Returns the smallest allocation found whose measured divergence is at most `limit`, and what was measured.
 
     Sizes are halved until they agree to a thousandth; the measured divergence need not fall at every step of the
@@ -215,4 +213,6 @@ def _smallest_within(limit: float, problem: _Problem, meter: Meter) -> tuple[All
             best, high = candidate, candidate.predicted_bytes
         else:
             low = (low + high) // 2
+    if whole_frontier:
+        return problem.answer(best.predicted_bytes, whole_frontier), tried
     return replace(best, target_bytes=best.predicted_bytes), tried
