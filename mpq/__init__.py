@@ -4,7 +4,12 @@
 work; docs/architecture.md has the map. Nothing heavy is imported here, so that `mpq --help` starts without torch.
 """
 
+from typing import TYPE_CHECKING
+
 from mpq.public import names
+
+if TYPE_CHECKING:
+    from mpq.loading import load_model as load_model
 
 __version__ = "0.1.0"
 

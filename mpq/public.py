@@ -1,4 +1,7 @@
-"""Public names of a package that are imported when they are first used, so that `import mpq` costs nothing."""
+"""Public names of a package that are imported when they are first used, so that `import mpq` costs nothing.
+
+A package imports the same names under TYPE_CHECKING, for editors and type checkers, which cannot see the lazy ones.
+"""
 
 import importlib
 from collections.abc import Callable
@@ -9,7 +12,7 @@ def names(package: str, **modules: str) -> Callable[[str], Any]:
     """Returns a package's `__getattr__` (PEP 562).
 
     Args:
-        package: Its `__name__`.
+        package: The package's `__name__`.
         modules: {public name: the module of the package that defines it}.
     """
 

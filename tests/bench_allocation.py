@@ -11,7 +11,8 @@ from pathlib import Path
 
 from knapsacks import by_milp, random_options, totals
 
-from mpq.allocation.knapsack import pareto_frontier, smallest_kl
+from mpq.allocation.frontier import pareto_frontier
+from mpq.allocation.knapsack import smallest_cost
 from mpq.sensitivity.records import SensitivityTable
 
 
@@ -34,7 +35,7 @@ def main() -> None:
         for share in shares:
             budget = smallest + int(share * (largest - smallest))
             start = time.perf_counter()
-            kl, size = totals(options, smallest_kl(options, budget))
+            kl, size = totals(options, smallest_cost(options, budget))
             middle = time.perf_counter()
             optimum = by_milp(options, budget, kl)
             end = time.perf_counter()
@@ -46,7 +47,7 @@ def main() -> None:
         kind = "" if frontier.is_whole else " (hull)"
         print(
             f"| {name} | {1e3 * ours / len(shares):.0f} | {1e3 * theirs / len(shares):.0f} | {theirs / ours:.1f} "
-            f"| {'yes' if same else 'NO'} | {seconds:.1f} | {len(frontier.kl)}{kind} |",
+            f"| {'yes' if same else 'NO'} | {seconds:.1f} | {len(frontier.cost)}{kind} |",
             flush=True,
         )
 

@@ -15,9 +15,10 @@ import click
 from mpq.artifact.weights import WeightFormat
 from mpq.loading import load_model
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.calibration import draw, in_batches, input_grams, one_by_one
+from mpq.sensitivity.calibration import draw, in_batches, one_by_one
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors
 from mpq.sensitivity.measure import measure_kl
+from mpq.sensitivity.statistics import input_grams
 
 WIDTHS = (2, 3, 4, 5, 6, 8)
 

@@ -1,11 +1,24 @@
-"""Random allocation problems, and their answers by SciPy's mixed-integer solver."""
+"""Random allocation problems, and their answers by brute force and by SciPy's mixed-integer solver."""
 
+import itertools
 import math
 
 import numpy as np
+from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 Options = list[list[tuple[int, float]]]
+
+COST = st.one_of(st.sampled_from([0.0, 1.0, 1e-9]), st.floats(0, 10), st.floats(-1, 1), st.floats(0, 1e-6))
+OPTIONS = st.lists(st.lists(st.tuples(st.integers(0, 40), COST), min_size=1, max_size=4), min_size=1, max_size=5)
+"""Problems that are small enough for brute force."""
+
+
+def by_brute_force(options: Options, budget: int) -> tuple[float, int] | None:
+    """Returns the smallest (cost, size) within the budget, from all choices."""
+    choices = itertools.product(*options)
+    sums = ((math.fsum(cost for _, cost in choice), sum(size for size, _ in choice)) for choice in choices)
+    return min((pair for pair in sums if pair[1] <= budget), default=None)
 
 
 def by_milp(options: Options, budget: int, about: float) -> float:

@@ -18,17 +18,18 @@ from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.quantization.spec import FLOAT_BITS
 from mpq.runtime import memory_for
-from mpq.sensitivity.calibration import CalibrationData, cached_statistics, redraw, statistics
+from mpq.sensitivity.calibration import CalibrationData, redraw
+from mpq.sensitivity.statistics import cached_statistics, input_statistics
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """What an allocation says of a model.
+    """An allocation applied to a model.
 
     Attributes:
-        bits: {weight name: width}, of every weight.
-        weight_format: How they are stored.
-        size_bytes: Of the packed file.
+        bits: {weight name: width} of every weight.
+        weight_format: How weights are stored.
+        size_bytes: The size of the packed file.
     """
 
     bits: dict[str, int]
@@ -44,13 +45,13 @@ class Assignment:
 def assign(
     model: AsrModel, checkpoint: Path, sha256: str, allocation: Allocation, weight_format: WeightFormat, out: Path
 ) -> Assignment:
-    """Returns what an allocation says of a float model.
+    """Returns an allocation applied to a float model.
 
     Args:
         model: The float model.
-        checkpoint, sha256: Its file.
-        allocation: The widths.
-        weight_format: How the weights are stored.
+        checkpoint, sha256: The model's file and its fingerprint.
+        allocation: The widths and the budget.
+        weight_format: How weights are stored.
         out: The packed file, for messages.
 
     Raises:
@@ -88,8 +89,8 @@ def recall(model: AsrModel, allocation: Allocation, data: Path | None) -> tuple[
 
     Args:
         model: The float model.
-        allocation: Says which audio.
-        data: Where it is now, if not where it was.
+        allocation: The allocation, which says which audio it was made with.
+        data: Where the audio is now, if not where it was.
 
     Raises:
         MpqError: `data` is not that audio.
@@ -117,12 +118,12 @@ def recalled_statistics(
     """Returns the statistics that the rounding needs, collected from audio or out of the cache.
 
     Args:
-        model, sha256: The float model and its file's digest.
+        model, sha256: The float model and its file's fingerprint.
         drawn: The audio; None if it is not there.
-        allocation: Says whose statistics the cache may have; None if there is none.
-        weight_format: Names the rounding.
+        allocation: The allocation, which says whose statistics the cache may have; None without one.
+        weight_format: How weights are stored; it names the rounding.
         note: Why there is no audio.
-        out: What is to be written, for messages.
+        out: The file that is to be written, for messages.
         quiet: Show no progress.
 
     Raises:
@@ -130,7 +131,7 @@ def recalled_statistics(
     """
     if drawn is not None:
         with memory_for(f"{drawn.path}: the statistics"):
-            return statistics(model, sha256, drawn, weight_format, quiet)
+            return input_statistics(model, sha256, drawn, weight_format, quiet)
     known: dict[str, Any] = allocation.data if allocation else {}
     grams = cached_statistics(model, sha256, known.get("sha256", "")) if allocation else None
     if grams is None:

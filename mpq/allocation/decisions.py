@@ -8,7 +8,7 @@ import fnmatch
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from mpq.errors import MpqError
 from mpq.quantization.spec import FLOAT_BITS, MAX_BITS, MIN_BITS
@@ -16,35 +16,72 @@ from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
 
 @dataclass(frozen=True)
+class Constraints:
+    """What the user asks of single layers. Patterns are globs on layer names (case-sensitive).
+
+    Attributes:
+        keep: {pattern: bits}: layers that match get at least so many bits.
+        exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
+        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width, in addition
+            to the groups of the table.
+    """
+
+    keep: Mapping[str, int] = field(default_factory=dict)
+    exclude: Sequence[str] = ()
+    tie: Sequence[str] = ()
+
+
+FREE = Constraints()
+"""Nothing is asked of single layers."""
+
+
+@dataclass(frozen=True)
 class Decision:
     """Layers that share one bit-width.
 
     Attributes:
-        layers: Their indices in the table.
+        layers: The layers' indices in the table.
         bits: The widths to choose from.
-        size_bytes, kl, code_bits: Sums over the layers, for each of the widths.
+        size_bytes, cost, code_bits: Sums over the layers, for each of the widths; the cost is the divergence in nats
+            per frame, code_bits the bits of the codes alone.
     """
 
     layers: tuple[int, ...]
     bits: tuple[int, ...]
     size_bytes: tuple[int, ...]
-    kl: tuple[float, ...]
+    cost: tuple[float, ...]
     code_bits: tuple[int, ...]
 
 
-def list_decisions(
-    table: SensitivityTable, keep: Mapping[str, int], exclude: Sequence[str], tie: Sequence[str]
-) -> list[Decision]:
+def list_decisions(table: SensitivityTable, constraints: Constraints) -> list[Decision]:
     """Returns what is to be decided: one entry for each layer or set of tied layers, with its allowed widths.
 
     Args:
-        table: The layers.
-        keep, exclude, tie: As in `mpq.allocation.solve.allocate`.
+        table: The layers, with their sizes and divergences.
+        constraints: What is asked of single layers.
 
     Raises:
         MpqError: A pattern matches nothing or contradicts another, or a layer has no size to be excluded with.
     """
     names = [layer.name for layer in table.layers]
+    floors = _floors(table, names, constraints.keep)
+    excluded = _exclusions(table, names, constraints.exclude, floors)
+    groups: dict[int, list[int]] = {}
+    for index, group in enumerate(_groups(table.layers, constraints.tie)):
+        groups.setdefault(group, []).append(index)
+    decisions = []
+    for members in groups.values():
+        if not excluded & set(members):
+            decisions.append(_tied(table, members, max(floors[index] for index in members)))
+        elif left := [names[index] for index in members if index not in excluded]:
+            raise MpqError(f"exclude: {left[0]} is tied to an excluded layer; exclude it too")
+        else:
+            decisions += [_excluded(index, table.layers[index]) for index in members]
+    return decisions
+
+
+def _floors(table: SensitivityTable, names: Sequence[str], keep: Mapping[str, int]) -> list[int]:
+    """Returns the least width that `keep` allows each layer, 0 where it says nothing."""
     floors = [0] * len(names)
     for pattern, bits in keep.items():
         if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
@@ -53,6 +90,13 @@ def list_decisions(
             raise MpqError(f"keep {pattern}={bits}: the widths that were measured end at {max(table.bits)}")
         for index in _matches(names, pattern, "keep"):
             floors[index] = max(floors[index], bits)
+    return floors
+
+
+def _exclusions(
+    table: SensitivityTable, names: Sequence[str], exclude: Sequence[str], floors: Sequence[int]
+) -> set[int]:
+    """Returns the layers that `exclude` leaves unquantized."""
     excluded: set[int] = set()
     for pattern in exclude:
         for index in _matches(names, pattern, "exclude"):
@@ -61,33 +105,24 @@ def list_decisions(
             if table.layers[index].float_bytes is None:
                 raise MpqError(f"exclude {pattern}: {names[index]} has no float_bytes in the sensitivity file")
             excluded.add(index)
-    groups: dict[int, list[int]] = {}
-    for index, group in enumerate(_groups(table.layers, tie)):
-        groups.setdefault(group, []).append(index)
-    decisions = []
-    for members in groups.values():
-        if excluded & set(members):
-            if left := [names[index] for index in members if index not in excluded]:
-                raise MpqError(f"exclude: {left[0]} is tied to an excluded layer; exclude it too")
-            layers = [table.layers[index] for index in members]
-            decisions += [_excluded(index, layer) for index, layer in zip(members, layers, strict=True)]
-            continue
-        floor = max(floors[index] for index in members)
-        layers = [table.layers[index] for index in members]
-        widths = tuple(bits for bits in table.bits if bits >= floor)
-        decisions.append(
-            Decision(
-                tuple(members),
-                widths,
-                tuple(sum(layer.size_bytes[bits] for layer in layers) for bits in widths),
-                tuple(math.fsum(layer.kl[bits] for layer in layers) for bits in widths),
-                tuple(sum(layer.numel * bits for layer in layers) for bits in widths),
-            )
-        )
-    return decisions
+    return excluded
+
+
+def _tied(table: SensitivityTable, members: Sequence[int], floor: int) -> Decision:
+    """Returns the decision about layers that share a width of at least `floor` bits."""
+    layers = [table.layers[index] for index in members]
+    widths = tuple(bits for bits in table.bits if bits >= floor)
+    return Decision(
+        layers=tuple(members),
+        bits=widths,
+        size_bytes=tuple(sum(layer.size_bytes[bits] for layer in layers) for bits in widths),
+        cost=tuple(math.fsum(layer.kl[bits] for layer in layers) for bits in widths),
+        code_bits=tuple(sum(layer.numel * bits for layer in layers) for bits in widths),
+    )
 
 
 def _excluded(index: int, layer: LayerSensitivity) -> Decision:
+    """Returns the decision about a layer that stays unquantized: it has one option."""
     assert layer.float_bytes is not None
     bits = 8 * layer.float_bytes // layer.numel
     if bits not in FLOAT_BITS or layer.float_bytes * 8 != bits * layer.numel:
@@ -97,6 +132,7 @@ def _excluded(index: int, layer: LayerSensitivity) -> Decision:
 
 
 def _matches(names: Sequence[str], pattern: str, what: str) -> list[int]:
+    """Returns the layers whose names match a pattern of the option `what`."""
     found = [index for index, name in enumerate(names) if fnmatch.fnmatchcase(name, pattern)]
     if not found:
         raise MpqError(f"{what} {pattern}: matches none of the {len(names)} layers, such as {names[0]}")
@@ -114,16 +150,29 @@ def _groups(layers: Sequence[LayerSensitivity], tie: Sequence[str]) -> list[int]
 
     first: dict[tuple[str, ...], int] = {}
     names = [layer.name for layer in layers]
-    keys = [(index, ("group", layer.group)) for index, layer in enumerate(layers) if layer.group is not None]
+    keys: list[tuple[int, tuple[str, ...]]] = [
+        (index, ("group", layer.group)) for index, layer in enumerate(layers) if layer.group is not None
+    ]
     for pattern in tie:
-        # what each * stands for, in groups of a regular expression
-        expression = re.compile("(.*)".join(fnmatch.translate(part)[4:-3] for part in pattern.split("*")))
+        expression = _with_groups(pattern, names)
         for index in _matches(names, pattern, "tie"):
             match = expression.fullmatch(names[index])
-            if match is None:
-                raise MpqError(f"tie {pattern}: a * within [...] stands for itself, which no layer's name has")
+            assert match is not None, "fnmatch and its groups agree"
             keys.append((index, ("tie", pattern, *match.groups())))
     for index, key in keys:
         other = first.setdefault(key, index)
         parents[max(root(index), root(other))] = min(root(index), root(other))
     return [root(index) for index in range(len(layers))]
+
+
+def _with_groups(pattern: str, names: Sequence[str]) -> re.Pattern[str]:
+    """Returns a regular expression that matches those of the names that fnmatch does, with a group for each *.
+
+    What is not a * stands for one character; which ones of those in the names, fnmatch itself says.
+    """
+    alphabet = sorted(set("".join(names)))
+    expression = ""
+    for part in re.findall(r"\*|\[!?+\]?+[^\]]*\]|.", pattern, re.DOTALL):
+        fitting = (re.escape(character) for character in alphabet if fnmatch.fnmatchcase(character, part))
+        expression += "(.*)" if part == "*" else f"(?:{'|'.join(fitting)})"
+    return re.compile(expression, re.DOTALL)

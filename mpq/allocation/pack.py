@@ -35,21 +35,21 @@ from mpq.sensitivity.divergence import output_divergence
 
 @dataclass(frozen=True)
 class PackResult:
-    """What was written.
+    """What `pack` wrote.
 
     Attributes:
         path: The file.
-        size_bytes: Its size.
-        predicted_bytes: What the allocation said; None without one.
+        size_bytes: The file's size.
+        predicted_bytes: The size that the allocation predicted; None without an allocation.
         target_bytes: The budget; None without an allocation.
         nominal_bytes: What papers count: every parameter at its width, without scales, tokenizer and header.
-        float_bytes: Every parameter in float32, for the ratio.
+        float_bytes: The size of all parameters in float32, for the ratio.
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
-        predicted_kl: What the allocation said; None without one.
+        predicted_kl: The divergence that the allocation predicted; None without an allocation.
         measured_kl: Divergence of the file's outputs from the checkpoint's (bounded: `mpq.sensitivity.divergence`),
             nats per frame, or of an attention decoder per token; None if not measured.
-        measured_on: On which audio, or why it was not measured.
+        measured_on: The audio that it was measured on, or why it was not measured.
     """
 
     path: Path
@@ -100,6 +100,7 @@ def pack(
     seed: int = 0,
     channel: str = "error",
     skip_bad: bool = False,
+    held_out_seconds: float = HELD_OUT_SECONDS,
     quiet: bool = True,
 ) -> PackResult:
     """Writes the packed file `out`; nothing is left under that name if it would be above the budget.
@@ -116,6 +117,7 @@ def pack(
             and has to be the same audio.
         max_seconds, seed, channel, skip_bad: What part of `data` to use without an allocation, as in
             `mpq.sensitivity.calibration.draw`.
+        held_out_seconds: The most audio that the file's divergence is measured on.
         quiet: Show no progress.
 
     Raises:
@@ -126,13 +128,11 @@ def pack(
     weight_format = _weight_format(allocation, bits, dict(options or {}), data)
     opened = open_float_model(checkpoint, choose_device(device), "pack")
     model, sha256 = opened.model, opened.sha256
-    refs = model.weights()
     if allocation is not None:
         assigned = assign(model, checkpoint, sha256, allocation, weight_format, out)
     else:
-        widths = {ref.name: bits or weight_format.float_bits for ref in refs}
+        widths = {ref.name: bits or weight_format.float_bits for ref in model.weights()}
         assigned = Assignment(widths, weight_format, planned_bytes(model, widths, weight_format))
-    widths, size = assigned.bits, assigned.size_bytes
     drawn, note = None, "no calibration data are known; --data names some"
     if allocation is not None and "sha256" in allocation.data:
         drawn, note = recall(model, allocation, data)
@@ -143,29 +143,42 @@ def pack(
     grams: dict[str, Tensor] = {}
     if assigned.needs_statistics:
         grams = recalled_statistics(model, sha256, drawn, allocation, weight_format, note, out, quiet)
-    with progress("packing", len(refs), quiet, "layers") as advance:
-        write_artifact(out, model, widths, weight_format, size, grams, advance)
+    with progress("packing", len(assigned.bits), quiet, "layers") as advance:
+        write_artifact(out, model, assigned.bits, weight_format, assigned.size_bytes, grams, advance)
     measured_kl = None
     if drawn is not None:
         try:
-            measured_kl, note = _measured(model, out, drawn, allocation)
+            measured_kl, note = _measured(model, out, drawn, allocation, held_out_seconds)
         except MpqError as error:  # the file is whole all the same
             note = str(error)
-    parameters = model.parameter_counts()["total"]
+    return _result(model, out, assigned, allocation, measured_kl, note)
+
+
+def _result(
+    model: AsrModel,
+    out: Path,
+    assigned: Assignment,
+    allocation: Allocation | None,
+    measured_kl: float | None,
+    measured_on: str,
+) -> PackResult:
+    """Returns what is to be said of the file that was written."""
+    refs, parameters = model.weights(), model.parameter_counts()["total"]
     weights = sum(ref.numel for ref in refs)
-    code_bits = sum(widths[ref.name] * ref.numel for ref in refs)
+    code_bits = sum(assigned.bits[ref.name] * ref.numel for ref in refs)
+    rest_bits = assigned.weight_format.float_bits * (parameters - weights)
     return PackResult(
         path=out,
-        size_bytes=size,
+        size_bytes=assigned.size_bytes,
         predicted_bytes=allocation.predicted_bytes if allocation else None,
         target_bytes=allocation.target_bytes if allocation else None,
-        nominal_bytes=-(-(code_bits + weight_format.float_bits * (parameters - weights)) // 8),
+        nominal_bytes=-(-(code_bits + rest_bits) // 8),
         float_bytes=4 * parameters,
         average_bits=code_bits / weights,
-        rounding=weight_format.spec.rounding,
+        rounding=assigned.weight_format.spec.rounding,
         predicted_kl=allocation.predicted_kl if allocation else None,
         measured_kl=measured_kl,
-        measured_on=note,
+        measured_on=measured_on,
     )
 
 
@@ -185,12 +198,12 @@ def _weight_format(
 
 
 def _measured(
-    model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None
+    model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None, held_out_seconds: float
 ) -> tuple[float | None, str]:
     """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
     if allocation is not None and allocation.refinement:
         drawn = further(model, drawn, allocation.refinement["max_seconds"])
-    fresh = further(model, drawn, HELD_OUT_SECONDS)
+    fresh = further(model, drawn, held_out_seconds)
     if not fresh.utterances:
         return None, f"{drawn.path} has no audio left that was not used for calibration"
     packed = read_artifact(out).to(next(model.parameters()).device)

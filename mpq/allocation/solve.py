@@ -8,11 +8,13 @@ sensitivity table, floors, exclusions and ties into its decisions, and the answe
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 from numbers import Real
 
-from mpq.allocation.decisions import Decision, list_decisions
-from mpq.allocation.knapsack import WHOLE, Frontier, pareto_frontier, smallest_kl
+from mpq.allocation.decisions import FREE, Constraints, Decision, list_decisions
+from mpq.allocation.frontier import WHOLE, Frontier, pareto_frontier
+from mpq.allocation.knapsack import Options, smallest_cost
 from mpq.allocation.records import Allocation
 from mpq.errors import MpqError
 from mpq.sensitivity.records import SensitivityTable
@@ -23,6 +25,7 @@ MB = 2**20
 MOST_POINTS = 20_000
 """Points of a frontier that are written as they are; of more, those that keep the KL to THINNING."""
 THINNING = 1e-3
+"""The most that thinning adds to the smallest KL of a size, as a fraction of it."""
 QUICK = 10_000_000
 """Pairs that the dynamic programme may look at for a frontier that nobody asked to be whole: 0.1 to 0.4 s."""
 
@@ -66,32 +69,57 @@ def allocate(
     """
     budgets = {"target_bytes": target_bytes, "target_mb": target_mb, "target_ratio": target_ratio}
     budgets |= {"average_bits": average_bits, "max_divergence": max_divergence}
-    name, value = one_budget(budgets)
-    value = Fraction(str(value))  # the decimal that was asked for: 3.3 admits an average of exactly 33/10
-    decisions = list_decisions(table, keep or {}, exclude, tie)
-    by_bytes = [list(zip(d.size_bytes, d.kl, strict=True)) for d in decisions]
-    smallest = table.fixed_bytes + sum(min(decision.size_bytes) for decision in decisions)
-    if name == "average_bits":
-        choices = _under_average(table, decisions, value, smallest)
-        target = totals(table, decisions, choices)[0]
-    elif name == "max_divergence":
-        choices = _under_divergence(by_bytes, float(value))
-        target = totals(table, decisions, choices)[0]
-    else:
-        full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
-        target = math.floor({"target_bytes": value, "target_mb": value * MB, "target_ratio": full / value}[name])
-        if target < smallest:
-            raise MpqError(
-                f"{name} {float(value):g} is {target} bytes, less than the smallest possible: {smallest} bytes "
-                f"({math.ceil(smallest / MB * 1e4) / 1e4:.4f} MB, ratio {math.floor(full / smallest * 1e4) / 1e4:.4f})"
-            )
-        largest = sum(max(decision.size_bytes) for decision in decisions)
-        choices = smallest_kl(by_bytes, min(target - table.fixed_bytes, largest))
-    frontier = pareto_frontier(by_bytes, WHOLE if whole_frontier else QUICK)
-    points, note = _points(frontier, table.fixed_bytes), _described(frontier)
+    return solve(table, one_budget(budgets), Constraints(keep or {}, exclude, tie), whole_frontier)
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The bound that an answer keeps.
+
+    Attributes:
+        name: "target_bytes", "target_mb", "target_ratio", "average_bits" or "max_divergence", as in `allocate`.
+        value: The bound, above 0.
+    """
+
+    name: str
+    value: float
+
+    @property
+    def decimal(self) -> Fraction:
+        """The decimal number that was asked for: 3.3 admits an average of exactly 33/10."""
+        return Fraction(str(self.value))
+
+
+def one_budget(budgets: Mapping[str, float | None]) -> Budget:
+    """Returns the one budget that is given, out of {name: value or None}.
+
+    Raises:
+        MpqError: Not exactly one is given, or it is not a positive number.
+    """
+    given = {name: value for name, value in budgets.items() if value is not None}
+    if len(given) != 1:
+        raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
+    ((name, value),) = given.items()
+    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
+        raise MpqError(f"{name}: expected a positive number, got {value!r}")
+    return Budget(name, value)
+
+
+def solve(
+    table: SensitivityTable,
+    budget: Budget,
+    constraints: Constraints = FREE,
+    whole_frontier: bool = False,
+) -> Allocation:
+    """Returns the answer that `allocate` describes."""
+    decisions = list_decisions(table, constraints)
+    by_bytes = [list(zip(decision.size_bytes, decision.cost, strict=True)) for decision in decisions]
+    choices, target = _best(table, decisions, by_bytes, budget)
     predicted_bytes, predicted_kl = totals(table, decisions, choices)
     assert predicted_bytes <= target, "the solver kept to its budget"
-    points, thinned = with_answer(points, predicted_bytes, predicted_kl, target)
+    frontier = pareto_frontier(by_bytes, WHOLE if whole_frontier else QUICK)
+    points, thinned = with_answer(_points(frontier, table.fixed_bytes), predicted_bytes, predicted_kl, target)
+    note = f"; thinned to a KL within {THINNING:.1%} at every size" if thinned else ""
     bits = chosen_bits(table, decisions, choices)
     return Allocation(
         bits=bits,
@@ -100,7 +128,7 @@ def allocate(
         predicted_kl=predicted_kl,
         average_bits=weighted_average(table, bits),
         frontier=tuple(points),
-        frontier_note=note + (f"; thinned to a KL within {THINNING:.1%} at every size" if thinned else ""),
+        frontier_note=_described(frontier) + note,
         quantizer=table.quantizer,
         model=table.model,
         data=table.data,
@@ -109,40 +137,52 @@ def allocate(
     )
 
 
-def one_budget(budgets: Mapping[str, float | None]) -> tuple[str, float]:
-    """Returns the name and value of the one budget that is given.
+def _best(
+    table: SensitivityTable, decisions: Sequence[Decision], by_bytes: Sequence[Options], budget: Budget
+) -> tuple[list[int], int]:
+    """Returns the choices of least divergence within the budget, and the target in bytes."""
+    if budget.name == "average_bits":
+        choices = _under_average(table, decisions, budget.decimal)
+        return choices, totals(table, decisions, choices)[0]
+    if budget.name == "max_divergence":
+        choices = _under_divergence(by_bytes, float(budget.value))
+        return choices, totals(table, decisions, choices)[0]
+    smallest, largest = size_range(table, decisions)
+    full = table.fixed_bytes + 4 * sum(layer.numel for layer in table.layers)
+    value = budget.decimal
+    target = math.floor({"target_bytes": value, "target_mb": value * MB, "target_ratio": full / value}[budget.name])
+    if target < smallest:
+        raise MpqError(
+            f"{budget.name} {float(value):g} is {target} bytes, less than the smallest possible: {smallest} bytes "
+            f"({math.ceil(smallest / MB * 1e4) / 1e4:.4f} MB, ratio {math.floor(full / smallest * 1e4) / 1e4:.4f})"
+        )
+    return smallest_cost(by_bytes, min(target, largest) - table.fixed_bytes), target
 
-    Raises:
-        MpqError: Not exactly one is, or it is not a positive number.
-    """
-    given = {name: value for name, value in budgets.items() if value is not None}
-    if len(given) != 1:
-        raise MpqError(f"expected one of {', '.join(budgets)} as the target, got {', '.join(given) or 'none'}")
-    ((name, value),) = given.items()
-    if isinstance(value, bool) or not isinstance(value, Real) or not (math.isfinite(value) and value > 0):
-        raise MpqError(f"{name}: expected a positive number, got {value!r}")
-    return name, value
+
+def size_range(table: SensitivityTable, decisions: Sequence[Decision]) -> tuple[int, int]:
+    """Returns the bytes of the smallest and of the largest file that the decisions allow."""
+    smallest = sum(min(decision.size_bytes) for decision in decisions)
+    return table.fixed_bytes + smallest, table.fixed_bytes + sum(max(decision.size_bytes) for decision in decisions)
 
 
-def _under_average(
-    table: SensitivityTable, decisions: Sequence[Decision], average_bits: Fraction, smallest_bytes: int
-) -> list[int]:
+def _under_average(table: SensitivityTable, decisions: Sequence[Decision], average_bits: Fraction) -> list[int]:
     """Returns the best choices under an average width; of equal sums of divergences, the one with the fewest bytes."""
     numel = sum(layer.numel for layer in table.layers)
     budget = math.floor(average_bits * numel)
     smallest = sum(min(decision.code_bits) for decision in decisions)
     if budget < smallest:
+        smallest_bytes, _ = size_range(table, decisions)
         raise MpqError(
             f"average_bits {float(average_bits):g} is less than the smallest possible: "
             f"{math.ceil(Fraction(smallest, numel) * 10_000) / 1e4:g}; no file is smaller than {smallest_bytes} bytes "
             f"({math.ceil(smallest_bytes / MB * 1e4) / 1e4:.4f} MB)"
         )
-    by_codes = [list(zip(decision.code_bits, decision.kl, strict=True)) for decision in decisions]
+    by_codes = [list(zip(decision.code_bits, decision.cost, strict=True)) for decision in decisions]
     budget = min(budget, sum(max(decision.code_bits) for decision in decisions))
-    return smallest_kl(by_codes, budget, [decision.size_bytes for decision in decisions])
+    return smallest_cost(by_codes, budget, [decision.size_bytes for decision in decisions])
 
 
-def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: float) -> list[int]:
+def _under_divergence(options: Sequence[Options], limit: float) -> list[int]:
     """Returns the choices with the fewest bytes whose sum of divergences is at most `limit`."""
 
     def divergence(choices: Sequence[int]) -> float:
@@ -151,7 +191,7 @@ def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: flo
     # the smallest divergence falls with the budget, so the smallest budget that is enough is found by halving
     low = sum(min(size for size, _ in pairs) for pairs in options) - 1
     high = sum(max(size for size, _ in pairs) for pairs in options)
-    best = smallest_kl(options, high)
+    best = smallest_cost(options, high)
     if divergence(best) > limit:
         raise MpqError(
             f"max_divergence {limit:g} is less than the smallest possible with these widths: "
@@ -159,7 +199,7 @@ def _under_divergence(options: Sequence[Sequence[tuple[int, float]]], limit: flo
         )
     while high - low > 1:
         middle = (low + high) // 2
-        choices = smallest_kl(options, middle)
+        choices = smallest_cost(options, middle)
         if divergence(choices) <= limit:
             best, high = choices, middle
         else:
@@ -174,6 +214,7 @@ def rounded_up(value: float) -> str:
 
 
 def _described(frontier: Frontier) -> str:
+    """Returns how complete the frontier is."""
     if frontier.is_whole:
         return "every trade-off between size and KL"
     return "too many trade-offs to list all: those on the lower convex hull, each the smallest KL of its size"
@@ -183,7 +224,7 @@ def totals(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequ
     """Returns the file's bytes and the sum of divergences of a choice."""
     pairs = list(zip(decisions, choices, strict=True))
     size = table.fixed_bytes + sum(decision.size_bytes[choice] for decision, choice in pairs)
-    return size, math.fsum(decision.kl[choice] for decision, choice in pairs)
+    return size, math.fsum(decision.cost[choice] for decision, choice in pairs)
 
 
 def chosen_bits(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequence[int]) -> dict[str, int]:
@@ -199,7 +240,8 @@ def weighted_average(table: SensitivityTable, bits: Mapping[str, int]) -> float:
 
 
 def _points(frontier: Frontier, fixed_bytes: int) -> list[tuple[int, float]]:
-    return [(int(size) + fixed_bytes, float(kl)) for size, kl in zip(frontier.size_bytes, frontier.kl, strict=True)]
+    """Returns the frontier's points as (bytes of the file, divergence)."""
+    return [(int(size) + fixed_bytes, float(kl)) for size, kl in zip(frontier.size_bytes, frontier.cost, strict=True)]
 
 
 def with_answer(

@@ -73,7 +73,7 @@ def write_artifact(
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
         weight_format: How to store it.
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
-        grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`).
+        grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`).
         on_layer: Told 1 with each finished layer.
         quantized: Of weights that are quantized already, which are stored as they are.
         like: The model that the size was planned for, if the values have changed since: what its file would have in

@@ -99,7 +99,7 @@ def quantize_layer(
         weight: The weight, of any shape.
         weight_format: How it is stored.
         widths: Bit-widths from 1 to 8.
-        grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at where the rounding
+        grams: {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`); not looked at where the rounding
             needs none.
 
     Raises:

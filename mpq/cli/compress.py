@@ -28,7 +28,11 @@ from mpq.errors import MpqError
 @click.option("--out", required=True, type=PATH, help="The mpq.sensitivity/1 file to write.")
 @quantizer_options
 @click.option(
-    "--output", default="ctc", show_default=True, type=click.Choice(["ctc", "encoder", "decoder"]), help="Whose KL."
+    "--output",
+    default="ctc",
+    show_default=True,
+    type=click.Choice(["ctc", "encoder", "decoder"]),
+    help="The output whose divergence is measured.",
 )
 @click.option(
     "--method",
@@ -91,21 +95,25 @@ def sensitivity(
 @click.command()
 @click.argument("sensitivity", type=PATH)
 @click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
-@click.option("--target-ratio", type=float, help="How many times smaller than with every layer at 32 bits.")
+@click.option("--target-ratio", type=float, help="How many times smaller to be than with every layer at 32 bits.")
 @click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
 @click.option(
     "--max-divergence",
     type=float,
-    help="The smallest file with at most this; with --measure: measured.",
+    help="Make the smallest file with at most this divergence; with --measure, the measured one counts.",
 )
-@click.option("--keep", multiple=True, type=PatternBits(), help="At least BITS for the layers that match.")
+@click.option("--keep", multiple=True, type=PatternBits(), help="Give the layers that match at least BITS.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
-@click.option("--tie", multiple=True, metavar="PATTERN", help="One width for layers that differ in no * of PATTERN.")
+@click.option(
+    "--tie", multiple=True, metavar="PATTERN", help="Give layers that match with the same text for each * one width."
+)
 @click.option("--whole-frontier", is_flag=True, help="List every trade-off, also where that takes seconds.")
-@click.option("--measure", type=PATH, metavar="CKPT", help="Measure the answer, all layers quantized together.")
-@click.option("--refine", type=PATH, metavar="CKPT", help="Measure it, and look for moves that make it better.")
+@click.option(
+    "--measure", type=PATH, metavar="CKPT", help="Measure the answer with all layers of this model quantized."
+)
+@click.option("--refine", type=PATH, metavar="CKPT", help="Measure the answer too, and look for moves to better it.")
 @click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long to look for moves. Default: 10.")
-@click.option("--points", type=click.IntRange(0, 1000), help="Sizes of the frontier that are measured too. Default: 5.")
+@click.option("--points", type=click.IntRange(0, 1000), help="How many sizes of the frontier to measure. Default: 5.")
 @click.option("--data", type=PATH, help="Where the calibration data are now, if not where SENSITIVITY says.")
 @click.option("--out", required=True, type=PATH, help="The mpq.allocation/1 file to write.")
 @common_options
@@ -144,7 +152,8 @@ def allocate(
       mpq allocate sens.json --max-divergence 0.15 --measure model.nemo --out alloc.json
       mpq allocate sens.json --target-mb 5 --refine model.nemo --minutes 5 --out alloc.json
     """
-    from mpq.allocation import solve as step
+    from mpq.allocation.decisions import Constraints
+    from mpq.allocation.solve import one_budget, solve
     from mpq.cli.tables import allocation_view
     from mpq.files import check_output
     from mpq.sensitivity.records import SensitivityTable
@@ -160,14 +169,14 @@ def allocate(
         "average_bits": average_bits,
         "max_divergence": max_divergence,
     }
-    constraints = {
-        "keep": {pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
-        "exclude": exclude,
-        "tie": tie,
-        "whole_frontier": whole_frontier,
-    }
+    constraints = Constraints(
+        keep={pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
+        exclude=exclude,
+        tie=tie,
+    )
     table = SensitivityTable.load(sensitivity)
     if checkpoint := measure or refine:
+        from mpq.allocation.moves import Effort
         from mpq.allocation.refine import allocate_measured
 
         allocation = allocate_measured(
@@ -175,15 +184,16 @@ def allocate(
             checkpoint,
             out,
             budgets,
-            **constraints,
+            constraints,
+            whole_frontier=whole_frontier,
             points=5 if points is None else points,
-            refine_minutes=(minutes or 10.0) if refine else 0,
+            effort=Effort(seconds=60 * (minutes or 10.0)) if refine else None,
             data=data,
             device=device,
             quiet=quiet,
         )
     else:
-        allocation = step.allocate(table, **budgets, **constraints)
+        allocation = solve(table, one_budget(budgets), constraints, whole_frontier)
         allocation.save(out)
     print_result(allocation, as_json, allocation_view(allocation))
 
@@ -191,8 +201,8 @@ def allocate(
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--allocation", type=PATH, help="The bit-widths that `mpq allocate` chose.")
-@click.option("--bits", type=click.IntRange(1, 8), help="One width for all layers instead.")
-@click.option("--data", type=PATH, help="Calibration data; with --allocation, if not where that says.")
+@click.option("--bits", type=click.IntRange(1, 8), help="Give all layers this width instead.")
+@click.option("--data", type=PATH, help="Calibration data; with --allocation, needed only if they were moved.")
 @click.option("--seconds", help="With --bits: use a random part of the data of this length, or all. Default: 300.")
 @channel_options
 @quantizer_options

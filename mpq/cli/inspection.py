@@ -21,9 +21,8 @@ class LayerInspection:
 
     Attributes:
         name, kind, shape, numel: As in `mpq.models.base.WeightRef`.
-        bits: Of its codes in a packed file (16 or 32: stored as floats); None in a float checkpoint.
-        bytes: What it takes in a packed file, scales and zero points included; 4 a weight where it is
-            float.
+        bits: The width of its codes in a packed file (16 or 32: stored as floats); None in a float checkpoint.
+        bytes: The bytes that it takes in a packed file, scales and zero points included; 4 a weight where it is float.
     """
 
     name: str
@@ -42,8 +41,8 @@ class Inspection:
         family: The framework that wrote the checkpoint; "mpq" for a packed file.
         architecture: Such as "conformer-ctc".
         parameters: {"total", "encoder_blocks"}, BatchNorm running mean and variance included.
-        file_bytes: Size of the file; None for a recipe, whose model is not there yet.
-        layers: In the model's order.
+        file_bytes: The size of the file; None for a recipe, whose model is not there yet.
+        layers: The quantizable weights in the model's order.
     """
 
     family: str
@@ -62,7 +61,7 @@ def inspect(path: Path, device: str = "auto", overrides: Sequence[str] = ()) -> 
     Args:
         path: The file, or a checkpoint folder.
         device: As in `mpq.runtime.choose_device`.
-        overrides: Of a recipe, as in `mpq.pipeline.read.load_recipe`.
+        overrides: Values that replace a recipe's, as in `mpq.pipeline.read.load_recipe`.
 
     Raises:
         MpqError: As for `mpq.loading.load_model` and `mpq.pipeline.read.load_recipe`.

@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # these import torch, which a comparison does not need
     from mpq.pipeline.record import RunResult
     from mpq.scoring.evaluate import Evaluation
     from mpq.search.record import SearchResult
-    from mpq.training.run import TrainingResult
+    from mpq.training.record import TrainingResult
 
 MB = 2**20
 
@@ -117,8 +117,8 @@ def allocation_view(allocation: Allocation) -> Group:
     tables = [table]
     if allocation.measured:
         points = _table("MB", "predicted KL", "measured KL")
-        for size, predicted, measured in allocation.measured:
-            points.add_row(f"{size / MB:.3f}", f"{predicted:.4g}", f"{measured:.4g}")
+        for size, *divergences in allocation.measured:
+            points.add_row(f"{size / MB:.3f}", *(f"{divergence:.4g}" for divergence in divergences))
         tables.append(points)
     return _view(
         f"{allocation.predicted_bytes} bytes ({allocation.predicted_bytes / MB:.3f} MB) of at most "
@@ -208,7 +208,7 @@ def inspection_view(inspection: "Inspection") -> Group:
 def run_view(run: "RunResult") -> Group:
     """Returns what became of each stage, then the sizes and word errors before and after.
 
-    Times smaller than the parameters in float32; with a search, than the file of the model before it.
+    "times smaller" compares with the parameters in float32; after a search, with the file of the model before it.
     """
     stages = _table("stage", "", "why", "seconds")
     for one in run.stages:
@@ -280,8 +280,10 @@ def _table(*columns: str) -> Table:
 
 
 def _view(title: str, table: Table | Group, *notes: str) -> Group:
+    """Returns a table with a title above it and a line for each note below."""
     return Group(Text(title, style="bold"), table, *map(Text, notes))
 
 
 def _counts(system: SystemScore) -> tuple[int, ...]:
+    """Returns the numbers of a row of the comparison, from correct words to utterances with errors."""
     return system.correct, system.substitutions, system.deletions, system.insertions, system.sentence_errors

@@ -4,7 +4,15 @@
 `soft_assignment` is the General Quantizer (Zhen et al. 2022). It may use the modules at the top of `mpq`.
 """
 
+from typing import TYPE_CHECKING
+
 from mpq.public import names
+
+if TYPE_CHECKING:
+    from mpq.quantization.quantizers import dequantize as dequantize
+    from mpq.quantization.quantizers import fake_quantize as fake_quantize
+    from mpq.quantization.quantizers import quantize as quantize
+    from mpq.quantization.spec import QuantSpec as QuantSpec
 
 __getattr__ = names(
     __name__, QuantSpec="spec", quantize="quantizers", dequantize="quantizers", fake_quantize="quantizers"

@@ -66,7 +66,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
         weight: Finite floating-point numbers, at least one, of any shape; computed in float32.
         spec: The quantizer.
         gram: For a rounding that needs statistics: (B, K, K) sums of outer products of the inputs, as
-            `mpq.sensitivity.calibration.input_grams` collects them; others do not look at it.
+            `mpq.sensitivity.statistics.input_grams` collects them; others do not look at it.
         centroids: For a scheme that has them: (2^bits,) int8 to use instead of those that fit the weight best.
 
     Raises:

@@ -4,6 +4,11 @@
 the commands, `records` what a comparison says. It may use `loading` and the packages below it.
 """
 
+from typing import TYPE_CHECKING
+
 from mpq.public import names
+
+if TYPE_CHECKING:
+    from mpq.scoring.significance import mapsswe as mapsswe
 
 __getattr__ = names(__name__, mapsswe="significance")

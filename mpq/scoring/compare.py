@@ -1,6 +1,8 @@
 """Two systems on the same utterances: `mpq compare`. The tests themselves are in `mpq.scoring.significance`."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mpq.errors import MpqError
 from mpq.files import read_json
@@ -27,11 +29,11 @@ def compare(
     Unlike SCTK, which scores what it finds, all three files must hold the same utterances (in any order).
 
     Args:
-        ref: The reference.
-        a, b: The two systems' hypotheses.
+        ref: The reference transcripts.
+        a, b: The two systems' transcripts.
         names: What reports call the systems.
-        alpha: Level of all tests and intervals.
-        resamples, seed: Of the bootstrap.
+        alpha: The level of all tests and intervals.
+        resamples, seed: The number of the bootstrap's resamples, and its seed.
 
     Raises:
         MpqError: The utterances differ, there are none, or an option is out of range.
@@ -47,18 +49,6 @@ def compare(
     test = mapsswe(pairs, alpha)
     word_counts = [len(words) for words in ref.utterances.values()]
     errors = list(zip(errors_a, errors_b, strict=True))
-    changed = [
-        {
-            "utt_id": utt_id,
-            "ref": " ".join(words),
-            "a": " ".join(a.utterances[utt_id]),
-            "b": " ".join(b.utterances[utt_id]),
-            "errors_a": of_a,
-            "errors_b": of_b,
-        }
-        for (utt_id, words), (of_a, of_b) in zip(ref.utterances.items(), errors, strict=True)
-        if a.utterances[utt_id] != b.utterances[utt_id]
-    ]
     return Comparison(
         alpha=alpha,
         utterances=len(word_counts),
@@ -72,9 +62,25 @@ def compare(
             alpha=alpha,
         ),
         bootstrap=bootstrap(errors_a, errors_b, word_counts, alpha, resamples, seed),
-        changed=tuple(changed),
+        changed=tuple(_changed(ref, a, b, errors)),
         lossless=test.better != "a",
     )
+
+
+def _changed(ref: Trn, a: Trn, b: Trn, errors: Sequence[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Returns the utterances whose outputs differ, with their (errors of a, errors of b)."""
+    return [
+        {
+            "utt_id": utt_id,
+            "ref": " ".join(words),
+            "a": " ".join(a.utterances[utt_id]),
+            "b": " ".join(b.utterances[utt_id]),
+            "errors_a": of_a,
+            "errors_b": of_b,
+        }
+        for (utt_id, words), (of_a, of_b) in zip(ref.utterances.items(), errors, strict=True)
+        if a.utterances[utt_id] != b.utterances[utt_id]
+    ]
 
 
 def read_evaluations(folder_a: Path, folder_b: Path) -> tuple[Trn, Trn, Trn]:
@@ -95,7 +101,7 @@ def read_evaluations(folder_a: Path, folder_b: Path) -> tuple[Trn, Trn, Trn]:
 
 
 def _read_evaluation(folder: Path) -> tuple[Trn, Trn]:
-    """Returns (reference, hypothesis)."""
+    """Returns the reference and the system's transcripts of a folder."""
     if not folder.is_dir():
         raise MpqError(f"{folder}: no such folder; expected one that mpq evaluate wrote")
     if not (folder / "metrics.json").is_file():  # the last file that evaluate writes
@@ -105,6 +111,7 @@ def _read_evaluation(folder: Path) -> tuple[Trn, Trn]:
 
 
 def _check_same_ids(ref: Trn, *systems: Trn) -> None:
+    """Refuses transcripts of other utterances than the reference's."""
     faults = []
     for system in systems:
         missing = [utt_id for utt_id in ref.utterances if utt_id not in system.utterances]

@@ -6,6 +6,7 @@ Finished batches are kept in a journal, so a run that was killed resumes.
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from mpq.errors import MpqError
 from mpq.files import make_folder, write_json, write_text
 from mpq.journal import Journal
 from mpq.loading import open_model
+from mpq.models.base import AsrModel
 from mpq.runtime import choose_device, memory_for, progress
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
@@ -107,28 +109,8 @@ def evaluate(
     planned = batches(checked.utterances, checked.durations, max_batch_seconds)
     make_folder(out)
     journal = Journal(out / "hyp.journal", _fingerprint(record["sha256"], checked, channel, max_batch_seconds, decode))
-    entries = journal.read()
-    journal.begin()
-    hypotheses = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
-    seconds = sum(entry["seconds"] for entry in entries)
-    duration = dict(zip((item.utt_id for item in checked.utterances), checked.durations, strict=True))
-    todo = [batch for batch in planned if batch[0].utt_id not in hypotheses]
-    with progress("evaluate", sum(len(batch) for batch in todo), quiet, "utterances") as advance:
-        for batch in todo:
-            waveforms, lengths = read_batch(batch, model.sample_rate, channel)
-            start = time.perf_counter()
-            with memory_for(
-                f"{batch[0].source}: a batch of {len(batch)} x {waveforms.shape[1] / model.sample_rate:.0f} s"
-            ):
-                texts = model.transcribe(waveforms.to(where), lengths.to(where), decode)
-            entry = {
-                "hyp": dict(zip((item.utt_id for item in batch), texts, strict=True)),
-                "seconds": time.perf_counter() - start,
-            }
-            journal.append(entry)
-            hypotheses |= entry["hyp"]
-            seconds += entry["seconds"]
-            advance(len(batch))
+    hypotheses, seconds = _transcribe(model, planned, journal, decode, channel, quiet)
+    duration = dict(zip(utt_ids, checked.durations, strict=True))
     texts = [hypotheses[name] for name in utt_ids]
     metrics = measure(utt_ids, references, texts, [duration[name] for name in utt_ids])
     escaped = sum(escape_markup(text).count("\ufffd") > text.count("\ufffd") for text in texts)
@@ -139,6 +121,33 @@ def evaluate(
     write_json(out / "metrics.json", result.to_json())
     journal.remove()
     return result
+
+
+def _transcribe(
+    model: AsrModel, planned: list[list[Utterance]], journal: Journal, decode: DecodeOptions, channel: str, quiet: bool
+) -> tuple[dict[str, str], float]:
+    """Returns {utt_id: text} and the seconds of computing, both with what an earlier run left in the journal."""
+    where = next(model.parameters()).device
+    entries = journal.read()
+    journal.begin()
+    hypotheses: dict[str, str] = {utt_id: text for entry in entries for utt_id, text in entry["hyp"].items()}
+    seconds = math.fsum(entry["seconds"] for entry in entries)
+    todo = [batch for batch in planned if batch[0].utt_id not in hypotheses]
+    with progress("evaluate", sum(len(batch) for batch in todo), quiet, "utterances") as advance:
+        for batch in todo:
+            waveforms, lengths = read_batch(batch, model.sample_rate, channel)
+            start = time.perf_counter()
+            with memory_for(
+                f"{batch[0].source}: a batch of {len(batch)} x {waveforms.shape[1] / model.sample_rate:.0f} s"
+            ):
+                texts = model.transcribe(waveforms.to(where), lengths.to(where), decode)
+            took = time.perf_counter() - start
+            found = dict(zip((item.utt_id for item in batch), texts, strict=True))
+            journal.append({"hyp": found, "seconds": took})
+            hypotheses |= found
+            seconds += took
+            advance(len(batch))
+    return hypotheses, seconds
 
 
 def _fingerprint(

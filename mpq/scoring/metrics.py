@@ -41,9 +41,9 @@ class Metrics:
 
     Attributes:
         wer: (substitutions + deletions + insertions) / words; 0 without reference words.
-        correct, substitutions, deletions, insertions: Words.
-        words: Of the reference.
-        utterances: All of them.
+        correct, substitutions, deletions, insertions: The numbers of words.
+        words: The number of words of the reference.
+        utterances: The number of utterances.
         sentence_errors: Utterances with at least one error.
         empty_outputs: Utterances with an empty hypothesis although the reference has words.
         loop_outputs: Utterances in whose hypothesis some n-gram of 1 to 4 words stands 4 or more times in a row, and
@@ -103,9 +103,9 @@ def measure(
     """Returns the word errors of a test set, from the texts and durations of its utterances.
 
     Args:
-        utt_ids: Only for messages.
-        references, hypotheses: Texts; split and folded as in a trn file.
-        durations_seconds: Of the audio.
+        utt_ids: The names of the utterances, for messages.
+        references, hypotheses: The texts; they are split and folded as in a trn file.
+        durations_seconds: The duration of each utterance.
 
     Raises:
         MpqError: A duration that is negative or not finite; the message names the utterance.

@@ -116,11 +116,11 @@ def segments(alignment_a: str, alignment_b: str) -> list[tuple[int, int]]:
     to the gap in front of the next reference word. Source: sc_stats -t mapsswe (minimum buffer of 2 words).
 
     Args:
-        alignment_a: Of system a, as from `align`.
-        alignment_b: Of system b, over the same reference words.
+        alignment_a: The alignment of system a, as from `align`.
+        alignment_b: The alignment of system b, over the same reference words.
 
     Raises:
-        MpqError: Not alignments, or of references of different length.
+        MpqError: The strings are no alignments, or those of references of different length.
 
     >>> segments("CCSCCSCCCC", "CCCCCCCCCC"), segments("CCSCSCCCCC", "CCCCCCCCCC")
     ([(1, 0), (1, 0)], [(2, 0)])
@@ -160,7 +160,7 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
     Args:
         segment_errors: The segments of all utterances, one after the other: shape (n, 2) with rows (errors of a,
             errors of b), as `segments` gives them for one utterance; or shape (n,) with the differences. n may be 0.
-        alpha: Level of the test, between 0 and 1.
+        alpha: The level of the test, between 0 and 1.
 
     Returns:
         The result; `note` says when the test is undefined (no segments; all differences equal, for which z is 0 and
@@ -222,7 +222,7 @@ def mcnemar(a_only_wrong: int, b_only_wrong: int, alpha: float = SCTK_ALPHA) -> 
     Args:
         a_only_wrong: Utterances that a has wrong and b has right.
         b_only_wrong: Utterances that b has wrong and a has right.
-        alpha: Level of the test.
+        alpha: The level of the test.
 
     >>> mcnemar(9, 2)["p"]
     0.0654296875
@@ -250,11 +250,11 @@ def bootstrap(
 
     Args:
         errors_a: Word errors of a in each utterance, shape (N,), N >= 1.
-        errors_b: The same of b.
+        errors_b: Word errors of b in each utterance, shape (N,).
         words: Reference words of each utterance, shape (N,). The WER of a resample without words is 0.
         alpha: 1 - the level of the interval.
-        resamples: Number of resamples.
-        seed: Of the random numbers; the same seed gives the same interval.
+        resamples: The number of resamples.
+        seed: The seed of the random numbers; the same seed gives the same interval.
 
     Raises:
         MpqError: No utterances, lists of different length, or an option out of range.
@@ -309,7 +309,7 @@ def _differences(segment_errors: ArrayLike) -> list[float]:
         raise MpqError(f"mapsswe: expected segments of shape (n, 2) or differences of shape (n,), got {values.shape}")
     if not np.isfinite(values).all():
         raise MpqError("mapsswe: expected finite numbers of errors, got NaN or infinity")
-    return values.tolist()
+    return [float(value) for value in values]
 
 
 def _check_alpha(alpha: float) -> None:

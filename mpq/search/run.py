@@ -37,7 +37,8 @@ from mpq.search.low_rank import factored
 from mpq.search.record import ARCHITECTURE_FORMAT, SEARCH_FORMAT, Architecture, SearchResult
 from mpq.search.space import SearchSpace, search_space
 from mpq.search.supernet import Supernet, budget
-from mpq.sensitivity.calibration import draw, input_grams, one_by_one
+from mpq.sensitivity.calibration import draw, one_by_one
+from mpq.sensitivity.statistics import input_grams
 from mpq.speech.manifests import read_data
 from mpq.speech.text import train_tokenizer
 from mpq.training.building import build_model, encoder_options

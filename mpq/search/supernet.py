@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mpq.allocation.knapsack import smallest_kl
+from mpq.allocation.knapsack import smallest_cost
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerOptions, FactoredLinear, FeedForward
@@ -268,6 +268,6 @@ class Supernet(nn.Module):
         if most_parameters is None:
             choices = [min(range(len(one)), key=lambda i, one=one: one[i][::-1]) for one in options]
         else:
-            choices = smallest_kl(options, most_parameters - self.rest)
+            choices = smallest_cost(options, most_parameters - self.rest)
         found = [table[choice] for table, choice in zip(tables, choices, strict=True)]
         return list(zip(found[::2], found[1::2], strict=True))

@@ -109,7 +109,7 @@ def rounding_errors(
         model: The float model.
         weight_format: The quantizer.
         widths: W bit-widths.
-        grams: For the rounding "gptq": `mpq.sensitivity.calibration.input_grams`.
+        grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
         on_layer: Told 1 with each finished layer.
 
     Raises:

@@ -20,9 +20,11 @@ Legend: N utterances, T feature frames, F features, L layers, W widths.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,11 +46,11 @@ from mpq.sensitivity.calibration import (
     draw,
     in_batches,
     one_by_one,
-    statistics,
 )
 from mpq.sensitivity.divergence import OutputBatch, SegmentTree, mean_kl, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
+from mpq.sensitivity.statistics import input_statistics
 
 Point = tuple[str, int]
 """(layer name, bits)."""
@@ -84,11 +86,11 @@ def measure_sensitivity(
         data: Manifest or Kaldi directory; transcripts are not used.
         bits: Widths, 1 to 8.
         out: The file to write.
-        weight_format: The quantizer.
+        weight_format: How weights are quantized and stored.
         method: "fisher" or "kl".
         output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`.
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
-        seed: Of that choice, and of the signs that "fisher" draws.
+        seed: The seed of that choice, and of the signs that "fisher" draws.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
         device: As in `mpq.runtime.choose_device`.
         quiet: Show no progress.
@@ -96,11 +98,7 @@ def measure_sensitivity(
     Raises:
         MpqError: Bad input of any kind.
     """
-    widths = tuple(sorted(set(bits)))
-    for width in widths:
-        QuantSpec(width)  # refuses what is not a width
-    if method not in METHODS:
-        raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
+    widths = _checked(bits, method)
     checkpoint = model_file(checkpoint)
     check_output(out, checkpoint, data)
     where = choose_device(device)
@@ -119,7 +117,6 @@ def measure_sensitivity(
     ]
     fingerprint = digest(work)
     journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
-    refs = model.weights()
     with processes() as workers:
         done = _finished(out, fingerprint)
         workers.barrier()
@@ -127,45 +124,40 @@ def measure_sensitivity(
             journal.begin()
         workers.barrier()
         with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
-            if workers.rank == 0:  # one process collects them, the others find them in the cache
-                grams = statistics(model, model_record["sha256"], drawn, weight_format, quiet)
-            workers.barrier()
-            if workers.rank > 0:
-                grams = statistics(model, model_record["sha256"], drawn, weight_format)
-            measure = _measure_fisher if method == "fisher" else _measure_kl
-            silent = quiet or workers.rank > 0
+            grams = _shared_statistics(model, model_record["sha256"], drawn, weight_format, workers, quiet)
             features = one_by_one(model, drawn)
-            done |= measure(
-                _Task(model, drawn, features, widths, done, weight_format, output, grams, journal, workers, silent)
-            )
-        table = SensitivityTable(
-            layers=tuple(
-                LayerSensitivity(
-                    name=ref.name,
-                    kind=ref.kind,
-                    shape=ref.shape,
-                    numel=ref.numel,
-                    size_bytes={width: layer_bytes(ref.shape, width, weight_format) for width in widths},
-                    kl={width: done[ref.name, width][0] for width in widths},
-                    interval=_intervals(ref.name, widths, done),
-                    float_bytes=layer_bytes(ref.shape, weight_format.float_bits, weight_format),
-                )
-                for ref in refs
-            ),
-            bits=widths,
-            fixed_bytes=fixed_bytes(model, weight_format),
-            model=model_record,
-            data=drawn.to_json() | {"frames": sum(int(model.encoded_lengths(lengths)) for _, lengths in features)},
-            output=output,
-            method=method,
-            quantizer=weight_format.to_json(),
-            fingerprint=fingerprint,
-        )
+            silent = quiet or workers.rank > 0
+            task = _Task(model, drawn, features, widths, done, weight_format, output, grams, journal, workers, silent)
+            measure = _measure_fisher if method == "fisher" else _measure_kl
+            scores = done | measure(task)
+        table = _table(task, scores, model_record, method, fingerprint)
         if workers.rank == 0:
             table.save(out)
             journal.remove()
         workers.barrier()
     return table
+
+
+def _checked(bits: Sequence[int], method: str) -> tuple[int, ...]:
+    """Returns the widths in order."""
+    widths = tuple(sorted(set(bits)))
+    for width in widths:
+        QuantSpec(width)  # refuses what is not a width
+    if method not in METHODS:
+        raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
+    return widths
+
+
+def _shared_statistics(
+    model: AsrModel, sha256: str, drawn: CalibrationData, weight_format: WeightFormat, workers: Processes, quiet: bool
+) -> dict[str, Tensor]:
+    """Returns the statistics that the rounding needs; one process collects them, the others find them in the cache."""
+    if workers.rank > 0:
+        workers.barrier()
+        return input_statistics(model, sha256, drawn, weight_format)
+    grams = input_statistics(model, sha256, drawn, weight_format, quiet)
+    workers.barrier()
+    return grams
 
 
 def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
@@ -185,11 +177,6 @@ def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
     }
 
 
-def _intervals(name: str, widths: Sequence[int], done: Mapping[Point, Score]) -> dict[int, tuple[float, float]] | None:
-    found = {width: interval for width in widths if (interval := done[name, width][1]) is not None}
-    return found if len(found) == len(widths) else None
-
-
 @dataclass(frozen=True)
 class _Task:
     """What there is to measure, and with what.
@@ -197,13 +184,15 @@ class _Task:
     Attributes:
         features: ((1, T, F), (1,) frames) of each utterance of `data`.
         done: The points that need not be measured.
+        journal: Keeps what is finished: of "kl" {"name", "bits", "kl"} for each point, of "fisher" {"utterance",
+            "bits", "frames", "scores"} for each utterance, the scores of all layers (L) at all widths (W).
         silent: Show no progress.
     """
 
     model: AsrModel
     data: CalibrationData
     features: Sequence[tuple[Tensor, Tensor]]
-    widths: Sequence[int]
+    widths: tuple[int, ...]
     done: Mapping[Point, Score]
     weight_format: WeightFormat
     output: str
@@ -239,7 +228,7 @@ def _measure_fisher(task: _Task) -> dict[Point, Score]:
     names = [ref.name for ref in model.weights()]
     todo = [width for width in task.widths if any((name, width) not in task.done for name in names)]
 
-    def finished() -> dict[int, dict]:
+    def finished() -> dict[int, dict[str, Any]]:
         return {entry["utterance"]: entry for entry in journal.read() if entry["bits"] == todo}
 
     known = finished()
@@ -269,6 +258,39 @@ def _measure_fisher(task: _Task) -> dict[Point, Score]:
     }
 
 
+def _table(
+    task: _Task, scores: Mapping[Point, Score], model_record: dict[str, Any], method: str, fingerprint: str
+) -> SensitivityTable:
+    """Returns the record of a measurement with the scores of all points."""
+    model, widths, weight_format = task.model, task.widths, task.weight_format
+    frames = sum(int(model.encoded_lengths(lengths)) for _, lengths in task.features)
+    layers = []
+    for ref in model.weights():
+        intervals = {width: interval for width in widths if (interval := scores[ref.name, width][1]) is not None}
+        layer = LayerSensitivity(
+            name=ref.name,
+            kind=ref.kind,
+            shape=ref.shape,
+            numel=ref.numel,
+            size_bytes={width: layer_bytes(ref.shape, width, weight_format) for width in widths},
+            kl={width: scores[ref.name, width][0] for width in widths},
+            interval=intervals if len(intervals) == len(widths) else None,
+            float_bytes=layer_bytes(ref.shape, weight_format.float_bits, weight_format),
+        )
+        layers.append(layer)
+    return SensitivityTable(
+        layers=tuple(layers),
+        bits=widths,
+        fixed_bytes=fixed_bytes(model, weight_format),
+        model=model_record,
+        data=task.data.to_json() | {"frames": frames},
+        output=task.output,
+        method=method,
+        quantizer=weight_format.to_json(),
+        fingerprint=fingerprint,
+    )
+
+
 def measure_kl(
     model: AsrModel,
     data: Sequence[tuple[Tensor, Tensor]],
@@ -284,14 +306,13 @@ def measure_kl(
         model: The float model; the same when this returns.
         data: Batches of ((N, T, F) features, (N,) valid frames), on the model's device.
         points: What to measure.
-        weight_format: The quantizer.
+        weight_format: How weights are quantized and stored.
         output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper;
             "decoder": over the attention decoder's distributions of the tokens (`mpq.sensitivity.divergence`). Weights
-                that the
-            output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's over
-            "decoder".
+            that the output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's
+            over "decoder".
         on_point: Called with each finished point.
-        grams: For the rounding "gptq": `mpq.sensitivity.calibration.input_grams`.
+        grams: What the rounding "gptq" needs, from `mpq.sensitivity.statistics.input_grams`.
 
     Raises:
         MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
@@ -310,15 +331,11 @@ def measure_kl(
             for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
                 widths = [bits for other, bits in points if other == name]
                 path = [later for later in tree.path(over[name]) if later >= index]
-                original = parameters[name].data
-                rounded = quantize_layer(name, original, weight_format, widths, grams or {})
+                rounded = quantize_layer(name, parameters[name].data, weight_format, widths, grams or {})
                 for bits, weight in zip(widths, rounded, strict=True):
-                    parameters[name].data = weight
-                    try:
+                    with _replaced(parameters[name], weight):
                         changed = (batch.log_distribution(tree, path, over[name]) for batch in batches)
                         kl = mean_kl(zip((own[over[name]] for own in references), changed, strict=True))
-                    finally:
-                        parameters[name].data = original
                     if not math.isfinite(kl):
                         raise MpqError(f"{name} at {bits} bits: expected a finite divergence, got {kl}")
                     results[name, bits] = kl
@@ -326,3 +343,14 @@ def measure_kl(
             for batch in batches:
                 batch.advance(tree, index)
     return results
+
+
+@contextmanager
+def _replaced(parameter: Tensor, weight: Tensor) -> Iterator[None]:
+    """Gives a parameter another value for a while."""
+    original = parameter.data
+    parameter.data = weight
+    try:
+        yield
+    finally:
+        parameter.data = original

@@ -28,9 +28,9 @@ from mpq.quantization.spec import QuantSpec
 from mpq.scoring.metrics import score
 from mpq.scoring.significance import align
 from mpq.sensitivity.calibration import draw, one_by_one
-from mpq.sensitivity.calibration import statistics as input_statistics
 from mpq.sensitivity.fisher import fisher_scores, typical_scores
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
+from mpq.sensitivity.statistics import input_statistics
 from mpq.speech.data import batches, prepare_data, read_batch
 from mpq.speech.trn import split_words
 

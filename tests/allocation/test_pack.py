@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from tiny_data import audio_seconds, drawn_parts, plain_divergence
 from tiny_models import nemo_config, tiny_model, write_nemo
 from torch import Tensor
 
-from mpq.allocation import pack, refine
+from mpq.allocation.moves import Effort
+from mpq.allocation.pack import pack as pack_checkpoint
 from mpq.allocation.records import Allocation
+from mpq.allocation.refine import allocate_measured
 from mpq.allocation.solve import allocate
 from mpq.artifact.file import fixed_bytes
 from mpq.artifact.weights import WeightFormat, layer_bytes
@@ -21,17 +24,16 @@ from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.quantization.quantizers import dequantize, quantize
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.calibration import draw, input_grams, one_by_one
+from mpq.sensitivity.calibration import draw, one_by_one
 from mpq.sensitivity.measure import measure_sensitivity
+from mpq.sensitivity.statistics import input_grams
 
 SEEN, FRESH = 2.0, 3.0
 """Seconds of audio for the statistics, and to measure the file on."""
 
 
-@pytest.fixture(autouse=True)
-def little(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack, "HELD_OUT_SECONDS", FRESH)
-    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", FRESH)
+pack = partial(pack_checkpoint, held_out_seconds=FRESH)
+"""The step, which measures on little audio."""
 
 
 @pytest.fixture
@@ -96,7 +98,7 @@ def test_an_allocation_is_packed_as_it_says(
     chosen = allocated(tiny_archive, many_tones, tmp_path, rounding, output=output)
     assert set(chosen.bits.values()) == {2, 4, 8, 16}
     out = tmp_path / "m.safetensors"
-    done = pack.pack(tiny_archive, out, chosen, device="cpu")
+    done = pack(tiny_archive, out, chosen, device="cpu")
     weight_format = WeightFormat.from_json(chosen.quantizer)
     assert_holds(out, expected_weights(chosen.bits, weight_format, many_tones))
     model = tiny_model()
@@ -130,7 +132,7 @@ def test_an_allocation_is_packed_as_it_says(
 
 def test_gptq_is_another_rounding_and_a_better_one(tmp_path: Path, tiny_archive: Path, many_tones: Path) -> None:
     done = {
-        rounding: pack.pack(
+        rounding: pack(
             tiny_archive, tmp_path / rounding, bits=3, options={"rounding": rounding}, data=many_tones, max_seconds=SEEN
         )
         for rounding in ("nearest", "gptq")
@@ -143,34 +145,34 @@ def test_one_width_with_and_without_data(tmp_path: Path, tiny_archive: Path, man
     out = tmp_path / "m.safetensors"
     bits = {ref.name: 4 for ref in tiny_model().weights()}
     options = {"data": many_tones, "max_seconds": 1.0, "seed": 5}
-    done = pack.pack(tiny_archive, out, bits=4, **options)
+    done = pack(tiny_archive, out, bits=4, **options)
     assert done.rounding == "gptq"
     with_data = WeightFormat(QuantSpec(8, rounding="gptq"))
     assert_holds(out, expected_weights(bits, with_data, many_tones, max_seconds=1.0, seed=5))
     _, fresh = drawn_parts(many_tones, 1.0, FRESH, seed=5)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     nearest = expected_weights(bits, WeightFormat(QuantSpec(8)), many_tones)
-    done = pack.pack(tiny_archive, out, bits=4)
+    done = pack(tiny_archive, out, bits=4)
     assert (done.rounding, done.measured_kl) == ("nearest", None)
     assert done.measured_on == "no calibration data are known; --data names some"
     assert (done.predicted_bytes, done.target_bytes, done.predicted_kl) == (None, None, None)
     assert_holds(out, nearest)
     (fresh,) = drawn_parts(many_tones, FRESH, seed=5)  # nothing is needed to round by, so nothing is drawn for it
-    done = pack.pack(tiny_archive, out, bits=4, options={"rounding": "nearest"}, **options)
+    done = pack(tiny_archive, out, bits=4, options={"rounding": "nearest"}, **options)
     assert done.rounding == "nearest" and done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     assert_holds(out, nearest)
-    done = pack.pack(tiny_archive, out, data=many_tones, max_seconds=1.0, seed=5)  # floats of half precision
+    done = pack(tiny_archive, out, data=many_tones, max_seconds=1.0, seed=5)  # floats of half precision
     assert done.rounding == "nearest" and done.average_bits == 16
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=0.02) and done.measured_kl < 1e-5
     with pytest.raises(MpqError, match=r"rounding gptq needs calibration data: .*--data names some"):
-        pack.pack(tiny_archive, tmp_path / "x", bits=4, options={"rounding": "gptq"})
+        pack(tiny_archive, tmp_path / "x", bits=4, options={"rounding": "gptq"})
     with pytest.raises(MpqError, match="more than 0 seconds, or all, got 0"):
-        pack.pack(tiny_archive, tmp_path / "x", bits=4, data=many_tones, max_seconds=0)
+        pack(tiny_archive, tmp_path / "x", bits=4, data=many_tones, max_seconds=0)
     assert not (tmp_path / "x").exists()
 
 
 def test_all_data_used_leaves_nothing_to_measure_on(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
-    done = pack.pack(tiny_archive, tmp_path / "m", bits=4, data=tiny_manifest, max_seconds=None)
+    done = pack(tiny_archive, tmp_path / "m", bits=4, data=tiny_manifest, max_seconds=None)
     assert done.rounding == "gptq" and done.measured_kl is None
     assert done.measured_on == f"{tiny_manifest} has no audio left that was not used for calibration"
 
@@ -182,7 +184,7 @@ def test_statistics_are_found_without_the_audio(
     expected = expected_weights(chosen.bits, WeightFormat.from_json(chosen.quantizer), tones)
     out, moved = tmp_path / "m.safetensors", tmp_path / "moved"
     tones.parent.rename(moved)
-    done = pack.pack(tiny_archive, out, chosen)
+    done = pack(tiny_archive, out, chosen)
     assert_holds(out, expected)
     whole = out.read_bytes()
     assert done.measured_kl is None and done.measured_on.startswith(f"{tones}: no such file")
@@ -190,14 +192,14 @@ def test_statistics_are_found_without_the_audio(
     monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "empty"))
     out.unlink()
     with pytest.raises(MpqError, match=r"m\.safetensors: rounding gptq needs calibration data: .*no such file"):
-        pack.pack(tiny_archive, out, chosen)
+        pack(tiny_archive, out, chosen)
     assert not out.exists()
-    done = pack.pack(tiny_archive, out, chosen, data=moved / tones.name)
+    done = pack(tiny_archive, out, chosen, data=moved / tones.name)
     assert out.read_bytes() == whole
     _, fresh = drawn_parts(moved / tones.name, SEEN, FRESH, seed=3)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     nearest = replace(chosen, quantizer=chosen.quantizer | {"rounding": "nearest"})
-    done = pack.pack(tiny_archive, out, nearest)  # needs none
+    done = pack(tiny_archive, out, nearest)  # needs none
     assert done.rounding == "nearest" and done.measured_kl is None
 
 
@@ -212,8 +214,8 @@ def test_the_cache_is_that_of_model_and_audio(tmp_path: Path, tiny_archive: Path
         model.encoder.layers[0].feed_forward1.linear1.weight[0, 0] += 1
     other = write_nemo(tmp_path / "other.nemo", nemo_config(), model.state_dict())
     with pytest.raises(MpqError, match="needs calibration data"):
-        pack.pack(other, tmp_path / "m", replace(chosen, model={}))
-    pack.pack(tiny_archive, tmp_path / "m", chosen)
+        pack(other, tmp_path / "m", replace(chosen, model={}))
+    pack(tiny_archive, tmp_path / "m", chosen)
     assert [path.read_bytes() for path in cache.iterdir()] == [written]
 
 
@@ -224,14 +226,14 @@ def test_other_audio_is_refused(tmp_path: Path, tiny_archive: Path, tones: Path,
     soundfile.write(file, 0.5 * soundfile.read(file)[0], 16000)
     out = tmp_path / "m"
     with pytest.raises(MpqError, match=r"tones\.jsonl: not the audio that the sensitivities were measured with"):
-        pack.pack(tiny_archive, out, chosen, data=tones)
+        pack(tiny_archive, out, chosen, data=tones)
     assert not out.exists()
-    done = pack.pack(tiny_archive, out, chosen)  # by the statistics of the audio as it was
+    done = pack(tiny_archive, out, chosen)  # by the statistics of the audio as it was
     assert_holds(out, expected)
     assert done.measured_kl is None and "not the audio" in done.measured_on
     shutil.rmtree(cache)
     with pytest.raises(MpqError, match=r"needs calibration data: .*not the audio"):
-        pack.pack(tiny_archive, tmp_path / "x", chosen)
+        pack(tiny_archive, tmp_path / "x", chosen)
 
 
 def test_options_may_not_contradict_the_allocation(tmp_path: Path, tiny_archive: Path, many_tones: Path) -> None:
@@ -246,39 +248,35 @@ def test_options_may_not_contradict_the_allocation(tmp_path: Path, tiny_archive:
         "rest_dtype": "float32",
     }.items():
         with pytest.raises(MpqError, match=f"--{key.replace('_', '-')} {value}: the allocation was made for"):
-            pack.pack(tiny_archive, out, chosen, options={key: value})
+            pack(tiny_archive, out, chosen, options={key: value})
     assert not out.exists()
-    pack.pack(tiny_archive, out, chosen, options=chosen.quantizer)
+    pack(tiny_archive, out, chosen, options=chosen.quantizer)
     hand_made = replace(chosen, quantizer={})
-    assert pack.pack(tiny_archive, out, hand_made, options={"rounding": "nearest"}).rounding == "nearest"
+    assert pack(tiny_archive, out, hand_made, options={"rounding": "nearest"}).rounding == "nearest"
 
 
-def test_what_a_refined_allocation_promised_is_measured_again(
-    tmp_path: Path, tiny_archive: Path, many_tones: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_promise_of_a_refined_allocation_is_measured_again(
+    tmp_path: Path, tiny_archive: Path, many_tones: Path
 ) -> None:
     """On the audio of its own verdict: neither that of the sensitivities nor that which decided on moves."""
-    monkeypatch.setattr(refine, "MOST_PROMISING", 3)
     weight_format = WeightFormat(QuantSpec(8, rounding="gptq"), "float32")
     table = measure_sensitivity(
         tiny_archive, many_tones, (2, 4, 8), tmp_path / "s.json", weight_format, max_seconds=SEEN, quiet=True
     )
     target = {"target_bytes": table.fixed_bytes + sum(layer.size_bytes[4] for layer in table.layers)}
     out = tmp_path / "m"
-    for minutes in (0, 10):
-        measured = refine.allocate_measured(
-            table, tiny_archive, tmp_path / "a.json", target, points=0, refine_minutes=minutes, device="cpu"
-        )
-        done = pack.pack(tiny_archive, out, Allocation.load(tmp_path / "a.json"))
+    for effort in (None, Effort(most_promising=3)):
+        options = {"points": 0, "effort": effort, "held_out_seconds": FRESH, "device": "cpu"}
+        measured = allocate_measured(table, tiny_archive, tmp_path / "a.json", target, **options)
+        done = pack(tiny_archive, out, Allocation.load(tmp_path / "a.json"))
         assert done.size_bytes == measured.predicted_bytes <= measured.target_bytes == target["target_bytes"]
         assert done.measured_kl == pytest.approx(measured.measured_kl, rel=2e-4)
-        parts = drawn_parts(many_tones, SEEN, *([FRESH] if minutes else []), FRESH)
+        parts = drawn_parts(many_tones, SEEN, *([FRESH] if effort else []), FRESH)
         assert done.measured_kl == pytest.approx(divergence(out, parts[-1]), rel=2e-4)
         assert done.measured_kl != pytest.approx(divergence(out, parts[0]), rel=1e-3)
 
 
-def test_an_allocation_that_does_not_say_its_audio(
-    tmp_path: Path, tiny_archive: Path, many_tones: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_allocation_that_does_not_say_its_audio(tmp_path: Path, tiny_archive: Path, many_tones: Path) -> None:
     """As an older mpq or a hand wrote it: no keys that say how the audio was drawn."""
     old = replace(
         allocated(tiny_archive, many_tones, tmp_path, "nearest"),
@@ -292,20 +290,20 @@ def test_an_allocation_that_does_not_say_its_audio(
     (tmp_path / "a.json").write_text(json.dumps(raw))
     old = Allocation.load(tmp_path / "a.json")
     out = tmp_path / "m"
-    done = pack.pack(tiny_archive, out, old)
+    done = pack(tiny_archive, out, old)
     assert done.rounding == "nearest" and done.measured_kl is None and "--data names some" in done.measured_on
     assert done.size_bytes == old.predicted_bytes
     assert_holds(out, expected_weights(old.bits, WeightFormat(QuantSpec(8)), many_tones))
-    done = pack.pack(tiny_archive, out, old, data=many_tones)
+    done = pack(tiny_archive, out, old, data=many_tones)
     (fresh,) = drawn_parts(many_tones, FRESH)
     assert done.measured_kl == pytest.approx(divergence(out, fresh), rel=2e-4)
     with pytest.raises(MpqError, match="needs calibration data"):
-        pack.pack(tiny_archive, out, old, options={"rounding": "gptq"})
+        pack(tiny_archive, out, old, options={"rounding": "gptq"})
     half_said = replace(old, data=old.data | {"sha256": "0" * 64})
-    done = pack.pack(tiny_archive, out, half_said)
+    done = pack(tiny_archive, out, half_said)
     assert done.measured_on.startswith("the sensitivities do not say which audio they were measured on")
     assert "'max_seconds'" in done.measured_on
-    gptq = pack.pack(tiny_archive, out, old, options={"rounding": "gptq"}, data=many_tones, max_seconds=1.0)
+    gptq = pack(tiny_archive, out, old, options={"rounding": "gptq"}, data=many_tones, max_seconds=1.0)
     assert gptq.rounding == "gptq"
     expected = expected_weights(
         old.bits, WeightFormat(QuantSpec(8, rounding="gptq")), many_tones, max_seconds=1.0, seed=0
@@ -316,5 +314,5 @@ def test_an_allocation_that_does_not_say_its_audio(
 def test_inputs_are_not_overwritten(tmp_path: Path, tiny_archive: Path, tones: Path) -> None:
     text = tones.read_text()
     with pytest.raises(MpqError, match="would be overwritten"):
-        pack.pack(tiny_archive, tones, bits=4, data=tones)
+        pack(tiny_archive, tones, bits=4, data=tones)
     assert tones.read_text() == text

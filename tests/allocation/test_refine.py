@@ -3,44 +3,39 @@
 import itertools
 import math
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
-import torch
 from scipy import stats
 from tiny_data import audio_seconds, drawn_parts, plain_divergence
 from tiny_models import tiny_model
 from torch import Tensor
 
-from mpq.allocation import refine
+from mpq.allocation.decisions import Constraints
+from mpq.allocation.moves import Effort
 from mpq.allocation.records import Allocation
 from mpq.allocation.refine import allocate_measured
 from mpq.allocation.solve import allocate
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
-from mpq.loading import OpenedModel
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.calibration import draw, input_grams, one_by_one
+from mpq.sensitivity.calibration import draw, one_by_one
 from mpq.sensitivity.divergence import JointDivergence
 from mpq.sensitivity.measure import measure_sensitivity
 from mpq.sensitivity.records import SensitivityTable
+from mpq.sensitivity.statistics import input_grams
 
 SEEN, USED, FRESH = 1.5, 4.0, 4.0
 """Seconds of the three parts of the audio: for the sensitivities, the moves, the verdict."""
 
 
-@pytest.fixture(autouse=True)
-def few(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Little audio, and few moves."""
-    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", USED)
-    monkeypatch.setattr(refine, "MOST_PROMISING", 8)
-    monkeypatch.setattr(refine, "TRIES", 4)
+FEW = Effort(most_promising=8, tries=4)
+"""Few moves."""
 
 
 def table_of(folder: Path, archive: Path, manifest: Path, seconds: float | None = SEEN, **options) -> SensitivityTable:
@@ -96,9 +91,18 @@ def plain(bits: Mapping[str, int], files: list[Path], *of, output: str = "ctc") 
     return sums / frames
 
 
-def refined(table: SensitivityTable, archive: Path, out: Path, minutes: float = 10.0, **options) -> Allocation:
+def measured(
+    table: SensitivityTable, archive: Path, out: Path, effort: Effort | None = None, seconds: float = USED, **options
+) -> Allocation:
+    """Returns the allocation of the middle size, measured on little audio."""
     budgets = options.pop("budgets", None) or {"target_bytes": middle(table)}
-    return allocate_measured(table, archive, out, budgets, refine_minutes=minutes, points=0, device="cpu", **options)
+    constraints = Constraints(**{name: options.pop(name) for name in ("keep", "exclude", "tie") if name in options})
+    options = {"points": 0, "device": "cpu", "held_out_seconds": seconds} | options
+    return allocate_measured(table, archive, out, budgets, constraints, effort=effort, **options)
+
+
+def refined(table: SensitivityTable, archive: Path, out: Path, effort: Effort = FEW, **options) -> Allocation:
+    return measured(table, archive, out, effort, **options)
 
 
 @pytest.mark.parametrize("rounding, output", [("nearest", "ctc"), ("gptq", "encoder")])
@@ -109,7 +113,7 @@ def test_measured_points_are_whole_forward_passes(
     target = middle(table)
     options = {"exclude": ["decoder.*"]}
     out = tmp_path / "a.json"
-    found = allocate_measured(table, tiny_archive, out, {"target_bytes": target}, **options, points=4, device="cpu")
+    found = measured(table, tiny_archive, out, **options, points=4)
     assert Allocation.load(out) == found
     answer = allocate(table, target_bytes=target, **options)
     assert replace(found, measured=(), measured_kl=None, measured_seconds=0.0) == answer and found.refinement == {}
@@ -146,11 +150,9 @@ def test_every_move_makes_the_output_better(
         states.append(self.kl)
 
     monkeypatch.setattr(JointDivergence, "change", watched)
-    if confidence != 0.975:
-        monkeypatch.setattr(refine, "CONFIDENCE", confidence)
     target = middle(misled)
     start = allocate(misled, target_bytes=target)
-    found = refined(misled, tiny_archive, tmp_path / "a.json")
+    found = refined(misled, tiny_archive, tmp_path / "a.json", replace(FEW, confidence=confidence))
     done = found.refinement
     assert len(states) == done["moves"] + 1 >= 3
     for before, after in itertools.pairwise(states):
@@ -219,49 +221,37 @@ def test_a_bound_on_average_bits_holds_after_moves(tmp_path: Path, tiny_archive:
     average = math.ceil(1e6 * codes / numel) / 1e6
     table = replace(table, layers=layers, bits=(2, 3, 6))
     options = {"budgets": {"average_bits": average}, "exclude": exclude}
-    start = refined(table, tiny_archive, tmp_path / "a.json", 0, **options)
+    start = measured(table, tiny_archive, tmp_path / "a.json", **options)
     assert start.bits == widths
     found = refined(table, tiny_archive, tmp_path / "a.json", **options)
     assert found.predicted_bytes <= start.target_bytes
     assert found.average_bits <= average
 
 
-def test_without_time_or_gain_the_start_stays(
-    tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_time_or_gain_the_start_stays(tmp_path: Path, tiny_archive: Path, misled: SensitivityTable) -> None:
     out = tmp_path / "a.json"
     start = allocate(misled, target_bytes=middle(misled))
-    assert refined(misled, tiny_archive, out, 0).refinement == {}
-    none = refined(misled, tiny_archive, out, 1e-9)
+    assert measured(misled, tiny_archive, out).refinement == {}
+    none = refined(misled, tiny_archive, out, replace(FEW, seconds=1e-9))
     assert none.bits == start.bits and none.refinement["moves"] == 0 and none.refinement["measurements"] == 1
     assert none.measured_kl == none.refinement["measured_before"]
-    with monkeypatch.context() as patch:
-        patch.setattr(refine, "CONFIDENCE", 1.0)  # no fall is sure enough
-        none = refined(misled, tiny_archive, out)
+    none = refined(misled, tiny_archive, out, replace(FEW, confidence=1.0))  # no fall is sure enough
     assert none.bits == start.bits and none.refinement["moves"] == 0 and none.refinement["measurements"] > 10
     assert none.refinement["before"] == none.refinement["after"]
     none = refined(replace(misled, bits=(4,)), tiny_archive, out)
     assert set(none.bits.values()) == {4} and none.refinement["measurements"] == 1
 
 
-def test_one_utterance_is_no_reason_to_move(
-    tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_one_utterance_is_no_reason_to_move(tmp_path: Path, tiny_archive: Path, misled: SensitivityTable) -> None:
     """Of one utterance there is no standard error, so no fall is known to be more than chance."""
-    monkeypatch.setattr(refine, "HELD_OUT_SECONDS", 0.1)
     with pytest.raises(MpqError, match="to refine takes 3 utterances"):
-        refined(misled, tiny_archive, tmp_path / "a.json")
+        refined(misled, tiny_archive, tmp_path / "a.json", seconds=0.1)
 
 
-class Clock:
-    """A second passes with each look at the clock."""
-
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def monotonic(self) -> float:
-        self.now += 1
-        return self.now
+def ticking() -> Callable[[], float]:
+    """Returns a clock on which a second passes with each look at it."""
+    seconds = itertools.count(1.0)
+    return lambda: next(seconds)
 
 
 class Watched:
@@ -289,19 +279,19 @@ def test_a_run_that_was_killed_goes_on(
     tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch, seconds: int
 ) -> None:
     """To the same result, whenever it is killed: while it looks for moves, and (the last two) while it measures."""
-    monkeypatch.setattr(refine, "time", Clock())
     out, journal = tmp_path / "a.json", tmp_path / "a.json.journal"
+    effort = replace(FEW, seconds=seconds)
     watched = Watched(monkeypatch)
-    whole = watched.run(misled, tiny_archive, out, minutes=seconds / 60)
+    whole = watched.run(misled, tiny_archive, out, effort, clock=ticking())
     looked, total = whole.refinement["measurements"], watched.count
     assert total == looked + 2 and whole.refinement["moves"] > 0
     assert looked == 25 if seconds == 25 else looked > 30
     for most in (1, 4, looked // 2, looked - 1, looked, looked + 1):
         out.unlink()
         with pytest.raises(KeyboardInterrupt):
-            watched.run(misled, tiny_archive, out, minutes=seconds / 60, most=most)
+            watched.run(misled, tiny_archive, out, effort, clock=ticking(), most=most)
         assert journal.exists() and not out.exists()
-        assert watched.run(misled, tiny_archive, out, minutes=seconds / 60) == whole, most
+        assert watched.run(misled, tiny_archive, out, effort, clock=ticking()) == whole, most
         assert watched.count == total - min(most, looked)
         assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
 
@@ -318,35 +308,30 @@ def test_the_journal_of_other_work_is_not_taken(
 
 
 def test_the_parts_of_the_audio_are_disjoint(
-    tmp_path: Path, tiny_archive: Path, many_tones: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tiny_archive: Path, many_tones: Path, misled: SensitivityTable
 ) -> None:
-    used: list[list[str]] = []
-    in_batches = refine.in_batches
-
-    def watched(model, data, seconds: float) -> list[tuple[Tensor, Tensor]]:
-        used.append([utterance.utt_id for utterance in data.utterances])
-        return in_batches(model, data, seconds)
-
-    monkeypatch.setattr(refine, "in_batches", watched)
-    refined(misled, tiny_archive, tmp_path / "a.json")
-    parts = [[file.stem for file in part] for part in drawn_parts(many_tones, SEEN, USED, FRESH)]
-    assert used == parts[1:] and len(parts[0]) == misled.data["utterances"]
-    assert len(set().union(*parts)) == sum(map(len, parts)) > 10
-    refined(misled, tiny_archive, tmp_path / "a.json", 0)
-    assert used[2:] == [used[0]]  # where nothing was refined, that part has decided nothing
+    seen, used, fresh = drawn_parts(many_tones, SEEN, USED, FRESH)
+    assert len({*seen, *used, *fresh}) == len(seen) + len(used) + len(fresh) > 10
+    found = refined(misled, tiny_archive, tmp_path / "a.json", replace(FEW, confidence=1.0))
+    assert misled.data["utterances"] == len(seen)
+    assert found.refinement["before"] == pytest.approx(plain(found.bits, used), rel=2e-4)
+    assert found.measured_kl == pytest.approx(plain(found.bits, fresh), rel=2e-4)
+    # where nothing is refined, the second part has decided nothing
+    found = measured(misled, tiny_archive, tmp_path / "a.json")
+    assert found.measured_kl == pytest.approx(plain(found.bits, used), rel=2e-4)
 
 
 def test_no_audio_is_left(tmp_path: Path, tiny_archive: Path, many_tones: Path, tiny_manifest: Path) -> None:
     out = tmp_path / "a.json"
     table = table_of(tmp_path, tiny_archive, tiny_manifest, None)
-    for minutes in (0, 1):
+    for effort in (None, FEW):
         with pytest.raises(MpqError, match=r"data\.jsonl: no audio is left .* 5 s were used.*\(--seconds\)"):
-            refined(table, tiny_archive, out, minutes)
+            measured(table, tiny_archive, out, effort)
     lengths = sorted(soundfile.info(file).duration for file in many_tones.parent.glob("*.wav"))
     table = table_of(tmp_path, tiny_archive, many_tones, sum(lengths[5:]))
-    refined(table, tiny_archive, out, 0)
+    measured(table, tiny_archive, out)
     with pytest.raises(MpqError, match=r"no audio is left .*to refine takes 3 utterances.*--seconds"):
-        refined(table, tiny_archive, out, 1)
+        refined(table, tiny_archive, out)
 
 
 def test_models_and_data_have_to_be_the_tables(
@@ -359,16 +344,16 @@ def test_models_and_data_have_to_be_the_tables(
         refined(replace(table, model={}), deeper_archive, out)
     folder = shutil.copytree(many_tones.parent, tmp_path / "moved")
     moved = folder / many_tones.name
-    assert refined(table, tiny_archive, out, 0, data=moved) == refined(table, tiny_archive, out, 0)
+    assert measured(table, tiny_archive, out, data=moved) == measured(table, tiny_archive, out)
     (file, *_), _ = drawn_parts(moved, SEEN, FRESH)
     soundfile.write(file, 0.5 * soundfile.read(file)[0], 16000)
     with pytest.raises(MpqError, match=r"moved/tones\.jsonl: not the audio that the sensitivities were measured with"):
-        refined(table, tiny_archive, out, 0, data=moved)
+        measured(table, tiny_archive, out, data=moved)
     shutil.rmtree(folder)
     with pytest.raises(MpqError, match=r"moved/tones\.jsonl: no such file"):
-        refined(table, tiny_archive, out, 0, data=moved)
+        measured(table, tiny_archive, out, data=moved)
     with pytest.raises(MpqError, match="would be overwritten"):
-        refined(table, tiny_archive, many_tones, 0, data=many_tones)
+        measured(table, tiny_archive, many_tones, data=many_tones)
     with pytest.raises(MpqError, match="do not say which audio"):
         refined(replace(table, data={"path": str(many_tones), "utterances": 3}), tiny_archive, out, 0)
 
@@ -383,7 +368,7 @@ def test_the_divergence_that_is_asked_for_is_measured(
     best, worst = plain(allocate(table, target_bytes=largest).bits, fresh), plain(narrowest, fresh)
     sizes = []
     for limit in (1.5 * best, (best * worst) ** 0.5, 0.7 * worst):
-        found = refined(table, tiny_archive, out, 0, budgets={"max_divergence": limit})
+        found = measured(table, tiny_archive, out, budgets={"max_divergence": limit})
         assert found.measured_kl == pytest.approx(plain(found.bits, fresh), rel=2e-4)
         assert found.measured_kl <= limit
         assert found.target_bytes == found.predicted_bytes == size_of(table, found.bits)
@@ -396,33 +381,12 @@ def test_the_divergence_that_is_asked_for_is_measured(
         assert max(below) >= max(size for size in steps if size <= found.predicted_bytes - largest // 1000)
         sizes.append(found.predicted_bytes)
     assert sizes == sorted(sizes, reverse=True) and len(set(sizes)) == 3
-    tiniest = refined(table, tiny_archive, out, 0, budgets={"max_divergence": 0.999})
+    tiniest = measured(table, tiny_archive, out, budgets={"max_divergence": 0.999})
     assert tiniest.predicted_bytes <= size_of(table, narrowest) + largest // 1000
     for bits in ((3,), (2, 3), (2, 3, 4, 6)):
         narrower = replace(table, bits=bits)
         with pytest.raises(MpqError, match=r"max_divergence 1e-09 is less than .*; measure wider") as caught:
-            refined(narrower, tiny_archive, out, 0, budgets={"max_divergence": 1e-9})
+            measured(narrower, tiny_archive, out, budgets={"max_divergence": 1e-9})
         figure = float(str(caught.value).split("widths: ")[1].split()[0])  # it can be kept
-        found = refined(narrower, tiny_archive, out, 0, budgets={"max_divergence": figure})
+        found = measured(narrower, tiny_archive, out, budgets={"max_divergence": figure})
         assert found.measured_kl <= figure <= 1.01 * plain(allocate(narrower, target_bytes=largest).bits, fresh)
-
-
-def test_the_model_has_its_weights_back(
-    tmp_path: Path, tiny_archive: Path, misled: SensitivityTable, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    models = []
-    open_float_model = refine.open_float_model
-
-    def watched(*arguments: Any) -> OpenedModel:
-        opened = open_float_model(*arguments)
-        models.append(opened.model)
-        return opened
-
-    monkeypatch.setattr(refine, "open_float_model", watched)
-    refined(misled, tiny_archive, tmp_path / "a.json")
-    with pytest.raises(KeyboardInterrupt):
-        Watched(monkeypatch).run(misled, tiny_archive, tmp_path / "b.json", most=20)
-    assert len(models) == 2
-    for model in models:
-        own = model.state_dict()
-        assert all(torch.equal(own[name], tensor) for name, tensor in tiny_model().state_dict().items())

@@ -1,4 +1,4 @@
-"""Allocation against brute force, SciPy's MILP, and hand-computed cases."""
+"""Allocation against brute force and hand-computed cases."""
 
 import itertools
 import math
@@ -6,82 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from knapsacks import Options, by_milp, random_options, totals
+from knapsacks import random_options
 
-from mpq.allocation.knapsack import pareto_frontier, smallest_kl
 from mpq.allocation.solve import MB, allocate
 from mpq.errors import MpqError
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
-
-
-def by_brute_force(options: Options, budget: int) -> tuple[float, int] | None:
-    """Returns the smallest (kl, size) within the budget, from all choices."""
-    sums = (
-        (math.fsum(kl for _, kl in choice), sum(size for size, _ in choice)) for choice in itertools.product(*options)
-    )
-    return min((pair for pair in sums if pair[1] <= budget), default=None)
-
-
-KL = st.one_of(st.sampled_from([0.0, 1.0, 1e-9]), st.floats(0, 10), st.floats(-1, 1), st.floats(0, 1e-6))
-OPTIONS = st.lists(st.lists(st.tuples(st.integers(0, 40), KL), min_size=1, max_size=4), min_size=1, max_size=5)
-
-
-@settings(max_examples=400, deadline=None)
-@given(OPTIONS, st.integers(0, 150))
-def test_one_budget_equals_brute_force(options: Options, budget: int) -> None:
-    expected = by_brute_force(options, budget)
-    if expected is None:
-        with pytest.raises(MpqError, match="smallest"):
-            smallest_kl(options, budget)
-        return
-    kl, size = totals(options, smallest_kl(options, budget))
-    assert size <= budget
-    assert kl == pytest.approx(expected[0], rel=1e-11, abs=1e-13)
-
-
-@settings(max_examples=300, deadline=None)
-@given(OPTIONS)
-def test_frontier_equals_brute_force(options: Options) -> None:
-    frontier = pareto_frontier(options)
-    assert frontier.is_whole
-    got = list(zip(frontier.size_bytes.tolist(), frontier.kl.tolist(), strict=True))
-    assert all(a[0] < b[0] and a[1] > b[1] for a, b in itertools.pairwise(got))
-    for size in range(got[0][0], sum(max(s for s, _ in row) for row in options) + 1):
-        best = by_brute_force(options, size)
-        assert best is not None
-        last = [kl for point, kl in got if point <= size][-1]
-        assert last == pytest.approx(best[0], rel=1e-9, abs=1e-12)
-    for point, (size, kl) in enumerate(got):
-        assert totals(options, frontier.choices(point)) == (pytest.approx(kl, rel=1e-9, abs=1e-12), size)
-
-
-@pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
-@pytest.mark.parametrize("kind, layers", [("falling", 60), ("random", 60), ("repeated", 60), ("proportional", 7)])
-def test_one_budget_equals_milp(kind: str, layers: int, share: float) -> None:
-    for seed in range(3):
-        options = random_options(seed, layers, 6, kind)
-        smallest, largest = (sum(pick(size for size, _ in row) for row in options) for pick in (min, max))
-        budget = smallest + int(share * (largest - smallest))
-        kl, size = totals(options, smallest_kl(options, budget))
-        assert size <= budget
-        assert kl == pytest.approx(by_milp(options, budget, kl), rel=1e-7)
-
-
-@pytest.mark.parametrize("kind", ["falling", "random", "repeated"])
-def test_large_instances_are_consistent(kind: str) -> None:
-    """200 layers x 8 widths: every point of the frontier is the optimum of its own size, and none is beaten."""
-    options = random_options(1, 200, 8, kind)
-    frontier = pareto_frontier(options)
-    assert (np.diff(frontier.size_bytes) > 0).all() and (np.diff(frontier.kl) < 0).all()
-    for point in np.linspace(0, len(frontier.kl) - 1, 7).astype(int):
-        size, kl = int(frontier.size_bytes[point]), float(frontier.kl[point])
-        assert totals(options, frontier.choices(int(point))) == (pytest.approx(kl, rel=1e-9), size)
-        assert totals(options, smallest_kl(options, size))[0] == pytest.approx(kl, rel=1e-9)
-
-
-# Records, floors, ties
 
 
 def table(layers: list[tuple[str, int, dict[int, int], dict[int, float]]], **options) -> SensitivityTable:

@@ -20,10 +20,10 @@ from mpq.models.families import Family, ForeignFiles, family_class, read_foreign
 from mpq.models.heads import CtcHead, Head, HeadContext, Targets
 from mpq.models.segment import Segment
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.calibration import input_grams
 from mpq.sensitivity.divergence import JointDivergence, SegmentTree, output_divergence
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors
 from mpq.sensitivity.measure import measure_kl
+from mpq.sensitivity.statistics import input_grams
 from mpq.speech.decoding import GREEDY, DecodeOptions
 from mpq.speech.features import LogMel, LogMelOptions
 from mpq.speech.text import CharTokenizer

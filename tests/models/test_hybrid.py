@@ -29,11 +29,11 @@ from mpq.models.hybrid import HybridConformer
 from mpq.models.segment import Segment
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
-from mpq.sensitivity.calibration import cache_folder, input_grams
 from mpq.sensitivity.divergence import JointDivergence, OutputBatch, SegmentTree, output_divergence, owner
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors
 from mpq.sensitivity.measure import measure_kl
 from mpq.sensitivity.records import SensitivityTable
+from mpq.sensitivity.statistics import cache_folder, input_grams
 from mpq.speech.audio import pad_batch
 from mpq.speech.decoding import DecodeOptions
 from mpq.speech.features import LogMelOptions

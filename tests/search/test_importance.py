@@ -12,7 +12,7 @@ from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.reshaping import feed_forwards, matrix, sliced
 from mpq.search.importance import greedy_order, order_units, unit_importance
-from mpq.sensitivity.calibration import input_grams
+from mpq.sensitivity.statistics import input_grams
 
 
 def hidden_units(model: AsrModel, name: str) -> Tensor:

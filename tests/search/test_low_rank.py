@@ -12,7 +12,7 @@ from mpq.models.base import AsrModel
 from mpq.models.reshaping import feed_forwards, matrix, sliced
 from mpq.quantization.gptq import DAMPING
 from mpq.search.low_rank import factored, low_rank_factors
-from mpq.sensitivity.calibration import input_grams
+from mpq.sensitivity.statistics import input_grams
 
 RANKS = [(4, 6), (5, 3)]
 

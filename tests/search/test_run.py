@@ -30,7 +30,8 @@ from mpq.search.importance import unit_importance
 from mpq.search.loop import ArchitectureSearch
 from mpq.search.record import Architecture, SearchResult
 from mpq.search.supernet import Supernet
-from mpq.sensitivity.calibration import draw, input_grams, one_by_one
+from mpq.sensitivity.calibration import draw, one_by_one
+from mpq.sensitivity.statistics import input_grams
 from mpq.training import objectives
 from mpq.training import weights as weight_loop
 from mpq.training.loop import TrainingLoop

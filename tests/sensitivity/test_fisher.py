@@ -15,8 +15,8 @@ from mpq.models.base import AsrModel
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.sensitivity import fisher
-from mpq.sensitivity.calibration import input_grams
 from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_scores
+from mpq.sensitivity.statistics import input_grams
 
 NEAREST = WeightFormat(QuantSpec(8))
 WIDTHS = (2, 4)

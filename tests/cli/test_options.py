@@ -1,0 +1,68 @@
+"""Options that several commands share, and how a result is printed."""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from mpq.cli.options import PatternBits, Widths, given, print_once, print_result, seconds_or_all
+from mpq.errors import MpqError
+
+
+def test_widths_are_whole_numbers_with_commas() -> None:
+    assert Widths().convert("2,3,8", None, None) == [2, 3, 8]
+    for text in ("", "2,", "2;3", "2.5"):
+        with pytest.raises(click.BadParameter, match="expected whole numbers with commas between them"):
+            Widths().convert(text, None, None)
+
+
+def test_a_pattern_may_have_an_equals_sign() -> None:
+    assert PatternBits().convert("decoder.*=8", None, None) == ("decoder.*", 8)
+    assert PatternBits().convert("a=b=4", None, None) == ("a=b", 4)
+    for text in ("decoder", "=8", "decoder=", "decoder=-1", "decoder=4.0", "decoder=٤"):
+        with pytest.raises(click.BadParameter, match=r"expected PATTERN=BITS such as 'decoder\.\*=8'"):
+            PatternBits().convert(text, None, None)
+
+
+def test_seconds_or_all() -> None:
+    assert seconds_or_all(None, 60.0) == 60.0 and seconds_or_all("1.5", 60.0) == 1.5
+    assert seconds_or_all("all", 60.0) is None
+    with pytest.raises(MpqError, match="--seconds: expected a number or all, got 'many'"):
+        seconds_or_all("many", 60.0)
+
+
+def test_only_what_was_given_is_passed_on() -> None:
+    assert given({"scheme": None, "clip": "mse", "bits": 0}) == {"clip": "mse", "bits": 0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+
+def printed(*arguments: str, **environment: str) -> str:
+    @click.command()
+    @click.option("--json", "as_json", is_flag=True)
+    @click.option("--once", is_flag=True)
+    def command(as_json: bool, once: bool) -> None:
+        (print_once if once else print_result)(Answer("naïve [bold] " + 200 * "x"), as_json, "a view [bold]", "another")
+
+    return CliRunner().invoke(command, arguments, env=environment).stdout
+
+
+def test_a_result_is_printed_as_json_or_in_words() -> None:
+    assert json.loads(printed("--json")) == {"text": "naïve [bold] " + 200 * "x"}
+    assert printed("--json").count("\n") == 1 and "naïve" in printed("--json")
+    assert printed() == "a view [bold]\nanother\n"
+
+
+def test_one_of_several_processes_prints() -> None:
+    torchrun = {"TORCHELASTIC_RUN_ID": "none"}
+    assert printed("--once") == printed("--once", RANK="0", **torchrun) == printed("--once", RANK="1") == printed()
+    assert printed("--once", RANK="1", **torchrun) == ""
