@@ -4,23 +4,20 @@ The folder holds `ref.trn`, `hyp.trn` and `metrics.json`; the last is written la
 Finished batches are kept in a journal, so a run that was killed resumes.
 """
 
-import hashlib
-import json
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.files import make_folder, sha256_file, write_json, write_text
+from mpq.files import digest, make_folder, write_json, write_text
+from mpq.identity import data_identity, file_sha256
 from mpq.journal import Journal
 from mpq.loading import load_model, model_file
 from mpq.runtime import choose_device, memory_for, progress
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
 from mpq.speech.decoding import GREEDY, DecodeOptions
-from mpq.speech.manifests import Utterance
 from mpq.speech.trn import escape_markup, format_trn, write_trn
 
 
@@ -99,7 +96,7 @@ def evaluate(
     if decode.method == "joint" and not model.decoder_segments:
         raise MpqError(f"{checkpoint}: joint search needs an attention decoder, which this model does not have")
     checked = prepare_data(data, model, channel=channel, skip_bad=skip_bad, need_text=True)
-    record = {"path": str(checkpoint), "sha256": sha256_file(checkpoint), "architecture": model.architecture}
+    record = {"path": str(checkpoint), "sha256": file_sha256(checkpoint), "architecture": model.architecture}
     utt_ids = [item.utt_id for item in checked.utterances]
     references = [item.text or "" for item in checked.utterances]
     ref = format_trn(data, utt_ids, references)
@@ -143,16 +140,6 @@ def evaluate(
 def _fingerprint(
     model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float, decode: DecodeOptions
 ) -> str:
-    identity = _identity(checked.utterances)
-    parts = [model_sha256, channel, max_batch_seconds, identity, checked.durations, asdict(decode)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _identity(utterances: Sequence[Utterance]) -> list[tuple[Any, ...]]:
-    """Returns what tells these utterances from others; of the audio, the file's size and time of change."""
-    stats = {item.audio_path: item.audio_path.stat() for item in utterances}
-    return [
-        (item.utt_id, str(item.audio_path), item.text, item.offset, item.duration, stat.st_size, stat.st_mtime_ns)
-        for item in utterances
-        for stat in [stats[item.audio_path]]
-    ]
+    """Returns a digest of all that the hypotheses depend on."""
+    data = data_identity(checked.utterances)
+    return digest([model_sha256, channel, max_batch_seconds, data, asdict(decode)])
