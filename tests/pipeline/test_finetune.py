@@ -86,7 +86,7 @@ def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pyte
     monkeypatch.setattr("mpq.pipeline.stages.finetune", None)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
-    monkeypatch.setattr("mpq.pipeline.run.__version__", "99.0")  # an upgrade does not train anew
+    monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade does not train anew
     assert actions(tiny, finished) == dict.fromkeys(STAGES, "run") | {"finetune": "skipped"}
 
 
