@@ -19,8 +19,8 @@ class Journal:
     """Finished results of one piece of work.
 
     Args:
-        path: Of the journal.
-        fingerprint: Of everything that the results depend on.
+        path: The journal file.
+        fingerprint: A digest of everything that the results depend on.
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:

@@ -7,7 +7,7 @@ import torch
 
 from mpq.artifact.file import is_artifact, read_artifact
 from mpq.errors import MpqError
-from mpq.files import sha256_file
+from mpq.identity import file_sha256
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint, read_checkpoint
 from mpq.models.families import read_foreign
@@ -87,7 +87,7 @@ def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedMo
         MpqError: As `load_model`.
     """
     path = model_file(path)
-    return OpenedModel(path, load_model(path, device), sha256_file(path))
+    return OpenedModel(path, load_model(path, device), file_sha256(path))
 
 
 def open_float_model(path: Path | str, device: str | torch.device, purpose: str) -> OpenedModel:

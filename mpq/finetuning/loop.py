@@ -126,7 +126,7 @@ class Finetuner(TrainingLoop):
 
     def begin(self) -> None:
         if self.is_chief:
-            claim_folder(self.out, self.job.fingerprint)
+            claim_folder(self.out, self.job.inputs)
             write_json(self.out / "recipe.json", self.recipe.model_dump())
         self.weights.anneal(self.tuning.alpha[1], is_hard=True)
         self.weights.search()
@@ -372,7 +372,7 @@ class Finetuner(TrainingLoop):
             ratio = 4 * parameters / size
             sizes.append(FinetunedSize(target.name, str(target.path), size, bits, ratio, *dev[0], *after, tuple(dev)))
         result = FinetuneResult(
-            fingerprint=self.job.fingerprint,
+            fingerprint=self.job.inputs.fingerprint,
             checkpoint=checkpoint,
             sizes=tuple(sizes),
             epochs=tuple(self.epochs),
@@ -386,6 +386,7 @@ class Finetuner(TrainingLoop):
             seconds=self.seconds,
             device=str(self.device),
             processes=self.workers.count,
+            inputs=self.job.inputs.values,
         )
         if self.is_chief:
             self.student.load_state_dict(self.weights.floats(), strict=False)

@@ -1,6 +1,6 @@
 """What a fine-tuning says of itself when it is finished."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ class FinetuneResult:
         seed: Of all random choices.
         seconds: Wall-clock time of all epochs.
         device, processes: Where.
+        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
     """
 
     fingerprint: str
@@ -67,6 +68,7 @@ class FinetuneResult:
     seconds: float
     device: str
     processes: int
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FINETUNE_FORMAT} | asdict(self)

@@ -11,6 +11,7 @@ import copy
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Literal
 
 from torch import Tensor
 
@@ -20,18 +21,19 @@ from mpq.artifact.file import exact_names
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import digest, make_folder
+from mpq.files import make_folder
 from mpq.finetuning.fake_quant import OPTIONS, QuantizedWeights
 from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
+from mpq.identity import Inputs, options_of
 from mpq.loading import PACKED_FILE, open_float_model
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.quantization.spec import FLOAT_BITS
 from mpq.runtime import choose_device, processes
-from mpq.sensitivity.calibration import CALIBRATION_SECONDS, draw
+from mpq.sensitivity.calibration import CALIBRATION_SECONDS, CalibrationData, draw
 from mpq.training.data import TrainingSet, read_set
-from mpq.training.folder import NEUTRAL, check_folder, clean_up, data_identity
+from mpq.training.folder import check_folder, clean_up, used_data
 from mpq.training.loop import Job, NotFiniteError
 
 
@@ -65,41 +67,14 @@ def finetune(
     checkpoint, teacher, sha256 = opened.path, opened.model, opened.sha256
     if len(teacher.heads) == 1 and recipe.finetune.ctc_weight != 1:
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
-    names = [path.stem for path in allocations]
-    for path in allocations:
-        if names.count(path.stem) > 1:
-            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
-    loaded = {path: Allocation.load(path) for path in allocations}
+    loaded = _allocations(allocations)
     targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
-    options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
-    spec = targets[0].assigned.weight_format.spec
-    for training, keys in OPTIONS.items():
-        if training != spec.record.training and (given := options.model_fields_set & set(keys)):
-            raise MpqError(
-                f"finetune.{min(given)}: does nothing for the scheme {spec.scheme} of the allocation; leave it out"
-            )
-    statistics = {name for name in exact_names(teacher, targets[0].assigned.weight_format) if "running_" in name}
-    if options.batch_norm == "updated" and statistics:
-        raise MpqError(
-            f'finetune.batch_norm: "updated" would change {sorted(statistics)[0]}, which half precision spoils, so '
-            'the file would not have the promised size; use "frozen", or allocate with --rest-dtype float32'
-        )
-    texts = "used" if options.transcript_weight else "ignored"
-    data = read_set(recipe.data.train, recipe.data, teacher, fastest, is_training=True, texts=texts)
-    transcribed = sum(item.text is not None for item in data.utterances)
-    if options.transcript_weight and not transcribed:
-        raise MpqError(
-            f"finetune.transcript_weight: {options.transcript_weight:g} needs transcripts, and none of the "
-            f"{len(data.utterances)} training utterances has one; give 0 for distillation alone"
-        )
-    assert recipe.data.dev is not None
-    dev = read_set([recipe.data.dev], recipe.data, teacher, 1.0, is_training=False, texts="ignored")
-    if options.select == "wer" and all(item.text is None for item in dev.utterances):
-        raise MpqError('finetune.select: "wer" needs transcripts in the held-out data; give them, or choose "loss"')
-    fingerprint = _fingerprint(recipe, sha256, targets, data, dev)
+    _check_options(recipe, teacher, targets[0].assigned.weight_format)
+    data, dev = _data(recipe, teacher)
+    inputs = _inputs(recipe, sha256, targets, data, dev)
     make_folder(out)
     models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
-    check_folder(out, fingerprint, RESULT_FILE, FINETUNE_FORMAT, models)
+    check_folder(out, inputs, RESULT_FILE, FINETUNE_FORMAT, models)
     with processes(where) as workers:
         if (out / RESULT_FILE).exists() and all(target.path.exists() for target in targets):
             if workers.rank == 0:
@@ -109,12 +84,12 @@ def finetune(
         job = Job(
             model=copy.deepcopy(teacher),
             data=data,
-            options=options,
+            options=recipe.finetune,
             augment=recipe.finetune_augment,
             channel=recipe.data.channel,
             seed=recipe.seed,
             out=out,
-            fingerprint=fingerprint,
+            inputs=inputs,
             workers=workers,
             quiet=quiet,
         )
@@ -124,7 +99,58 @@ def finetune(
         except NotFiniteError as error:
             kept = tuner.keep_best()
             raise MpqError(f"{error}; {kept}") from None
-        return tuner.finish({"path": str(checkpoint), "sha256": sha256}, transcribed)
+        return tuner.finish({"path": str(checkpoint), "sha256": sha256}, _transcribed(data))
+
+
+def _allocations(paths: Sequence[Path]) -> dict[Path, Allocation]:
+    """Returns what is in the allocation files, whose names have to differ: the artifacts are named after them."""
+    names = [path.stem for path in paths]
+    for path in paths:
+        if names.count(path.stem) > 1:
+            raise MpqError(f"{path}: another allocation is named {path.stem} too; rename one of the files")
+    return {path: Allocation.load(path) for path in paths}
+
+
+def _check_options(recipe: Recipe, teacher: AsrModel, weight_format: WeightFormat) -> None:
+    """Raises MpqError for options of [finetune] that do nothing, or too much, for this model and its quantizer."""
+    options, spec = recipe.finetune, weight_format.spec
+    for training, keys in OPTIONS.items():
+        if training != spec.record.training and (given := options.model_fields_set & set(keys)):
+            raise MpqError(
+                f"finetune.{min(given)}: does nothing for the scheme {spec.scheme} of the allocation; leave it out"
+            )
+    statistics = {name for name in exact_names(teacher, weight_format) if "running_" in name}
+    if options.batch_norm == "updated" and statistics:
+        raise MpqError(
+            f'finetune.batch_norm: "updated" would change {sorted(statistics)[0]}, which half precision spoils, so '
+            'the file would not have the promised size; use "frozen", or allocate with --rest-dtype float32'
+        )
+
+
+def _data(recipe: Recipe, teacher: AsrModel) -> tuple[TrainingSet, TrainingSet]:
+    """Returns the training data and the held-out data.
+
+    Raises:
+        MpqError: Bad data; no transcripts where the options need some.
+    """
+    options, fastest = recipe.finetune, max(recipe.finetune_augment.speed)
+    texts: Literal["used", "ignored"] = "used" if options.transcript_weight else "ignored"
+    data = read_set(recipe.data.train, recipe.data, teacher, fastest, is_training=True, texts=texts)
+    if options.transcript_weight and not _transcribed(data):
+        raise MpqError(
+            f"finetune.transcript_weight: {options.transcript_weight:g} needs transcripts, and none of the "
+            f"{len(data.utterances)} training utterances has one; give 0 for distillation alone"
+        )
+    assert recipe.data.dev is not None, "the recipe was checked"
+    dev = read_set([recipe.data.dev], recipe.data, teacher, 1.0, is_training=False, texts="ignored")
+    if options.select == "wer" and not _transcribed(dev):
+        raise MpqError('finetune.select: "wer" needs transcripts in the held-out data; give them, or choose "loss"')
+    return data, dev
+
+
+def _transcribed(data: TrainingSet) -> int:
+    """Returns how many utterances have a transcript."""
+    return sum(item.text is not None for item in data.utterances)
 
 
 def _targets(
@@ -181,8 +207,9 @@ def _weights(
         raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
     if needed:
         allocation = next(iter(loaded.values()))
+        drawn: CalibrationData | None
         if calibration is not None and "sha256" not in allocation.data:  # written by hand or by another tool
-            drawn, note = draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel), ""
+            note, drawn = "", draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel)
         else:
             drawn, note = recall(teacher, allocation, calibration)
         grams = recalled_statistics(teacher, sha256, drawn, allocation, weight_format, note, out, quiet)
@@ -192,11 +219,21 @@ def _weights(
     return QuantizedWeights(trained, allocations, weight_format, grams, recipe.finetune.scales)
 
 
-def _fingerprint(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> str:
-    """Returns a digest of all that the weights depend on."""
-    options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
-    sizes = [
-        (one.name, one.assigned.bits, one.assigned.weight_format.to_json(), one.assigned.size_bytes) for one in targets
-    ]
-    work = [FINETUNE_FORMAT, recipe.seed, recipe.data.channel, options, recipe.finetune_augment.model_dump(), sha256]
-    return digest([*work, sizes, data_identity(data, dev)])
+def _inputs(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> Inputs:
+    """Returns all that the weights depend on."""
+    return Inputs.of(
+        format=FINETUNE_FORMAT,
+        checkpoint=sha256,
+        seed=recipe.seed,
+        data=used_data(recipe, data, dev),
+        finetune=options_of(recipe.finetune),
+        finetune_augment=options_of(recipe.finetune_augment),
+        allocations={
+            one.name: {
+                "bits": one.assigned.bits,
+                "quantizer": one.assigned.weight_format.to_json(),
+                "size_bytes": one.assigned.size_bytes,
+            }
+            for one in targets
+        },
+    )

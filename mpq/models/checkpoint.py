@@ -44,6 +44,15 @@ def is_checkpoint(path: Path) -> bool:
         return False
 
 
+def checkpoint_family(path: Path) -> str | None:
+    """Returns the family of the model in a checkpoint file, from its header alone; None for any other file."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str(json.loads((file.metadata() or {})["mpq"])["model"]["family"])
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError):
+        return None
+
+
 def read_checkpoint(path: Path) -> AsrModel:
     """Returns the model in a checkpoint file, float32, eval mode, on the CPU.
 

@@ -50,9 +50,28 @@ def missing_files(recipe: Recipe) -> list[tuple[str, str]]:
 def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     """Returns (keys that it is about, fault) for what no single key shows."""
     faults: list[tuple[str, str]] = []
-    stages, data, train = list(recipe.stages), recipe.data, recipe.train
+    stages = list(recipe.stages)
     if stages != [stage for stage in STAGES if stage in stages]:
         faults.append(("stages", f"stages: expected each at most once and in the order {', '.join(STAGES)}"))
+    faults += _training_faults(recipe)
+    if "search" in stages:
+        faults += _search_faults(recipe)
+    if "train" in stages or recipe.checkpoint is None:
+        faults += _model_faults(recipe)
+    if (recipe.tokens.type == "bpe") != (recipe.tokens.vocabulary_size is not None):
+        text = '[tokens] vocabulary_size: expected with type = "bpe", and only there'
+        faults.append(("tokens.type tokens.vocabulary_size", text))
+    faults += _augmentation_faults(recipe) + _finetuning_faults(recipe) + _budget_faults(recipe)
+    for stage, needs in _NEEDS:
+        if stage in stages and needs not in stages:
+            faults.append(("stages", f"stages: {stage} needs {needs} before it"))
+    return faults + _data_faults(recipe)
+
+
+def _training_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns what is wrong with the stage train, or without it."""
+    faults: list[tuple[str, str]] = []
+    stages, data, train = recipe.stages, recipe.data, recipe.train
     if "train" in stages:
         if not data.train:
             faults.append(("stages data.train", "[data] train: expected one manifest or more, got none"))
@@ -66,13 +85,12 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
             faults.append(("stages checkpoint", text))
     elif recipe.checkpoint is None and stages and "search" not in stages:
         faults.append(("stages checkpoint", "checkpoint: expected a trained model, since there is no stage train"))
-    if "search" in stages:
-        faults += _search_faults(recipe)
-    if "train" in stages or recipe.checkpoint is None:
-        faults += _model_faults(recipe)
-    if (recipe.tokens.type == "bpe") != (recipe.tokens.vocabulary_size is not None):
-        text = '[tokens] vocabulary_size: expected with type = "bpe", and only there'
-        faults.append(("tokens.type tokens.vocabulary_size", text))
+    return faults
+
+
+def _augmentation_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns what is wrong with [augment] and [finetune_augment]."""
+    faults: list[tuple[str, str]] = []
     for section in ("augment", "finetune_augment"):
         config = getattr(recipe, section)
         for key in ("snr_db", "level_db"):
@@ -84,6 +102,13 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
             faults.append((f"{section}.speed", f"[{section}] speed: expected one factor or more, got none"))
         if fine := [factor for factor in config.speed if round(factor, 2) != factor]:  # resampling would take ages
             faults.append((f"{section}.speed", f"[{section}] speed: expected two decimals at most, got {fine[0]}"))
+    return faults
+
+
+def _finetuning_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns what is wrong with [finetune], and what the stage lacks."""
+    faults: list[tuple[str, str]] = []
+    stages, data = recipe.stages, recipe.data
     tuning = recipe.finetune
     for key in ("alpha", "anneal"):
         first, last = getattr(tuning, key)
@@ -97,16 +122,23 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
         if data.dev is None:
             text = "[data] dev: the stage finetune needs held-out data, got none"
             faults.append(("stages data.dev", text))
+    return faults
+
+
+def _budget_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns whether the stage allocate has other than one budget."""
     budgets = ALTERNATIVES["allocate"]
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
-    if "allocate" in stages and len(given) != 1:
-        text = (
-            f"[allocate] {budgets[0]}: expected exactly one of {', '.join(budgets)}; got {', '.join(given) or 'none'}"
-        )
-        faults.append((" ".join(["stages", *(f"allocate.{key}" for key in budgets)]), text))
-    for stage, needs in _NEEDS:
-        if stage in stages and needs not in stages:
-            faults.append(("stages", f"stages: {stage} needs {needs} before it"))
+    if "allocate" not in recipe.stages or len(given) == 1:
+        return []
+    text = f"[allocate] {budgets[0]}: expected exactly one of {', '.join(budgets)}; got {', '.join(given) or 'none'}"
+    return [(" ".join(["stages", *(f"allocate.{key}" for key in budgets)]), text)]
+
+
+def _data_faults(recipe: Recipe) -> list[tuple[str, str]]:
+    """Returns which data the stages after the training lack, and what is wrong with the names of test sets."""
+    faults: list[tuple[str, str]] = []
+    stages, data = recipe.stages, recipe.data
     if {"evaluate", "compare"} & set(stages) and not data.test:
         text = "[data] test: expected one test set or more for the stages evaluate and compare, got none"
         faults.append(("stages data.test", text))

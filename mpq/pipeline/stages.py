@@ -1,305 +1,369 @@
-"""What each stage of a recipe does and depends on, in the folder of `mpq run`.
+"""The stages of a recipe: what each depends on, what it writes, and what it does, in the folder of `mpq run`.
 
-The *baseline* is the trained float model: that of the stage train, or the recipe's checkpoint. What is quantized is the
-model that the stage search has found, if there is one, else the baseline. A search from scratch without a baseline is
-its own: its model is what the packed ones are compared with.
+A stage is a class here: to add one, write its class, put it into `STAGES`, and its name into `mpq.config.STAGES`. All
+of them work on one `Setting`, which knows the paths of the run folder and the models.
 """
 
-import hashlib
-import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from mpq import __version__
 from mpq.allocation.pack import pack
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import allocate
-from mpq.artifact.weights import WeightFormat
-from mpq.config import Recipe
-from mpq.files import sha256_file
 from mpq.finetuning.loop import RESULT_FILE
 from mpq.finetuning.run import finetune
-from mpq.loading import PACKED_FILE, load_model, model_file
-from mpq.models.checkpoint import MODEL_FILE, is_checkpoint
+from mpq.identity import Inputs, file_sha256, options_of
+from mpq.loading import PACKED_FILE, model_file
+from mpq.models.checkpoint import MODEL_FILE, checkpoint_family
+from mpq.pipeline.figures import evaluation_figures, search_figures
+from mpq.pipeline.setting import Setting
 from mpq.scoring.compare import compare, read_evaluations
-from mpq.scoring.evaluate import Evaluation, evaluate
-from mpq.search.record import SEARCH_FORMAT, SearchResult
+from mpq.scoring.evaluate import evaluate
+from mpq.search.record import SEARCH_FORMAT
 from mpq.search.run import RESULT_FILE as SEARCH_FILE
 from mpq.search.run import search
 from mpq.sensitivity.measure import METHODS, measure_sensitivity
 from mpq.sensitivity.records import SensitivityTable
-from mpq.speech.decoding import DecodeOptions
-from mpq.speech.manifests import read_data
-from mpq.training.folder import NEUTRAL, weight_options
 from mpq.training.objectives import IMITATION_OPTIONS
-from mpq.training.record import TRAINING_FORMAT
 from mpq.training.run import train
 
 SUPERNET_OPTIONS = ("space", "ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank", "supernet_epochs", "loss")
-"""Of [search], what the training of the supernet depends on."""
+"""The options of [search] that the training of the supernet depends on."""
+EVALUATION_FILES = ("ref.trn", "hyp.trn", "metrics.json")
 
 
-@dataclass(frozen=True)
-class Stage:
+class Stage(ABC):
     """One stage.
 
     Attributes:
+        name: Its name in a recipe.
+        is_replaced: Whether it is done anew where its inputs have changed; else the command that it calls refuses that.
         after: The stages whose files it reads.
-        inputs: All that its result depends on, as JSON; files of earlier stages may not be there yet.
         outputs: The files that are there when it is complete.
-        act: Does it and returns its figures.
-        folder: What is removed where another one's result, or a spoilt one, is in it; None: nothing.
-        kept: What in that folder has inputs of its own, and stays where these are unchanged, by name.
     """
 
-    name: str
+    name: ClassVar[str]
+    is_replaced: ClassVar[bool] = True
     after: tuple[str, ...]
-    inputs: Callable[[], Any]
     outputs: tuple[Path, ...]
-    act: Callable[[], dict[str, Any]]
-    folder: Path | None = None
-    kept: dict[str, Callable[[], Any]] = field(default_factory=dict)
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting, self.recipe, self.out = setting, setting.recipe, setting.out
+
+    @abstractmethod
+    def inputs(self) -> Inputs:
+        """Returns all that its result depends on; files of earlier stages have to be there."""
+
+    @abstractmethod
+    def act(self) -> dict[str, Any]:
+        """Does it, and returns its figures."""
+
+    def places(self) -> list[Path]:
+        """Returns the files and folders that it writes; folders are its own."""
+        return list(self.outputs)
+
+    def kept(self) -> dict[Path, Inputs]:
+        """Returns the folders inside its own that have inputs of their own, and stay where these are unchanged."""
+        return {}
 
 
-def stages_of(recipe: Recipe, out: Path, device: str, quiet: bool) -> list[Stage]:
-    """Returns the stages that the recipe names."""
-    baseline = out / "train" if "train" in recipe.stages else recipe.checkpoint and Path(recipe.checkpoint)
-    is_searched, found = "search" in recipe.stages, out / "search"
-    checkpoint, maker = (found, "search") if is_searched else (Path(baseline or ""), "train")
-    reference = baseline or checkpoint
-    table, allocation = out / "sensitivity.json", out / "allocation.json"
-    packed, tuned, tests = out / PACKED_FILE, out / "finetune", recipe.data.test
-    calibration = recipe.path(recipe.data.calibration or (recipe.data.train or [""])[0])
-    decode, is_tuned = DecodeOptions(**recipe.decode.model_dump()), "finetune" in recipe.stages
-    common = {"device": device, "quiet": quiet}
-    reading = {"channel": recipe.data.channel, "skip_bad": recipe.data.skip_bad}
-    data = recipe.data
+class Train(Stage):
+    """The training of the recipe's model."""
 
-    def checkpoint_sha256() -> str:
-        return sha256_file(model_file(checkpoint))
+    name = "train"
+    is_replaced = False  # it may have taken a week
 
-    def reference_sha256() -> str:
-        return sha256_file(model_file(reference))
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after, folder = (), self.out / self.name
+        self.outputs = (folder / MODEL_FILE, folder / "training.json")
 
-    def training_data() -> Any:
-        names = [*data.train, *([data.dev] if data.dev else [])]
-        return [_identity(recipe.path(name), by_time=False) for name in names]
+    def inputs(self) -> Inputs:
+        return Inputs.of(**self.setting.training_inputs())
 
-    def train_inputs() -> Any:
-        identity = training_data()
-        return [TRAINING_FORMAT, recipe.seed, reading, data.max_seconds, weight_options(recipe), identity]
+    def places(self) -> list[Path]:
+        return [self.out / self.name]
 
-    def act_train() -> dict[str, Any]:
-        done = train(recipe, out / "train", **common)
+    def act(self) -> dict[str, Any]:
+        done = train(self.recipe, self.out / self.name, device=self.setting.device, quiet=self.setting.quiet)
         return {"dev_wer": done.dev_wer, "epochs": len(done.epochs), "parameters": done.parameters}
 
-    start = out / "train" / MODEL_FILE if recipe.search.trained else recipe.checkpoint
 
-    def supernet_inputs() -> Any:
-        options = recipe.search.model_dump(include=set(SUPERNET_OPTIONS))
-        inputs = [SEARCH_FORMAT, *train_inputs(), options]
-        if start is not None:
-            inputs += [sha256_file(model_file(start)), _identity(calibration, by_time=False)]
-        if options["loss"] == "distillation" or (
-            options["loss"] is None and recipe.checkpoint and load_model(recipe.checkpoint).family != "mpq"
-        ):
-            inputs.append(recipe.finetune.model_dump(include=IMITATION_OPTIONS))
-        return inputs
+class Search(Stage):
+    """The search for a smaller architecture, from scratch or from a trained model."""
 
-    def search_inputs() -> Any:
-        held_out = _identity(recipe.path(recipe.search.held_out or data.dev or ""), by_time=False)
-        return [supernet_inputs(), recipe.search.model_dump(exclude={"supernet"}, exclude_defaults=True), held_out]
+    name = "search"
 
-    def act_search() -> dict[str, Any]:
-        begun = recipe.model_copy(update={"checkpoint": start and str(start)})
-        return _search_figures(search(begun, found, **common), found / MODEL_FILE, baseline)
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after = ("train",) if self.recipe.search.trained else ()
+        self.outputs = (setting.found / MODEL_FILE, setting.found / SEARCH_FILE)
 
-    def tests_identity() -> Any:
-        return [reading, recipe.decode.model_dump(), {name: _identity(recipe.path(tests[name])) for name in tests}]
+    def inputs(self) -> Inputs:
+        options = options_of(self.recipe.search, without=("supernet", "held_out", "trained"))
+        held_out = self.setting.identity(self.recipe.search.held_out or self.recipe.data.dev or "")
+        return Inputs.of(supernet=self._supernet_inputs().values, search=options, held_out=held_out)
 
-    def evaluate_all(model: Path, folder: Path) -> dict[str, Any]:
-        done = {}
-        for name, path in tests.items():
-            done[name] = _figures(evaluate(model, recipe.path(path), folder / name, decode=decode, **reading, **common))
-        return {"tests": done}
+    def _supernet_inputs(self) -> Inputs:
+        start, recipe = self.setting.start, self.recipe
+        trained = {
+            "start": start and file_sha256(model_file(start)),
+            "calibration": start and self.setting.calibration_identity(),
+            "finetune": options_of(recipe.finetune, only=IMITATION_OPTIONS) if self._is_imitating() else {},
+        }
+        options = options_of(recipe.search, only=SUPERNET_OPTIONS)
+        return Inputs.of(
+            **self.setting.training_inputs() | {"search_format": SEARCH_FORMAT, "search": options} | trained
+        )
 
-    def act_sensitivity() -> dict[str, Any]:
-        options = recipe.sensitivity
+    def _is_imitating(self) -> bool:
+        """Returns whether the trained model's outputs are the goal, not the transcripts."""
+        if self.recipe.search.loss is not None or self.recipe.checkpoint is None:
+            return self.recipe.search.loss == "distillation"
+        return checkpoint_family(model_file(self.recipe.checkpoint)) != "mpq"
+
+    def places(self) -> list[Path]:
+        return [self.setting.found]
+
+    def kept(self) -> dict[Path, Inputs]:
+        return {self.setting.found / "supernet": self._supernet_inputs()}
+
+    def act(self) -> dict[str, Any]:
+        setting, start = self.setting, self.setting.start
+        begun = self.recipe.model_copy(update={"checkpoint": start and str(start)})
+        result = search(begun, setting.found, device=setting.device, quiet=setting.quiet)
+        return search_figures(result, setting.found / MODEL_FILE, setting.baseline)
+
+
+class Evaluate(Stage):
+    """The word errors of the float model that the packed ones are compared with."""
+
+    name = "evaluate"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after = ("train",) if setting.baseline else ("search",)
+        self.outputs = evaluation_files(setting, "float")
+
+    def inputs(self) -> Inputs:
+        model = file_sha256(model_file(self.setting.reference))
+        return Inputs.of(mpq=__version__, model=model, **self.setting.test_inputs())
+
+    def places(self) -> list[Path]:
+        return [self.out / "float"]
+
+    def act(self) -> dict[str, Any]:
+        return {"tests": evaluate_all(self.setting, self.setting.reference, "float")}
+
+
+class Sensitivity(Stage):
+    """How much each layer's rounding changes the model's output."""
+
+    name = "sensitivity"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after, self.outputs = (setting.maker,), (setting.table,)
+
+    def inputs(self) -> Inputs:
+        return Inputs.of(
+            mpq=__version__,
+            model=file_sha256(model_file(self.setting.checkpoint)),
+            seed=self.recipe.seed,
+            data=self.setting.reading() | {"calibration": self.setting.calibration_identity()},
+            sensitivity=options_of(self.recipe.sensitivity),
+        )
+
+    def places(self) -> list[Path]:
+        return [self.setting.table, self.setting.table.with_name(self.setting.table.name + ".journal")]
+
+    def act(self) -> dict[str, Any]:
+        setting, options = self.setting, self.recipe.sensitivity
         measured = measure_sensitivity(
-            checkpoint,
-            calibration,
+            setting.checkpoint,
+            setting.calibration,
             options.bits,
-            table,
-            quantizer(recipe),
+            setting.table,
+            setting.quantizer(),
             method=options.method,
-            output=options.output or max(load_model(checkpoint).output_heads, key=lambda one: one.needs_tokens).output,
+            output=options.output,
             max_seconds=options.seconds or METHODS[options.method],
-            seed=recipe.seed,
-            **reading,
-            **common,
+            seed=self.recipe.seed,
+            channel=self.recipe.data.channel,
+            skip_bad=self.recipe.data.skip_bad,
+            device=setting.device,
+            quiet=setting.quiet,
         )
         return {"layers": len(measured.layers)}
 
-    def act_allocate() -> dict[str, Any]:
-        options = recipe.allocate.model_dump()
-        answer = allocate(SensitivityTable.load(table), **options)
-        answer.save(allocation)
+
+class Allocate(Stage):
+    """The bit-width of each layer."""
+
+    name = "allocate"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after, self.outputs = ("sensitivity",), (setting.allocation,)
+
+    def inputs(self) -> Inputs:
+        table = file_sha256(self.setting.table)
+        return Inputs.of(mpq=__version__, sensitivity_file=table, allocate=options_of(self.recipe.allocate))
+
+    def act(self) -> dict[str, Any]:
+        answer = allocate(SensitivityTable.load(self.setting.table), **self.recipe.allocate.model_dump())
+        answer.save(self.setting.allocation)
         return {"average_bits": answer.average_bits, "predicted_bytes": answer.predicted_bytes}
 
-    def act_pack() -> dict[str, Any]:
-        done = pack(checkpoint, packed, Allocation.load(allocation), device=device, quiet=quiet)
+
+class Pack(Stage):
+    """The packed file, rounded without training."""
+
+    name = "pack"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after, self.outputs = (setting.maker, "allocate"), (setting.packed,)
+
+    def inputs(self) -> Inputs:
+        model = file_sha256(model_file(self.setting.checkpoint))
+        return Inputs.of(mpq=__version__, model=model, allocation=file_sha256(self.setting.allocation))
+
+    def act(self) -> dict[str, Any]:
+        setting, allocation = self.setting, Allocation.load(self.setting.allocation)
+        data = setting.moved_calibration(allocation)
+        done = pack(
+            setting.checkpoint, setting.packed, allocation, device=setting.device, data=data, quiet=setting.quiet
+        )
         return {"size_bytes": done.size_bytes, "float_bytes": done.float_bytes, "ratio": done.ratio}
 
-    def act_finetune() -> dict[str, Any]:
-        (size,) = finetune(checkpoint, [allocation], recipe, tuned, **common).sizes
+
+class Finetune(Stage):
+    """The packed file whose rounded weights were trained."""
+
+    name = "finetune"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after = (setting.maker, "allocate")
+        self.outputs = (setting.tuned / PACKED_FILE, setting.tuned / RESULT_FILE)
+
+    def inputs(self) -> Inputs:
+        return Inputs.of(
+            model=file_sha256(model_file(self.setting.checkpoint)),
+            allocation=file_sha256(self.setting.allocation),
+            seed=self.recipe.seed,
+            data=self.setting.training_data(),
+            finetune=options_of(self.recipe.finetune),
+            finetune_augment=options_of(self.recipe.finetune_augment),
+        )
+
+    def places(self) -> list[Path]:
+        return [self.setting.tuned]
+
+    def act(self) -> dict[str, Any]:
+        setting = self.setting
+        calibration = None
+        if self.recipe.finetune.scales != "recomputed":
+            calibration = setting.moved_calibration(Allocation.load(setting.allocation))
+        result = finetune(
+            setting.checkpoint,
+            [setting.allocation],
+            self.recipe,
+            setting.tuned,
+            calibration=calibration,
+            device=setting.device,
+            quiet=setting.quiet,
+        )
+        (size,) = result.sizes
         return {"size_bytes": size.size_bytes, "ratio": size.ratio, "dev_wer": size.wer}
 
-    compared = {"tests": (packed, "packed", "comparison")}
-    if is_searched and baseline:
-        compared["searched"] = (found / MODEL_FILE, "searched", "comparison-searched")
-    if is_tuned:
-        compared["finetuned"] = (tuned / PACKED_FILE, "finetuned", "comparison-finetuned")
 
-    def compare_with(model: Path, what: str, prefix: str) -> dict[str, Any]:
-        done = evaluate_all(model, out / what)["tests"]
-        for name in tests:
-            folders = out / "float" / name, out / what / name
-            comparison = compare(
-                *read_evaluations(*folders), names=("float32", what), alpha=recipe.compare.alpha, seed=recipe.seed
+class Compare(Stage):
+    """The word errors of what was searched, packed and fine-tuned, each compared with the float model's."""
+
+    name = "compare"
+
+    def __init__(self, setting: Setting) -> None:
+        super().__init__(setting)
+        self.after = ("search", "evaluate", "pack", "finetune")
+        self.compared = {"tests": (setting.packed, "packed", "comparison")}
+        if setting.is_searched and setting.baseline:
+            self.compared["searched"] = (setting.found / MODEL_FILE, "searched", "comparison-searched")
+        if "finetune" in self.recipe.stages:
+            self.compared["finetuned"] = (setting.tuned / PACKED_FILE, "finetuned", "comparison-finetuned")
+        self.outputs = tuple(
+            path
+            for _, what, prefix in self.compared.values()
+            for path in (
+                *evaluation_files(setting, what),
+                *(self.out / f"{prefix}-{name}.json" for name in setting.tests),
             )
-            comparison.save(out / f"{prefix}-{name}.json")
+        )
+
+    def inputs(self) -> Inputs:
+        transcripts = {
+            name: [file_sha256(self.out / "float" / name / file) for file in ("ref.trn", "hyp.trn")]
+            for name in self.setting.tests
+        }
+        return Inputs.of(
+            mpq=__version__,
+            models={what: file_sha256(model) for model, what, _ in self.compared.values()},
+            float=transcripts,
+            seed=self.recipe.seed,
+            compare=options_of(self.recipe.compare),
+            **self.setting.test_inputs(),
+        )
+
+    def places(self) -> list[Path]:
+        folders = [self.out / what for _, what, _ in self.compared.values()]
+        return folders + [path for path in self.outputs if path.parent == self.out]
+
+    def act(self) -> dict[str, Any]:
+        return {key: self._compare(*one) for key, one in self.compared.items()}
+
+    def _compare(self, model: Path, what: str, prefix: str) -> dict[str, Any]:
+        """Returns the figures of one model on each test set, against the float model."""
+        done = evaluate_all(self.setting, model, what)
+        for name in self.setting.tests:
+            transcripts = read_evaluations(self.out / "float" / name, self.out / what / name)
+            alpha, seed = self.recipe.compare.alpha, self.recipe.seed
+            comparison = compare(*transcripts, names=("float32", what), alpha=alpha, seed=seed)
+            comparison.save(self.out / f"{prefix}-{name}.json")
             test = comparison.mapsswe
             done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
         return done
 
-    def finetune_inputs() -> Any:
-        options = recipe.finetune.model_dump(exclude=set(NEUTRAL))
-        files = [checkpoint_sha256(), sha256_file(allocation)]
-        return [
-            *files,
-            recipe.seed,
-            reading,
-            data.max_seconds,
-            options,
-            recipe.finetune_augment.model_dump(),
-            training_data(),
-        ]
 
-    def sensitivity_inputs() -> Any:
-        return [checkpoint_sha256(), recipe.sensitivity.model_dump(), recipe.seed, reading, _identity(calibration)]
-
-    def compare_inputs() -> Any:
-        done = [sha256_file(out / "float" / name / file) for name in tests for file in ("ref.trn", "hyp.trn")]
-        files = [sha256_file(model) for model, _, _ in compared.values()]
-        return [*files, tests_identity(), recipe.compare.model_dump(), recipe.seed, done]
-
-    trained = (out / "train" / MODEL_FILE, out / "train" / "training.json")
-    comparisons = [
-        path
-        for _, what, prefix in compared.values()
-        for path in (*_evaluation_files(out / what, tests), *(out / f"{prefix}-{name}.json" for name in tests))
-    ]
-    stages = [
-        Stage("train", (), train_inputs, trained, act_train),
-        Stage(
-            "search",
-            ("train",) if recipe.search.trained else (),
-            search_inputs,
-            (found / MODEL_FILE, found / SEARCH_FILE),
-            act_search,
-            found,
-            {"supernet": supernet_inputs},
-        ),
-        Stage(
-            "evaluate",
-            ("train",) if baseline else ("search",),
-            lambda: [reference_sha256(), tests_identity()],
-            _evaluation_files(out / "float", tests),
-            lambda: evaluate_all(reference, out / "float"),
-        ),
-        Stage("sensitivity", (maker,), sensitivity_inputs, (table,), act_sensitivity),
-        Stage(
-            "allocate",
-            ("sensitivity",),
-            lambda: [sha256_file(table), recipe.allocate.model_dump()],
-            (allocation,),
-            act_allocate,
-        ),
-        Stage("pack", (maker, "allocate"), lambda: [checkpoint_sha256(), sha256_file(allocation)], (packed,), act_pack),
-        Stage(
-            "finetune",
-            (maker, "allocate"),
-            finetune_inputs,
-            (tuned / PACKED_FILE, tuned / RESULT_FILE),
-            act_finetune,
-            tuned,
-        ),
-        Stage(
-            "compare",
-            ("search", "evaluate", "pack", "finetune"),
-            compare_inputs,
-            tuple(comparisons),
-            lambda: {key: compare_with(*one) for key, one in compared.items()},
-        ),
-    ]
-    return [stage for stage in stages if stage.name in recipe.stages]
+STAGES: tuple[type[Stage], ...] = (Train, Search, Evaluate, Sensitivity, Allocate, Pack, Finetune, Compare)
+"""All stages, in the order in which they run."""
 
 
-def _evaluation_files(folder: Path, tests: dict[str, str]) -> tuple[Path, ...]:
-    return tuple(folder / name / file for name in tests for file in ("ref.trn", "hyp.trn", "metrics.json"))
+def stages_of(setting: Setting) -> list[Stage]:
+    """Returns the stages that the recipe names."""
+    return [stage(setting) for stage in STAGES if stage.name in setting.recipe.stages]
 
 
-def _search_figures(result: SearchResult, file: Path, baseline: Path | None) -> dict[str, Any]:
-    """Returns the figures of a search: parameters, widths (and ranks) of each block, true sizes."""
-    architecture, done = result.architecture, result.training
-    shapes, size = architecture.shapes(), os.path.getsize(file)
-    figures = {
-        "dev_wer": done.dev_wer,
-        "parameters": {"found": done.parameters["total"], "largest": round(1e6 * architecture.largest_millions)},
-        "widths": [[width for width, _ in block] for block in shapes],
-    }
-    if any(rank for block in shapes for _, rank in block):
-        figures["ranks"] = [[rank for _, rank in block] for block in shapes]
-    figures["size_bytes"] = size
-    if baseline is not None:
-        figures["baseline_bytes"] = _float_bytes(model_file(baseline))
-        figures["ratio"] = figures["baseline_bytes"] / size
-    return figures
+def evaluation_files(setting: Setting, what: str) -> tuple[Path, ...]:
+    """Returns the files of a model's evaluations on all test sets."""
+    return tuple(setting.out / what / name / file for name in setting.tests for file in EVALUATION_FILES)
 
 
-def _float_bytes(file: Path) -> int:
-    """Returns the size of a checkpoint in float32: of an archive of another framework, that of its parameters."""
-    if is_checkpoint(file):
-        return os.path.getsize(file)
-    return 4 * load_model(file).parameter_counts()["total"]
-
-
-def _figures(evaluation: Evaluation) -> dict[str, Any]:
-    metrics = evaluation.metrics
-    return {
-        "wer": metrics.wer,
-        "words": metrics.words,
-        "sub": metrics.substitutions,
-        "del": metrics.deletions,
-        "ins": metrics.insertions,
-    }
-
-
-def _identity(path: Path, by_time: bool = True) -> str:
-    """Returns a digest of a manifest or Kaldi directory: what it says, and size (and time of change) of the audio."""
-    digest = hashlib.sha256()
-    for item in read_data(path):
-        parts: list[Any] = [item.utt_id, str(item.audio_path), item.text, item.offset, item.duration]
-        if item.audio_path.exists():
-            stat = item.audio_path.stat()
-            parts += [stat.st_size, *([stat.st_mtime_ns] if by_time else [])]
-        digest.update(json.dumps(parts).encode())
-    return digest.hexdigest()
-
-
-def quantizer(recipe: Recipe) -> WeightFormat:
-    """Returns the quantizer of a recipe."""
-    options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
-    return WeightFormat.from_options(options)
+def evaluate_all(setting: Setting, model: Path, what: str) -> dict[str, dict[str, Any]]:
+    """Returns a model's figures on each test set, after evaluating it there."""
+    done = {}
+    for name, path in setting.tests.items():
+        evaluation = evaluate(
+            model,
+            setting.recipe.path(path),
+            setting.out / what / name,
+            decode=setting.decode,
+            channel=setting.recipe.data.channel,
+            skip_bad=setting.recipe.data.skip_bad,
+            device=setting.device,
+            quiet=setting.quiet,
+        )
+        done[name] = evaluation_figures(evaluation)
+    return done

@@ -4,17 +4,15 @@ The folder holds `ref.trn`, `hyp.trn` and `metrics.json`; the last is written la
 Finished batches are kept in a journal, so a run that was killed resumes.
 """
 
-import hashlib
-import json
 import math
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.files import make_folder, write_json, write_text
+from mpq.files import digest, make_folder, write_json, write_text
+from mpq.identity import data_identity
 from mpq.journal import Journal
 from mpq.loading import open_model
 from mpq.models.base import AsrModel
@@ -153,16 +151,6 @@ def _transcribe(
 def _fingerprint(
     model_sha256: str, checked: CheckedData, channel: str, max_batch_seconds: float, decode: DecodeOptions
 ) -> str:
-    identity = _identity(checked.utterances)
-    parts = [model_sha256, channel, max_batch_seconds, identity, checked.durations, asdict(decode)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _identity(utterances: Sequence[Utterance]) -> list[tuple[Any, ...]]:
-    """Returns what tells these utterances from others; of the audio, the file's size and time of change."""
-    stats = {item.audio_path: item.audio_path.stat() for item in utterances}
-    return [
-        (item.utt_id, str(item.audio_path), item.text, item.offset, item.duration, stat.st_size, stat.st_mtime_ns)
-        for item in utterances
-        for stat in [stats[item.audio_path]]
-    ]
+    """Returns a digest of all that the hypotheses depend on."""
+    data = data_identity(checked.utterances)
+    return digest([model_sha256, channel, max_batch_seconds, data, asdict(decode)])

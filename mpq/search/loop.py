@@ -84,7 +84,7 @@ class ArchitectureSearch(TrainingLoop):
 
     def begin(self) -> None:
         if self.is_chief:
-            claim_folder(self.out, self.job.fingerprint)
+            claim_folder(self.out, self.job.inputs)
             write_json(self.out / "recipe.json", {"search": self.search.model_dump()})
 
     def prepare_update(self) -> None:
@@ -158,7 +158,7 @@ class ArchitectureSearch(TrainingLoop):
         options = self.model.encoder.options
         chosen = [module_parameters(options.width, *shape, options.use_bias) for shape in flat]
         found = Architecture(
-            fingerprint=self.job.fingerprint,
+            fingerprint=self.job.inputs.fingerprint,
             modules=tuple(
                 SearchedModule(name, *shape, one.widths, one.ranks, *map(tuple, probabilities))
                 for name, shape, one, probabilities in zip(
@@ -174,6 +174,7 @@ class ArchitectureSearch(TrainingLoop):
             wer=wer,
             epochs=tuple(self.epochs),
             seconds=self.seconds,
+            inputs=self.job.inputs.values,
         )
         if self.is_chief:
             write_json(self.out / ARCHITECTURE_FILE, found.to_json())

@@ -1,6 +1,6 @@
 """What an architecture search says of itself: the architecture it chose, and the whole search."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Architecture:
         loss, wer: Of the architecture, with the supernet's weights.
         epochs: Of the logits; the losses have the penalty in them.
         seconds: Wall-clock time.
+        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
     """
 
     fingerprint: str
@@ -58,6 +59,7 @@ class Architecture:
     wer: float | None
     epochs: tuple[EpochResult, ...]
     seconds: float
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def shapes(self) -> list[tuple[tuple[int, int], tuple[int, int]]]:
         """Returns for each block the (width, rank) of its first and of its second module."""

@@ -69,7 +69,7 @@ def measure_sensitivity(
     weight_format: WeightFormat,
     *,
     method: str = "fisher",
-    output: str = "ctc",
+    output: str | None = "ctc",
     max_seconds: float | None = 300.0,
     seed: int = 0,
     channel: str = "error",
@@ -88,7 +88,8 @@ def measure_sensitivity(
         out: The file to write.
         weight_format: How weights are quantized and stored.
         method: "fisher" or "kl".
-        output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`.
+        output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`; None: the output that depends on tokens,
+            where the model has one, else that of its default head.
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
         seed: The seed of that choice, and of the signs that "fisher" draws.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
@@ -104,6 +105,7 @@ def measure_sensitivity(
     where = choose_device(device)
     opened = open_float_model(checkpoint, where, "measure")
     model, model_record = opened.model, opened.to_json()
+    output = output or max(model.output_heads, key=lambda head: head.needs_tokens).output
     SegmentTree(model).check(output)
     drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
     work = [

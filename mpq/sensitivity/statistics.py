@@ -32,6 +32,7 @@ from torch.overrides import TorchFunctionMode
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import atomic_path
+from mpq.identity import cache_folder
 from mpq.models.base import AsrModel, WeightRef
 from mpq.runtime import progress
 from mpq.sensitivity.calibration import CalibrationData, one_by_one
@@ -175,13 +176,6 @@ def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> d
     columns = {ref.name: ref.numel // ref.shape[0] for ref in model.weights()}
     fits = all(gram.ndim == 3 and gram.shape[1] == gram.shape[2] == columns.get(name) for name, gram in grams.items())
     return grams if fits else None
-
-
-def cache_folder() -> Path:
-    """Returns the folder for statistics: $MPQ_CACHE, $XDG_CACHE_HOME/mpq or ~/.cache/mpq."""
-    if folder := os.environ.get("MPQ_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mpq"
 
 
 def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str) -> Path:

@@ -7,43 +7,39 @@ from typing import Any
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.files import digest, read_json, write_json
+from mpq.files import read_json, write_json
+from mpq.identity import Inputs, data_identity, options_of
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.training.data import TrainingSet
 from mpq.training.record import TRAINING_FORMAT, TrainingResult
 
 STARTED_FORMAT = "mpq.started/1"
-NEUTRAL = ("save_minutes", "workers", "tensorboard")
-"""Options of the training that change no weight."""
 
 
-def weight_options(recipe: Recipe) -> dict[str, dict[str, Any]]:
+def weight_options(recipe: Recipe) -> dict[str, Any]:
     """Returns the sections of a recipe that the weights depend on, the data aside."""
-    sections = {name: getattr(recipe, name).model_dump() for name in ("features", "tokens", "model", "augment")}
-    if not any(sections["augment"]["level_db"]):
-        del sections["augment"]["level_db"]  # trainings from before this option go on
-    return sections | {"train": recipe.train.model_dump(exclude=set(NEUTRAL))}
+    return {name: options_of(getattr(recipe, name)) for name in ("features", "tokens", "model", "augment", "train")}
 
 
-def training_fingerprint(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> str:
-    """Returns a digest of all that the weights depend on; a newer mpq may go on with an older one's training."""
-    work = [TRAINING_FORMAT, recipe.seed, recipe.data.channel, weight_options(recipe), data_identity(data, dev)]
-    return digest(work)
+def training_inputs(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) -> Inputs:
+    """Returns all that the weights depend on; a newer mpq may go on with an older one's training."""
+    return Inputs.of(
+        format=TRAINING_FORMAT, seed=recipe.seed, data=used_data(recipe, data, dev), **weight_options(recipe)
+    )
 
 
-def data_identity(*sets: TrainingSet | None) -> list[tuple[Any, ...]]:
-    """Returns what tells the utterances of some sets from others."""
-    return [
-        (item.utt_id, item.text, item.offset, seconds, item.audio_path.stat().st_size)
-        for part in sets
-        if part
-        for item, seconds in zip(part.utterances, part.durations, strict=True)
-    ]
+def used_data(recipe: Recipe, train: TrainingSet, dev: TrainingSet | None) -> dict[str, Any]:
+    """Returns what tells the utterances that a training uses from others."""
+    return {
+        "channel": recipe.data.channel,
+        "train": data_identity(train.utterances),
+        "dev": data_identity(dev.utterances) if dev else None,
+    }
 
 
 def check_folder(
     out: Path,
-    fingerprint: str,
+    inputs: Inputs,
     result: str = "training.json",
     format: str = TRAINING_FORMAT,
     models: Sequence[str] = (MODEL_FILE,),
@@ -53,10 +49,10 @@ def check_folder(
 
     Args:
         out: The folder.
-        fingerprint: Of the training that is to use it.
+        inputs: What the training depends on that is to use the folder.
         result, format: The file that a finished training leaves, and its format.
         models: Files that the folder will have, or that would be taken for them: the weights above all.
-        remedy: What can be done where it holds another one.
+        remedy: What can be done where the folder holds another training.
     """
     ours = any((out / name).exists() for name in (result, "started.json"))
     for name in (*models, "log.jsonl", "state.pt", "recipe.json"):
@@ -65,10 +61,10 @@ def check_folder(
     for name in (result, "started.json"):
         if (out / name).exists():
             raw = read_json(out / name, format if name == result else STARTED_FORMAT)
-            if raw.get("fingerprint") != fingerprint:
+            if (change := inputs.change(raw)) is not None:
                 raise MpqError(
                     f"{out}: holds {'a finished' if name == result else 'an unfinished'} training with other "
-                    f"options or data (its recipe.json has them); {remedy}"
+                    f"options or data (its recipe.json has them): {change}; {remedy}"
                 )
 
 
@@ -84,7 +80,7 @@ def finished_training(out: Path, rank: int) -> TrainingResult | None:
 
     Args:
         out: The folder, as `check_folder` has checked it.
-        rank: Of this process; the first one removes what a kill at the very end has left.
+        rank: The number of this process; process 0 removes what a kill at the very end has left.
     """
     if not ((out / "training.json").exists() and (out / MODEL_FILE).exists()):
         return None
@@ -93,6 +89,6 @@ def finished_training(out: Path, rank: int) -> TrainingResult | None:
     return TrainingResult.load(out / "training.json")
 
 
-def claim_folder(out: Path, fingerprint: str) -> None:
+def claim_folder(out: Path, inputs: Inputs) -> None:
     """Writes down whose training a folder is about to hold."""
-    write_json(out / "started.json", {"format": STARTED_FORMAT, "fingerprint": fingerprint})
+    write_json(out / "started.json", {"format": STARTED_FORMAT} | inputs.to_json())

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from mpq.config import AugmentConfig, LoopConfig
 from mpq.errors import MpqError
 from mpq.files import atomic_path
+from mpq.identity import Inputs
 from mpq.models.base import AsrModel
 from mpq.models.heads import Targets
 from mpq.runtime import Processes, keep_freed_memory, memory_for, progress, stop_requests
@@ -56,7 +57,7 @@ class Job:
         channel: As in `mpq.speech.audio.read_audio`.
         seed: Of all random choices.
         out: The folder.
-        fingerprint: Of all that the weights depend on.
+        inputs: All that the weights depend on.
         workers: The processes.
         quiet: Show no progress.
     """
@@ -68,7 +69,7 @@ class Job:
     channel: str
     seed: int
     out: Path
-    fingerprint: str
+    inputs: Inputs
     workers: Processes
     quiet: bool
 
@@ -379,7 +380,7 @@ class TrainingLoop(ABC):
         if not self.is_chief:
             return
         state = {
-            "fingerprint": self.job.fingerprint,
+            "fingerprint": self.job.inputs.fingerprint,
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,

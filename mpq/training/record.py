@@ -1,7 +1,7 @@
 """What a training says of itself: its epochs, its result, and the weights that come out of several epochs."""
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class TrainingResult:
     """`mpq.training/1`: what a finished training says of itself.
 
     Attributes:
-        fingerprint: Of recipe and data.
+        fingerprint: The digest of recipe and data.
         epochs: All that were trained.
         averaged: The epochs whose weights the model has.
         dev_loss, dev_wer: Of the model; None without held-out data.
@@ -47,6 +47,7 @@ class TrainingResult:
         utterances, hours, skipped, too_long: Of the training data; the last two are counts of what was left out.
         seconds: Wall-clock time of all epochs.
         device, processes: Where.
+        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
     """
 
     fingerprint: str
@@ -62,6 +63,7 @@ class TrainingResult:
     seconds: float
     device: str
     processes: int
+    inputs: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         return {"format": TRAINING_FORMAT} | asdict(self)

@@ -19,7 +19,7 @@ from mpq.runtime import choose_device, processes
 from mpq.speech.text import train_tokenizer
 from mpq.training.building import build_model
 from mpq.training.data import read_set, read_transcripts
-from mpq.training.folder import check_folder, finished_training, training_fingerprint
+from mpq.training.folder import check_folder, finished_training, training_inputs
 from mpq.training.loop import Job
 from mpq.training.objectives import Transcripts
 from mpq.training.record import TrainingResult
@@ -46,8 +46,8 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     fastest = max(recipe.augment.speed)
     data = read_set(recipe.data.train, recipe.data, model, fastest, is_training=True)
     dev = read_set([recipe.data.dev], recipe.data, model, 1.0, is_training=False) if recipe.data.dev else None
-    fingerprint = training_fingerprint(recipe, data, dev)
-    check_folder(Path(out), fingerprint)
+    inputs = training_inputs(recipe, data, dev)
+    check_folder(Path(out), inputs)
     with processes(where) as workers:
         if done := finished_training(Path(out), workers.rank):
             return done
@@ -59,7 +59,7 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
             channel=recipe.data.channel,
             seed=recipe.seed,
             out=Path(out),
-            fingerprint=fingerprint,
+            inputs=inputs,
             workers=workers,
             quiet=quiet,
         )

@@ -51,7 +51,7 @@ class WeightTrainer(TrainingLoop):
 
     def begin(self) -> None:
         if self.is_chief:
-            claim_folder(self.out, self.job.fingerprint)
+            claim_folder(self.out, self.job.inputs)
             write_json(self.out / "recipe.json", self.recipe.model_dump())
 
     def prepare_update(self) -> None:
@@ -111,7 +111,7 @@ class WeightTrainer(TrainingLoop):
         if epochs is not choices[-1]:
             self._load_average(epochs)
         result = TrainingResult(
-            fingerprint=self.job.fingerprint,
+            fingerprint=self.job.inputs.fingerprint,
             epochs=tuple(self.epochs),
             averaged=tuple(sorted(epochs)),
             dev_loss=loss,
@@ -124,6 +124,7 @@ class WeightTrainer(TrainingLoop):
             seconds=self.seconds,
             device=str(self.device),
             processes=self.workers.count,
+            inputs=self.job.inputs.values,
         )
         if self.is_chief:
             write_checkpoint(self.out / MODEL_FILE, self.model)

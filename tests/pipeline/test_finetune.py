@@ -86,7 +86,7 @@ def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pyte
     monkeypatch.setattr("mpq.pipeline.stages.finetune", None)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
-    monkeypatch.setattr("mpq.pipeline.run.__version__", "99.0")  # an upgrade does not train anew
+    monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade does not train anew
     assert actions(tiny, finished) == dict.fromkeys(STAGES, "run") | {"finetune": "skipped"}
 
 
@@ -177,3 +177,21 @@ def test_faults_of_the_stage_are_told_before_anything_starts(tiny: Path, tmp_pat
     lacking.write_text(text)
     done = mpq_run(lacking, out)
     assert done.exit_code == 2 and "[data] dev: the stage finetune needs held-out data, got none" in done.stderr
+
+
+def test_after_a_move_the_calibration_audio_is_found_again(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rounding needs the audio that the sensitivities were measured on, and the cache may have lost what it said."""
+    folder = tmp_path / "one"
+    folder.mkdir()
+    for path in tiny.parent.iterdir():
+        if path.name != "whole":
+            (shutil.copytree if path.is_dir() else shutil.copy)(path, folder / path.name)
+    stages = 'stages=["sensitivity","allocate","pack","finetune"]'
+    assert set(actions(folder / tiny.name, tmp_path / "run", "--set", stages).values()) == {"run"}
+    moved = folder.rename(tmp_path / "two") / tiny.name
+    assert set(actions(moved, tmp_path / "run", "--set", stages).values()) == {"skipped"}
+    monkeypatch.setenv("MPQ_CACHE", str(tmp_path / "empty"))
+    done = actions(moved, tmp_path / "run", "--set", stages, "--set", "allocate.average_bits=4")
+    assert done == {"sensitivity": "skipped"} | dict.fromkeys(("allocate", "pack", "finetune"), "run")

@@ -1,9 +1,11 @@
 """`mpq run`: every stage once, then only what changed; interrupted, resumed, dry, refused."""
 
 import json
+import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ from tiny_training import TEXTS, write_recipe, write_speech
 
 from mpq.cli.main import main
 from mpq.config import Recipe
+from mpq.errors import MpqError
 from mpq.scoring import evaluate as evaluate_module
 from mpq.training import weights as weight_loop
 
@@ -32,14 +35,29 @@ def mpq_run(recipe: Path, out: Path, *options: object) -> Result:
     return CliRunner().invoke(main, ["run", str(recipe), "--out", str(out), "--device", "cpu", *map(str, options)])
 
 
+@contextmanager
+def messages() -> Iterator[list[str]]:
+    """Yields a list that gets what `mpq run` says of its stages."""
+    log, lines = logging.getLogger("mpq.pipeline.run"), list[str]()
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    level = log.level
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    yield lines
+    log.removeHandler(handler)
+    log.setLevel(level)
+
+
 def actions(recipe: Path, out: Path, *options: object) -> dict[str, str]:
     """Returns what a run did with each stage, as its JSON and its table say."""
-    done = mpq_run(recipe, out, "--json", *options)
+    with messages() as lines:
+        done = mpq_run(recipe, out, "--json", *options)
     assert done.exit_code == 0, done.output
     raw = json.loads(done.stdout)
     assert raw["format"] == "mpq.run/1" and raw["dry_run"] == ("--dry-run" in options)
-    for stage in raw["stages"]:  # each stage says on stderr what becomes of it
-        line = next(line for line in done.stderr.splitlines() if line.startswith(f"mpq run: {stage['name']}: "))
+    for stage in raw["stages"]:  # each stage says what becomes of it
+        line = next(line for line in lines if line.startswith(f"run: {stage['name']}: "))
         assert stage["reason"] in line and line.endswith("; skipped") == (stage["action"] == "skipped")
     return {stage["name"]: stage["action"] for stage in raw["stages"]}
 
@@ -78,21 +96,6 @@ def whole(tiny: Path) -> Path:
 def finished(whole: Path, tmp_path: Path) -> Path:
     """A copy of that folder, to be spoiled."""
     return Path(shutil.copytree(whole, tmp_path / "run"))
-
-
-@pytest.fixture
-def touch() -> Iterator[Callable[[Path], None]]:
-    """Changes the time of a file until the test ends."""
-    times = []
-
-    def change(path: Path) -> None:
-        stat = path.stat()
-        times.append((path, stat.st_atime_ns, stat.st_mtime_ns))
-        os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
-
-    yield change
-    for path, *ns in times:
-        os.utime(path, ns=tuple(ns))
 
 
 def test_every_result_is_there_and_the_size_is_kept(whole: Path) -> None:
@@ -138,9 +141,62 @@ def test_a_new_target_repeats_what_depends_on_it(tiny: Path, finished: Path) -> 
     assert dry == expected and contents(finished) == old
     assert actions(tiny, finished, "--set", "allocate.target_mb=0.009") == expected
     assert os.path.getsize(finished / "packed.safetensors") <= 0.009 * 2**20 < len(old["packed.safetensors"])
-    changed = {name for name, content in contents(finished).items() if content != old[name]}
+    new = contents(finished)
+    changed = {name for name, content in old.items() if new[name] != content}
     assert {"allocation.json", "packed.safetensors", "run.json"} <= changed
     assert not any(name.startswith(("train/", "float/", "sensitivity")) for name in changed)
+    aside = {name: content for name, content in new.items() if name not in old}  # what was there before, whole
+    assert aside == {
+        f"replaced-1/{name}": content
+        for name, content in old.items()
+        if name.startswith(("allocation", "packed", "comparison-"))
+    }
+
+
+def test_what_is_replaced_is_set_aside_and_named(tiny: Path, finished: Path) -> None:
+    old = contents(finished)
+    for number, alpha in enumerate((0.01, 0.02), 1):
+        with messages() as lines:
+            assert mpq_run(tiny, finished, "--set", f"compare.alpha={alpha}").exit_code == 0
+        (line,) = (line for line in lines if line.startswith("run: compare: "))
+        before = 0.05 if number == 1 else 0.01
+        assert f"its inputs have changed (compare.alpha: {before} there, {alpha} now)" in line
+        assert line.endswith(f"what it wrote before is now in {finished / f'replaced-{number}'}")
+        kept = {name: one for name, one in old.items() if name.startswith(("packed/", "comparison-"))}
+        assert contents(finished / f"replaced-{number}") == kept
+        old = contents(finished)
+
+
+def test_a_stage_that_is_refused_is_not_cut_off_and_its_result_is_put_back(
+    tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any, **__: Any) -> None:
+        raise MpqError("no")
+
+    before = contents(finished)
+    with monkeypatch.context() as patch:
+        patch.setattr("mpq.pipeline.stages.compare", refused)
+        patch.setattr("mpq.pipeline.stages.evaluate", lambda *_, **__: refused())
+        done = mpq_run(tiny, finished, "--set", "compare.alpha=0.01")
+    assert done.exit_code == 2 and contents(finished) == before
+    assert actions(tiny, finished) == SKIPPED
+    (finished / "run.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("mpq.pipeline.stages.measure_sensitivity", refused)
+        assert mpq_run(tiny, finished).exit_code == 2
+    with messages() as lines:
+        assert mpq_run(tiny, finished, "--dry-run").exit_code == 0
+    assert "run: sensitivity: not done yet" in lines
+
+
+def test_a_stage_that_fails_on_its_way_goes_on(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (finished / "float/two/metrics.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr("mpq.pipeline.stages.evaluation_figures", lambda _: (_ for _ in ()).throw(MpqError("no room")))
+        assert mpq_run(tiny, finished).exit_code == 2
+    assert stages(finished)["evaluate"]["started"]["stopped"] == "ended in an error"
+    assert actions(tiny, finished, "--dry-run")["evaluate"] == "resumed"
+    assert actions(tiny, finished)["evaluate"] == "resumed"
 
 
 @pytest.mark.parametrize(
@@ -162,12 +218,20 @@ def test_the_level_of_the_tests_is_the_recipes(tiny: Path, finished: Path) -> No
         assert json.loads((finished / f"comparison-{name}.json").read_text())["alpha"] == 0.01
 
 
-def test_other_test_audio_repeats_the_evaluations(tiny: Path, finished: Path, touch: Callable[[Path], None]) -> None:
-    touch(tiny.parent / "two-1.wav")
-    expected = SKIPPED | {"evaluate": "run", "compare": "run"}
-    assert actions(tiny, finished, "--dry-run") == expected
-    assert actions(tiny, finished) == expected
-    assert actions(tiny, finished) == SKIPPED
+def test_other_test_audio_of_the_same_size_repeats_the_evaluations(tiny: Path, finished: Path) -> None:
+    path = tiny.parent / "two-1.wav"
+    stat, audio = path.stat(), path.read_bytes()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**9))
+    assert actions(tiny, finished, "--dry-run") == SKIPPED  # another time is no other audio
+    path.write_bytes(audio[:-2] + bytes([audio[-2] ^ 1, audio[-1]]))
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))  # nor is it hidden by the old time
+    try:
+        expected = SKIPPED | {"evaluate": "run", "compare": "run"}
+        assert actions(tiny, finished, "--dry-run") == expected
+        assert actions(tiny, finished) == expected
+        assert actions(tiny, finished) == SKIPPED
+    finally:
+        path.write_bytes(audio)
 
 
 @pytest.mark.parametrize(
@@ -235,7 +299,7 @@ def test_what_was_cut_off_goes_on_and_gives_the_same(
             done = mpq_run(tiny, out)
             assert done.exit_code == 130 and done.stdout == "" and "goes on where it stopped" in done.stderr
         started = stages(out)[stage]
-        assert list(started) == ["started"] and set(started["started"]) == {"fingerprint", "seconds"}
+        assert list(started) == ["started"] and set(started["started"]) == {"fingerprint", "inputs", "seconds"}
         dry = actions(tiny, out, "--dry-run")
         place = STAGES.index(stage)
         before = dict.fromkeys(STAGES[:place], "skipped")

@@ -166,9 +166,29 @@ def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pyte
     assert actions(tiny, finished) == SKIPPED and actions(tiny, finished, "--dry-run") == SKIPPED
     assert actions(tiny, finished, "train.save_minutes=3.0", "search.supernet=elsewhere") == SKIPPED
     assert contents(finished) == before
-    monkeypatch.setattr("mpq.pipeline.run.__version__", "99.0")  # an upgrade neither trains nor searches anew
+    monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade neither trains nor searches anew
     done = actions(tiny, finished, "--dry-run")
     assert {name for name, action in done.items() if action == "skipped"} == {"train", "search"}
+
+
+def test_data_that_are_copied_or_moved_are_the_same_data(
+    tiny: Path, whole: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Other paths, times and inodes, the same contents: nothing is done again, not even a supernet."""
+    for name in ("train", "search", "finetune", "evaluate", "measure_sensitivity", "pack", "compare"):
+        monkeypatch.setattr(f"mpq.pipeline.stages.{name}", None)
+    before, inodes = contents(finished), {path: path.stat().st_ino for path in finished.iterdir()}
+    (tmp_path / "data").mkdir()
+    for path in tiny.parent.iterdir():
+        if path.is_file():
+            shutil.copyfile(path, tmp_path / "data" / path.name)
+    assert actions(tiny, finished, f"data.root={tmp_path}/data") == SKIPPED
+    (tmp_path / "data").rename(tmp_path / "elsewhere")
+    recipe = tmp_path / "elsewhere/recipe.toml"
+    assert actions(recipe, finished) == SKIPPED
+    assert contents(finished) == before and {path: path.stat().st_ino for path in finished.iterdir()} == inodes
+    (tmp_path / "elsewhere/train-0.wav").write_bytes((tmp_path / "elsewhere/train-1.wav").read_bytes())
+    assert actions(recipe, finished, "--dry-run") == dict.fromkeys(STAGES, "run")  # nor is the name what counts
 
 
 def trained_folders(monkeypatch: pytest.MonkeyPatch) -> list[str]:
@@ -195,6 +215,10 @@ def test_another_penalty_keeps_what_does_not_depend_on_it(
     after = contents(finished)
     assert all(after[name] == old for name, old in before.items() if name.startswith(("train/", "float/")))
     assert after["search/supernet/model.safetensors"] == before["search/supernet/model.safetensors"]
+    aside = {name.removeprefix("replaced-1/"): one for name, one in after.items() if name.startswith("replaced-1/")}
+    assert aside and all(before[name] == one and "supernet" not in name for name, one in aside.items())
+    assert aside["search/model.safetensors"] == before["search/model.safetensors"]
+    assert aside["finetune/packed.safetensors"] == before["finetune/packed.safetensors"]
     assert (
         after["search/search.json"] != before["search/search.json"]
         and read(finished / "search/search.json")["eta"] == 0

@@ -563,7 +563,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[AsrModel]:
             found[-1].eval()
             super().__init__(model, space)
 
-    monkeypatch.setattr(search_module, "Supernet", Kept)
+    monkeypatch.setattr("mpq.search.phases.Supernet", Kept)
     return found
 
 

@@ -1,6 +1,5 @@
 """A checkpoint folder is never taken for another's, never lost to a kill, and not overwritten."""
 
-import hashlib
 import json
 import subprocess
 import sys
@@ -8,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import soundfile
 import torch
 from tiny_training import TEXTS, log_of, recipe, write_speech
 
@@ -75,26 +73,24 @@ def test_a_log_that_is_shorter_than_the_state_says_gets_no_zeros(tmp_path: Path)
     assert [line.get("step") for line in log_of(tmp_path)] == [1, 41]
 
 
-def test_an_option_that_is_new_and_not_used_leaves_the_fingerprint(tiny: Recipe, tmp_path: Path) -> None:
-    """That of a training from before `augment.level_db`, written down again: it goes on."""
-    result = train(tiny, tmp_path / "out", quiet=True)
-    sections = json.loads((tmp_path / "out/recipe.json").read_text())
-    del sections["augment"]["level_db"]
-    for name in ("save_minutes", "workers", "tensorboard"):
-        del sections["train"][name]
-    options = {name: sections[name] for name in ("features", "tokens", "model", "augment", "train")}
-    folder = Path(tiny.data.root)
-    identity = [
-        [f"{name}-{index}", text, None, soundfile.info(path).duration, path.stat().st_size]
-        for name, texts in (("train", TEXTS[:4]), ("dev", TEXTS[4:6]))
-        for index, text in enumerate(texts)
-        for path in [folder / f"{name}-{index}.wav"]
-    ]
-    work = ["mpq.training/1", 0, "error", options, identity]
-    assert result.fingerprint == hashlib.sha256(json.dumps(work, sort_keys=True).encode()).hexdigest()
+def test_an_option_that_is_new_and_not_used_goes_on(tiny: Recipe, tmp_path: Path) -> None:
+    """A finished training from before `augment.level_db`, then with other values of what its record says."""
+    out, record = tmp_path / "out", tmp_path / "out/training.json"
+    result = train(tiny, out, quiet=True)
+    assert result.inputs["augment"].pop("level_db") == [0.0, 0.0]
+    record.write_text(json.dumps(result.to_json() | {"fingerprint": "of an older version"}))
+    assert train(tiny, out, quiet=True).fingerprint == "of an older version"
     louder = tiny.model_copy(update={"augment": tiny.augment.model_copy(update={"level_db": (-1.0, 0.0)})})
-    with pytest.raises(MpqError, match="holds a finished training with other options or data"):
-        train(louder, tmp_path / "out", quiet=True)
+    words = r"holds a finished training with other options or data .*: augment.level_db: none there, \[-1.0, 0.0\] now"
+    with pytest.raises(MpqError, match=words):
+        train(louder, out, quiet=True)
+    result.inputs["train"]["epochs"] = 50  # as if it had been the default then
+    record.write_text(json.dumps(result.to_json()))
+    with pytest.raises(MpqError, match=r"train\.epochs: 50 there, 3 now; choose another --out, or delete the folder"):
+        train(tiny, out, quiet=True)
+    record.write_text(json.dumps({"format": "mpq.training/1", "fingerprint": result.fingerprint}))
+    with pytest.raises(MpqError, match="an older version of mpq wrote it, which did not put its inputs on record"):
+        train(tiny, out, quiet=True)
 
 
 @pytest.mark.parametrize(
