@@ -19,7 +19,8 @@ from mpq.errors import MpqError
 from mpq.files import check_output, sha256_file
 from mpq.loading import load_model, model_file
 from mpq.models.base import AsrModel
-from mpq.runtime import choose_device, memory_for, progress
+from mpq.progress import progress
+from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,

@@ -39,7 +39,8 @@ from mpq.files import check_output, digest, sha256_file
 from mpq.journal import Journal
 from mpq.loading import load_model, model_file
 from mpq.models.base import AsrModel
-from mpq.runtime import choose_device, memory_for, progress
+from mpq.progress import progress
+from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
     HELD_OUT_SECONDS,

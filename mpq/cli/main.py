@@ -9,6 +9,7 @@ import click
 
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
+from mpq.cli.messages import shown_on_stderr
 from mpq.cli.options import PATH, common_options, data_options, decode_options, print_result, set_option
 from mpq.cli.train import finetune, run, search, train
 from mpq.errors import MpqError
@@ -19,7 +20,8 @@ class Cli(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
-            status = super().main(*args, **{**options, "standalone_mode": False})
+            with shown_on_stderr():
+                status = super().main(*args, **{**options, "standalone_mode": False})
         except MpqError as error:
             click.echo(f"mpq: {error}", err=True)
             status = 2

@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 from pydantic import BaseModel
 
+from mpq.cli.messages import show_warnings_only
 from mpq.config import describe_section
 from mpq.errors import MpqError
 
@@ -26,6 +27,12 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def _quiet(_: click.Context, __: click.Parameter, is_quiet: bool) -> bool:
+    if is_quiet:
+        show_warnings_only()
+    return is_quiet
+
+
 channel_options = _together(
     click.option(
         "--channel", default="error", show_default=True, help="Of several: error, mix (their mean), 0, 1, ..."
@@ -39,7 +46,9 @@ data_options = _together(
 common_options = _together(
     click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N]."),
     click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random."),
-    click.option("--quiet", is_flag=True, help="Show no progress."),
+    click.option(
+        "--quiet", is_flag=True, callback=_quiet, help="Show no progress and no messages, except for warnings."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
 set_option = click.option(

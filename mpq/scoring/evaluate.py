@@ -16,7 +16,8 @@ from mpq.errors import MpqError
 from mpq.files import make_folder, sha256_file, write_json, write_text
 from mpq.journal import Journal
 from mpq.loading import load_model, model_file
-from mpq.runtime import choose_device, memory_for, progress
+from mpq.progress import progress
+from mpq.runtime import choose_device, memory_for
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
 from mpq.speech.decoding import GREEDY, DecodeOptions

@@ -35,7 +35,7 @@ from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel, WeightRef
-from mpq.runtime import progress
+from mpq.progress import progress
 from mpq.sensitivity.divergence import SegmentTree
 from mpq.speech.audio import pad_batch
 from mpq.speech.data import batches, calibration_subset, prepare_data, read_batch

@@ -35,8 +35,9 @@ from mpq.files import check_output, digest, sha256_file
 from mpq.journal import Journal
 from mpq.loading import load_model, model_file
 from mpq.models.base import AsrModel
+from mpq.progress import progress
 from mpq.quantization.spec import QuantSpec
-from mpq.runtime import Processes, choose_device, memory_for, processes, progress
+from mpq.runtime import Processes, choose_device, memory_for, processes
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,

@@ -10,8 +10,8 @@ What is trained, and what it costs, is the business of the subclasses: `mpq.trai
 Legend: N utterances, S samples, T feature frames, F features.
 """
 
+import logging
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +27,8 @@ from mpq.config import AugmentConfig, LoopConfig
 from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.models.base import AsrModel
-from mpq.runtime import Processes, keep_freed_memory, memory_for, progress, stop_requests
+from mpq.progress import progress
+from mpq.runtime import Processes, keep_freed_memory, memory_for, stop_requests
 from mpq.speech.augment import generator, spec_mask
 from mpq.speech.manifests import Utterance
 from mpq.training.data import BatchReader, TrainingSet, plan_epoch
@@ -35,6 +36,8 @@ from mpq.training.log import TrainingLog
 from mpq.training.losses import Targets
 from mpq.training.optimization import choose_precision, learning_rate
 from mpq.training.record import EpochResult, rank_epochs
+
+_log = logging.getLogger(__name__)
 
 SMALLEST_SCALE = 2.0**-10
 """Of the loss in float16: a gradient that overflows even so is not finite for another reason."""
@@ -414,5 +417,5 @@ class TrainingLoop(ABC):
             self.optimizer.load_state_dict(state["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
             if not self.quiet:
-                print(f"mpq: goes on after update {self.step}, epoch {self.epoch + 1}", file=sys.stderr, flush=True)
+                _log.info("goes on after update %d, epoch %d", self.step, self.epoch + 1)
         self.workers.barrier()
