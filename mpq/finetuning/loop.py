@@ -34,11 +34,12 @@ from mpq.quantization.soft_assignment import annealed_alpha
 from mpq.sensitivity.divergence import OutputBatch, SegmentTree
 from mpq.speech.augment import generator
 from mpq.speech.data import read_batch
+from mpq.training.batch import Batch
 from mpq.training.data import TrainingSet
 from mpq.training.distillation import Distillation, DistillationLosses
 from mpq.training.folder import claim_folder, clean_up
 from mpq.training.held_out import changed_errors
-from mpq.training.loop import Batch, Job, NotFiniteError, TrainingLoop
+from mpq.training.loop import Job, NotFiniteError, TrainingLoop
 from mpq.training.objectives import distilled, mixed_distillation, training_mode
 from mpq.training.record import EpochResult
 

@@ -19,8 +19,9 @@ from mpq.models.reshaping import feed_forwards
 from mpq.search.record import Architecture, SearchedModule
 from mpq.search.supernet import Supernet, module_parameters
 from mpq.speech.augment import generator
+from mpq.training.batch import Batch
 from mpq.training.folder import claim_folder, clean_up
-from mpq.training.loop import Batch, Job, TrainingLoop
+from mpq.training.loop import Job, TrainingLoop
 from mpq.training.objectives import Objective
 
 ARCHITECTURE_FILE = "architecture.json"

@@ -9,9 +9,10 @@ from torch import Tensor
 from mpq.config import Recipe
 from mpq.files import write_json
 from mpq.models.checkpoint import MODEL_FILE, write_checkpoint
+from mpq.training.batch import Batch
 from mpq.training.data import TrainingSet
 from mpq.training.folder import claim_folder, clean_up
-from mpq.training.loop import Batch, Job, TrainingLoop
+from mpq.training.loop import Job, TrainingLoop
 from mpq.training.objectives import Objective
 from mpq.training.optimization import make_optimizer
 from mpq.training.orthogonal import constrained_factors, semi_orthogonal_step

@@ -117,8 +117,8 @@ def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
     seen: list[tuple[torch.Tensor, torch.Tensor]] = []
     plain = weight_loop.WeightTrainer._masked
 
-    def watched(self: Any, features: Any, frames: Any, utt_ids: Any) -> Any:
-        found = plain(self, features, frames, utt_ids)
+    def watched(self: Any, features: Any, frames: Any, items: Any) -> Any:
+        found = plain(self, features, frames, items)
         seen.append((features, found))
         return found
 
