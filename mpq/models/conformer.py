@@ -229,7 +229,7 @@ class FeedForward(nn.Module):
         return self.linear2(F.dropout(F.silu(self.linear1(x)), self.dropout, self.training))
 
 
-def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> nn.Module:
+def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> FactoredLinear | nn.Linear:
     return FactoredLinear(inputs, outputs, rank, use_bias) if rank else nn.Linear(inputs, outputs, bias=use_bias)
 
 

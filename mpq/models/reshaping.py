@@ -19,22 +19,27 @@ FfnShapes = Sequence[tuple[tuple[int, int], tuple[int, int]]]
 """(width, rank) of the first and of the second feed-forward module of each block."""
 
 
+def conformer(model: AsrModel) -> ConformerEncoder:
+    """Returns the encoder of a model that has a Conformer."""
+    assert isinstance(model.encoder, ConformerEncoder), f"{model.architecture}: no Conformer encoder"
+    return model.encoder
+
+
 def feed_forwards(model: AsrModel) -> dict[str, FeedForward]:
     """Returns {name: module} of the encoder's feed-forward modules: each block's first, then its second."""
-    assert isinstance(model.encoder, ConformerEncoder), f"{model.architecture}: no Conformer encoder"
     return {
         f"encoder.layers.{index}.{name}": getattr(block, name)
-        for index, block in enumerate(model.encoder.layers)
+        for index, block in enumerate(conformer(model).layers)
         for name in ("feed_forward1", "feed_forward2")
     }
 
 
-def matrix(linear: nn.Module) -> Tensor:
+def matrix(linear: FactoredLinear | nn.Linear) -> Tensor:
     """Returns the (outputs, inputs) matrix of a linear map; of a factored one the product of its factors."""
     return linear.outer.weight @ linear.inner.weight if isinstance(linear, FactoredLinear) else linear.weight
 
 
-def input_weight(linear: nn.Module) -> str:
+def input_weight(linear: FactoredLinear | nn.Linear) -> str:
     """Returns the name, within a linear map, of the weight that its inputs meet first."""
     return "inner.weight" if isinstance(linear, FactoredLinear) else "weight"
 
@@ -50,7 +55,7 @@ def reshaped(model: AsrModel, shapes: FfnShapes) -> AsrModel:
         MpqError: Not one pair of shapes for each block, a width below 1 or a rank below 0.
     """
     config, blob = model.to_config()
-    new = model.from_config(config | {"encoder": asdict(model.encoder.options.with_ffn_shapes(shapes))}, blob)
+    new = model.from_config(config | {"encoder": asdict(conformer(model).options.with_ffn_shapes(shapes))}, blob)
     prefixes = tuple(f"{name}." for name in feed_forwards(model))
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     missing, unexpected = new.load_state_dict(kept, strict=False)
@@ -73,7 +78,7 @@ def sliced(model: AsrModel, shapes: FfnShapes) -> AsrModel:
     """
     new = reshaped(model, shapes)
     for name, given, asked in zip(
-        feed_forwards(model), _flat(model.encoder.options.ffn_shapes()), _flat(shapes), strict=True
+        feed_forwards(model), _flat(conformer(model).options.ffn_shapes()), _flat(shapes), strict=True
     ):
         if asked[0] > given[0]:
             raise MpqError(f"{name}: expected a width of {given[0]} units at most, got {asked[0]}")

@@ -25,8 +25,8 @@ class ModuleSpace:
     """The candidates of one feed-forward module, ascending.
 
     Attributes:
-        widths: (K,) hidden units.
-        ranks: (K',) of both matrices; (0,): not factored.
+        widths: (K,) numbers of hidden units.
+        ranks: (K',) ranks of both matrices; (0,) where these are not factored.
     """
 
     widths: tuple[int, ...]
@@ -38,7 +38,7 @@ class ModuleSpace:
 
 
 SearchSpace = Sequence[tuple[ModuleSpace, ModuleSpace]]
-"""For each block those of its first and of its second module."""
+"""For each block the candidates of its first and of its second module."""
 
 
 def search_space(
@@ -52,8 +52,8 @@ def search_space(
     the same for the paper's sizes.
 
     Args:
-        config: What the user says.
-        own: For each block the (width, rank) of the model's modules.
+        config: The options of the search.
+        own: For each block the (width, rank) of the model's two modules.
         inputs: The encoder's width.
         is_trained: Whether the model has trained weights, of which candidates are parts.
 
