@@ -1,6 +1,6 @@
 """Figures as SVG files, where matplotlib is installed."""
 
-import sys
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,26 +10,28 @@ from mpq.files import atomic_path
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+_log = logging.getLogger(__name__)
+
 
 def write_figure(
     path: Path, what: str, size: tuple[float, float], draw: Callable[["Figure"], None], quiet: bool
 ) -> None:
     """Writes a figure; the same one gives the same bytes.
 
-    Without matplotlib nothing is written, which is said on stderr unless `quiet`.
+    Without matplotlib nothing is written, which a message says unless `quiet`.
 
     Args:
-        path: The file.
-        what: It shows, for that message.
+        path: The file to write.
+        what: The figure's name in that message.
         size: Width and height, inches.
-        draw: Draws it.
-        quiet: Say nothing.
+        draw: Draws the contents of an empty figure.
+        quiet: Log no message.
     """
     try:
         import matplotlib
     except ImportError:
         if not quiet:
-            print(f"mpq: no {what}: matplotlib is not installed (mpq[plots])", file=sys.stderr)
+            _log.info("no %s: matplotlib is not installed (mpq[plots])", what)
         return
     from matplotlib.figure import Figure
 

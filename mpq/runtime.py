@@ -1,12 +1,11 @@
-"""Where and how the work runs: device, several processes, requests to stop, progress on stderr."""
+"""Where and how the work runs: device, several processes, memory, requests to stop."""
 
 import ctypes
+import logging
 import os
 import platform
 import re
 import signal
-import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ import torch
 
 from mpq.errors import MpqError
 
-_SECONDS_BETWEEN_LINES = 30
+_log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
@@ -120,64 +119,6 @@ def memory_for(what: str) -> Iterator[None]:
 
 
 @contextmanager
-def progress(description: str, total: float, quiet: bool = False, unit: str = "") -> Iterator[Callable[[float], None]]:
-    """Yields a function that is told how much more is done; shows a bar with the time left, on stderr.
-
-    Where stderr is no terminal, a line is printed every 30 seconds instead.
-
-    Args:
-        description: What is being done.
-        total: How much there is to do.
-        quiet: Show nothing.
-        unit: Of `total`.
-    """
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    console = Console(stderr=True)
-    if quiet or not total:
-        yield lambda amount: None
-    elif console.is_terminal:
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn(f"{unit}, elapsed"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(compact=True, elapsed_when_finished=False),
-        )
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task(description, total=round(total))
-            yield lambda amount: bar.advance(task, amount)
-    else:
-        yield _lines(description, total, unit)
-
-
-def _lines(description: str, total: float, unit: str) -> Callable[[float], None]:
-    done, start = 0.0, time.monotonic()
-    last = start
-
-    def advance(amount: float) -> None:
-        nonlocal done, last
-        done += amount
-        now = time.monotonic()
-        if now - last >= _SECONDS_BETWEEN_LINES:
-            last = now
-            left = (now - start) / done * (total - done) if done else float("nan")
-            print(f"{description}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left", file=sys.stderr, flush=True)
-
-    return advance
-
-
-@contextmanager
 def stop_requests() -> Iterator[Callable[[], bool]]:
     """Yields a function that says whether SIGINT or SIGTERM came; a second SIGINT interrupts at once."""
     asked = False
@@ -187,7 +128,7 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
         if asked and number == signal.SIGINT:
             raise KeyboardInterrupt
         asked = True
-        print("mpq: the state is saved after this update", file=sys.stderr, flush=True)
+        _log.warning("the state is saved after this update")
 
     previous = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -104,7 +104,7 @@ def main(size: str, seconds: float, utterances: int, rounds: int, threads: int, 
 
             def path(turn: int, supernet: Supernet, one: ModuleSpace = one) -> float:
                 random = np.random.default_rng(turn)  # the same parts of the largest, of however many candidates
-                for module in supernet.modules_:
+                for module in supernet.nested:
                     width, rank = (
                         sizes[round(float(share) * (len(sizes) - 1))]
                         for sizes, share in zip((one.widths, one.ranks), random.random(2), strict=True)

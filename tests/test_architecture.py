@@ -72,3 +72,36 @@ def test_help_starts_without_torch(arguments: list[str]) -> None:
 def test_compare_and_allocate_run_without_torch() -> None:
     code = "import sys, mpq.scoring.compare, mpq.allocation.solve, mpq.cli.tables\nassert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_only_the_command_line_prints() -> None:
+    """The library logs: who uses it from Python decides what becomes of messages."""
+    for path in MODULES:
+        if path.relative_to(PACKAGE).parts[0] != "cli":
+            for node in ast.walk(ast.parse(path.read_text())):
+                said = ast.unparse(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+                assert said not in ("print", "sys.stderr", "sys.stdout", "click.echo"), f"{path}:{node.lineno}: {said}"
+
+
+def test_no_private_parts_of_libraries_are_used() -> None:
+    """A name with a leading underscore is taken from mpq's own objects alone."""
+    for path in MODULES:
+        tree = ast.parse(path.read_text())
+        imported = {
+            (alias.asname or alias.name).split(".")[0]
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for alias in node.names
+            if not (isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mpq"))
+        }
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("mpq"):
+                names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+                assert not [name for name in names if is_private(name)], f"{path}:{node.lineno}: {names}"
+            if isinstance(node, ast.Attribute) and is_private(node.attr):
+                base = ast.unparse(node.value).split(".")[0]
+                assert base not in imported, f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")

@@ -4,8 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tiny_training import write_recipe
+import pytest
+from click.testing import CliRunner
+from tiny_finetune import write_hybrid
+from tiny_training import write_recipe, write_speech
 
+from mpq.cli.main import main
 from mpq.config import Recipe
 from mpq.pipeline.read import load_recipe
 from mpq.search.record import SearchResult
@@ -56,3 +60,44 @@ def contents(out: Path) -> dict[str, Any]:
             text = path.read_bytes()
             found[name] = text.replace(b"save_minutes = 1e-09\n", b"") if name == "recipe.toml" else text
     return found
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with train.jsonl, dev.jsonl, other.jsonl and the checkpoint `hybrid`."""
+    folder = tmp_path_factory.mktemp("speech")
+    write_speech(folder)
+    write_speech(folder, ["abed", "dace", "a bee"], "dev.jsonl")
+    write_speech(folder, ["bead", "cab", "deed", "a bed"], "other.jsonl")
+    write_hybrid(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def recipe(speech: Path) -> Recipe:
+    return search_recipe(speech)
+
+
+@pytest.fixture(scope="module")
+def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of that recipe's search, without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    run(recipe, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def supernet(whole: Path) -> str:
+    return str(whole / "supernet")
+
+
+def command(*arguments: object) -> Any:
+    return CliRunner().invoke(main, ["search", *map(str, arguments), "--quiet"])
+
+
+def refusal(*arguments: object) -> str:
+    """Returns what a command that is refused says: one line."""
+    done = command(*arguments)
+    assert done.exit_code == 2 and done.stdout == "", done.output
+    (line,) = done.stderr.removeprefix("mpq: ").splitlines()
+    return line

@@ -14,6 +14,7 @@ import torch
 
 from mpq.config import Recipe
 from mpq.pipeline.read import load_recipe
+from mpq.training.run import train
 
 RATE = 8000
 HERTZ = {"a": 400, "b": 800, "c": 1400, "d": 2200, "e": 3200}
@@ -156,3 +157,57 @@ def fails_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch, after:
         return result
 
     patch.setattr(owner, name, failing)
+
+
+PLAIN = {
+    "augment__speed": [1.0],
+    "augment__noise": [],
+    "augment__frequency_masks": 0,
+    "augment__time_masks": 0,
+}
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ten utterances to train on and three held out."""
+    folder = tmp_path_factory.mktemp("speech")
+    write_speech(folder)
+    write_speech(folder, ["abed", "dace", "a bee"], "dev.jsonl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def dropping(speech: Path) -> Recipe:
+    """A recipe with all that is drawn at random."""
+    return recipe(speech, model__dropout=0.1)
+
+
+@pytest.fixture(scope="module")
+def whole(dropping: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The checkpoint folder of that recipe, trained without an interruption."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    train(dropping, out, quiet=True)
+    return out
+
+
+def updates(out: Path) -> list[dict[str, Any]]:
+    return [line for line in log_of(out) if "rate" in line]
+
+
+def with_options(recipe: Recipe, **options: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=options)})
+
+
+def assert_same(out: Path, other: Path) -> None:
+    """The same log but for the times, and the same model to the last bit."""
+    assert log_of(out) == log_of(other)
+    assert (out / "model.safetensors").read_bytes() == (other / "model.safetensors").read_bytes()
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more
+
+
+WITHOUT_GRADIENT = ("linear_k.bias", "linear_pos.weight", "depthwise_conv.bias", "batch_norm.running_mean")
+"""The softmax and the batch normalisation take out what is the same everywhere: these biases, and the slowest sinusoids
+of the positions. Their gradient is rounding noise, which Adam scales up; the running mean has such a bias in it."""

@@ -18,7 +18,7 @@ from mpq.allocation.records import Allocation
 from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.journal import Journal
 from mpq.models.base import AsrModel
-from mpq.runtime import progress
+from mpq.progress import progress
 from mpq.sensitivity.calibration import BATCH_SECONDS, CalibrationData, in_batches
 from mpq.sensitivity.divergence import JointDivergence
 

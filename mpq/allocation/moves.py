@@ -18,7 +18,7 @@ from mpq.allocation.decisions import Decision
 from mpq.allocation.meter import Meter
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import chosen_bits, totals, weighted_average, with_answer
-from mpq.runtime import progress
+from mpq.progress import progress
 from mpq.sensitivity.records import SensitivityTable
 
 Move = tuple[int, int]

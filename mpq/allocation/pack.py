@@ -19,7 +19,8 @@ from mpq.errors import MpqError
 from mpq.files import check_output
 from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
-from mpq.runtime import choose_device, memory_for, progress
+from mpq.progress import progress
+from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,

@@ -1,5 +1,7 @@
-"""The command line: it parses, calls one function, prints. Everything else is imported inside the commands, so that
-`mpq --help` starts without torch."""
+"""The command line: it parses, calls one function, and prints.
+
+Everything else is imported inside the commands, so that `mpq --help` starts without torch.
+"""
 
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ import click
 
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
+from mpq.cli.messages import shown_on_stderr
 from mpq.cli.options import PATH, common_options, data_options, decode_options, print_result, set_option
 from mpq.cli.train import finetune, run, search, train
 from mpq.errors import MpqError
@@ -19,7 +22,8 @@ class Cli(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
-            status = super().main(*args, **{**options, "standalone_mode": False})
+            with shown_on_stderr():
+                status = super().main(*args, **{**options, "standalone_mode": False})
         except MpqError as error:
             click.echo(f"mpq: {error}", err=True)
             status = 2
@@ -51,9 +55,9 @@ def main() -> None:
 @main.command()
 @click.argument("checkpoint", type=PATH)
 @data_options
-@click.option("--out", required=True, type=PATH, help="Folder for hyp.trn, ref.trn and metrics.json.")
+@click.option("--out", required=True, type=PATH, help="The folder for hyp.trn, ref.trn and metrics.json.")
 @decode_options
-@click.option("--batch-seconds", default=60.0, show_default=True, help="Padded audio in one batch.")
+@click.option("--batch-seconds", default=60.0, show_default=True, help="The most padded audio in one batch, seconds.")
 @common_options
 def evaluate(
     checkpoint: Path,
@@ -119,13 +123,13 @@ def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, 
 
 @main.command()
 @click.argument("folders", nargs=-1, type=PATH, metavar="[BASELINE COMPRESSED]")
-@click.option("--ref", type=PATH, help="Reference transcripts (trn).")
-@click.option("--a", "a_path", type=PATH, help="Transcripts of the baseline (trn).")
-@click.option("--b", "b_path", type=PATH, help="Transcripts of the compressed system (trn).")
-@click.option("--alpha", default=0.05, show_default=True, help="Level of the tests.")
-@click.option("--resamples", default=10_000, show_default=True, help="How often the bootstrap draws.")
-@click.option("--changes", default=5, show_default=True, help="How many changed outputs to show.")
-@click.option("--out", type=PATH, help="Write the mpq.comparison/1 file, with all changed outputs.")
+@click.option("--ref", type=PATH, help="The reference transcripts (trn).")
+@click.option("--a", "a_path", type=PATH, help="The transcripts of the baseline (trn).")
+@click.option("--b", "b_path", type=PATH, help="The transcripts of the compressed system (trn).")
+@click.option("--alpha", default=0.05, show_default=True, help="The significance level of the tests.")
+@click.option("--resamples", default=10_000, show_default=True, help="The number of resamples of the bootstrap.")
+@click.option("--changes", default=5, show_default=True, help="How many of the changed outputs to show.")
+@click.option("--out", type=PATH, help="The mpq.comparison/1 file to write, with all changed outputs.")
 @common_options
 def compare(
     folders: tuple[Path, ...],
@@ -142,9 +146,10 @@ def compare(
 ) -> None:
     """Test whether the compressed system is significantly worse than the baseline.
 
-    Word errors of both and their difference; MAPSSWE exactly as NIST SCTK's sc_stats, which decides "lossless"; the
-    exact McNemar test; a bootstrap interval; the changed outputs. Differences are (errors of the baseline) - (errors
-    of the compressed system) per segment, so a negative Z means that the baseline is better.
+    The answer has the word errors of both systems and their difference; the MAPSSWE test exactly as in NIST SCTK's
+    sc_stats, which decides "lossless"; the exact McNemar test; a bootstrap interval; and the changed outputs.
+    Differences are (errors of the baseline) - (errors of the compressed system) per segment, so a negative Z means that
+    the baseline is better.
 
     \b
     Examples:
@@ -162,8 +167,8 @@ def compare(
     if len(folders) == 2 and not any(files):
         transcripts = step.read_evaluations(*folders)
         names = (str(folders[0]), str(folders[1]))
-    elif not folders and all(files):
-        transcripts = tuple(read_trn(file) for file in files if file)
+    elif not folders and ref and a_path and b_path:
+        transcripts = (read_trn(ref), read_trn(a_path), read_trn(b_path))
         names = (str(a_path), str(b_path))
     else:
         raise MpqError("expected two folders that mpq evaluate wrote, or --ref, --a and --b")

@@ -1,4 +1,4 @@
-"""What several commands share: options that mean the same wherever a command takes them, and printing results."""
+"""What several commands share: options that mean the same wherever a command takes them, and printing of results."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import click
 from click.core import ParameterSource
 from pydantic import BaseModel
 
+from mpq.cli.messages import show_warnings_only
 from mpq.config import describe_section
 from mpq.errors import MpqError
 from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
@@ -27,31 +28,40 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
+def _quiet(_: click.Context, __: click.Parameter, is_quiet: bool) -> bool:
+    if is_quiet:
+        show_warnings_only()
+    return is_quiet
+
+
 channel_options = _together(
     click.option(
         "--channel",
         default="error",
         show_default=True,
-        help="What to do with several channels: error, mix (their mean), 0, 1, ...",
+        metavar="error|mix|N",
+        help="How to read files with several channels: error refuses them, mix takes their mean, a number picks one.",
     ),
-    click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out, and count them."),
+    click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out and count them."),
 )
 data_options = _together(
-    click.option("--data", required=True, type=PATH, help="Manifest (JSON lines) or Kaldi data directory."),
+    click.option("--data", required=True, type=PATH, help="The data: a manifest (JSON lines) or Kaldi data directory."),
     channel_options,
 )
 common_options = _together(
-    click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N]."),
-    click.option("--seed", default=0, show_default=True, help="The seed of all that is drawn at random."),
-    click.option("--quiet", is_flag=True, help="Show no progress."),
+    click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda[:N]."),
+    click.option("--seed", default=0, show_default=True, help="The seed of all random choices."),
+    click.option(
+        "--quiet", is_flag=True, callback=_quiet, help="Show no progress and no messages, except for warnings."
+    ),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the recipe."
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="A value that replaces the recipe's."
 )
 recipe_options = _together(
     click.argument("recipe", type=PATH),
-    click.option("--out", required=True, type=PATH, help="Folder to write."),
+    click.option("--out", required=True, type=PATH, help="The folder to write."),
     set_option,
 )
 decode_options = _together(
@@ -60,12 +70,12 @@ decode_options = _together(
         default="greedy",
         show_default=True,
         type=click.Choice(["greedy", "prefix", "joint"]),
-        help="Greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
+        help="How to search: greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
     ),
-    click.option("--beam-size", default=10, show_default=True, help="Hypotheses that a beam search keeps."),
-    click.option("--ctc-weight", default=0.3, show_default=True, help="Weight of CTC in the joint search."),
+    click.option("--beam-size", default=10, show_default=True, help="How many hypotheses a beam search keeps."),
+    click.option("--ctc-weight", default=0.3, show_default=True, help="The weight of the CTC in the joint search."),
     click.option(
-        "--length-bonus", default=0.0, show_default=True, help="What the joint search adds for each token, in nats."
+        "--length-bonus", default=0.0, show_default=True, help="The joint search's bonus for each token, nats."
     ),
 )
 quantizer_options = _together(
@@ -119,8 +129,8 @@ def seconds_or_all(text: str | None, default: float) -> float | None:
         raise MpqError(f"--seconds: expected a number or all, got {text!r}") from None
 
 
-class Widths(click.ParamType):
-    """A list such as 2,3,4,8."""
+class Widths(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A list of whole numbers such as 2,3,4,8."""
 
     name = "2,3,4,..."
 
@@ -131,8 +141,8 @@ class Widths(click.ParamType):
             self.fail(f"expected whole numbers with commas between them, got {value!r}", param, ctx)
 
 
-class PatternBits(click.ParamType):
-    """PATTERN=BITS."""
+class PatternBits(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
+    """A pattern and a number of bits, PATTERN=BITS."""
 
     name = "PATTERN=BITS"
 
@@ -157,6 +167,6 @@ def print_result(result: Any, as_json: bool, *views: Any) -> None:
 
 
 def print_once(result: Any, as_json: bool, *views: Any) -> None:
-    """Prints in one of torchrun's processes."""
+    """Prints a result in one of the processes that torchrun started."""
     if int(os.environ.get("RANK", "0")) == 0 or "TORCHELASTIC_RUN_ID" not in os.environ:
         print_result(result, as_json, *views)

@@ -153,11 +153,15 @@ def finetune_view(result: "FinetuneResult") -> Group:
         numbers = (str(size.size_bytes), f"{size.ratio:.2f}", f"{size.average_bits:.3f}")
         table.add_row(size.path, *numbers, *divergences, *wers)
     epochs = ", ".join(map(str, result.averaged))
-    kept = "the start, which no epoch improved" if result.averaged == (0,) else f"epochs {epochs}"
+    count = result.epochs[-1].epoch
+    if result.averaged == (0,):
+        kept = f"kept the starting weights: none of the {count} epochs improved on them"
+    else:
+        kept = f"kept epochs {epochs} of {count}"
     return _view(
         "fine-tuned" if len(result.sizes) == 1 else f"fine-tuned, {len(result.sizes)} sizes from one training",
         table,
-        f"kept: {kept} of {result.epochs[-1].epoch}; divergence in nats per frame, a frame at most 1; development data",
+        f"{kept}; divergence in nats per frame, a frame at most 1; development data",
         f"{result.utterances} utterances, {result.hours:.2f} h, {result.transcribed} with a transcript; "
         f"{result.epochs[-1].step} updates in {result.seconds:.0f} s, seed {result.seed}",
     )

@@ -62,9 +62,9 @@ SEARCH_FROM_CHECKPOINT = {
 
 @click.command()
 @click.argument("source", type=PATH, metavar="RECIPE|CHECKPOINT")
-@click.option("--train", "train_data", multiple=True, type=PATH, help="Of a checkpoint: data to train on.")
-@click.option("--dev", type=PATH, help="Of a checkpoint: held-out data, on which the architecture is chosen.")
-@click.option("--out", required=True, type=PATH, help="Folder to write.")
+@click.option("--train", "train_data", multiple=True, type=PATH, help="Data to train a checkpoint on; may be repeated.")
+@click.option("--dev", type=PATH, help="Held-out data of a checkpoint, on which the architecture is chosen.")
+@click.option("--out", required=True, type=PATH, help="The folder to write.")
 @section_options(SearchConfig, without=("trained",))
 @channel_options
 @set_option
@@ -85,12 +85,12 @@ def search(
 ) -> None:
     """Find a smaller architecture: the widths, and ranks, of the encoder's feed-forward modules (Gumbel-softmax DARTS).
 
-    Of a recipe, or of a trained checkpoint with --train and --dev. The supernet of all candidates is trained; then the
-    architecture is chosen on held-out data, by their loss and by a penalty on parameters (--eta) or a size
-    (--target-millions); then it is cut out and trained on. The folder is a checkpoint folder with a recipe.toml for
-    what follows. A checkpoint's supernet is trained for 2 epochs, and what is found for 3, at a low rate and without
-    SpecAugment (--set train.KEY=VALUE for another training). A search that was cut off goes on where it stopped;
-    searches of other penalties may share one --supernet, once it is trained.
+    The search begins with a recipe, or with a trained checkpoint, --train and --dev. It has three phases: the supernet
+    of all candidates is trained; the architecture is chosen on held-out data, by their loss and by a penalty on
+    parameters (--eta) or a size (--target-millions); the architecture is cut out and trained on. The folder is a
+    checkpoint folder with a recipe.toml for what follows. A checkpoint's supernet is trained for 2 epochs, and what is
+    found for 3, at a low rate and without SpecAugment (--set train.KEY=VALUE for another training). A search that was
+    cut off goes on where it stopped; searches of other penalties may share one --supernet, once it is trained.
 
     \b
     Examples:
@@ -103,8 +103,8 @@ def search(
     from mpq.search.run import search as step
 
     for key in ("supernet", "held_out"):  # as all paths of a command line, from the working directory on
-        if options[key] is not None:
-            options[key] = str(Path(options[key]).absolute())
+        if (path := options[key]) is not None:
+            options[key] = str(Path(path).absolute())
     given = [f"search.{key}={value}" for key, value in options.items() if value is not None]
     if source.suffix == ".toml":
         if train_data or dev or channel != "error" or skip_bad:
@@ -115,8 +115,7 @@ def search(
     else:
         if not train_data or not dev:
             raise MpqError(f"--train, --dev: expected both for a checkpoint ({source}), or a recipe (.toml) instead")
-        data = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
-        data |= {"channel": channel, "skip_bad": skip_bad}
+        data = _paths(train_data, dev) | {"channel": channel, "skip_bad": skip_bad}
         table = {"seed": seed, "checkpoint": str(source.absolute()), "data": data}
         table |= copy.deepcopy(SEARCH_FROM_CHECKPOINT)
         known = ("data", "train", "augment", "search", "finetune")
@@ -127,7 +126,7 @@ def search(
 
 @click.command()
 @recipe_options
-@click.option("--dry-run", is_flag=True, help="Say what would be done, and do nothing.")
+@click.option("--dry-run", is_flag=True, help="Only say what would be done.")
 @common_options
 def run(
     recipe: Path,
@@ -141,10 +140,10 @@ def run(
 ) -> None:
     """Do all stages of a recipe, in one run folder.
 
-    They are train, search, evaluate, sensitivity, allocate, pack, finetune and compare.
+    The stages are train, search, evaluate, sensitivity, allocate, pack, finetune and compare.
 
-    A stage whose inputs are unchanged is skipped, one that was cut off goes on; each says so. All faults of a recipe
-    are told at once, before anything starts.
+    A stage whose inputs are unchanged is skipped, and one that was cut off goes on; a line says so for each. All faults
+    of a recipe are told at once, before anything starts.
 
     \b
     Examples:
@@ -161,11 +160,20 @@ def run(
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
-@click.option("--allocation", "allocations", required=True, multiple=True, type=PATH, help="mpq.allocation/1 file.")
-@click.option("--train", "train_data", required=True, multiple=True, type=PATH, help="Data to train on.")
-@click.option("--dev", required=True, type=PATH, help="Held-out data, which choose the epoch that is kept.")
-@click.option("--out", required=True, type=PATH, help="Folder to write.")
-@click.option("--data", type=PATH, help="Where the calibration audio of the allocation is now, if it was moved.")
+@click.option(
+    "--allocation",
+    "allocations",
+    required=True,
+    multiple=True,
+    type=PATH,
+    help="mpq.allocation/1 file, once for each size.",
+)
+@click.option(
+    "--train", "train_data", required=True, multiple=True, type=PATH, help="Data to train on; may be repeated."
+)
+@click.option("--dev", required=True, type=PATH, help="Held-out data, on which the epoch that is kept is chosen.")
+@click.option("--out", required=True, type=PATH, help="The folder to write.")
+@click.option("--data", type=PATH, help="Where the allocation's calibration audio is now, if it was moved.")
 @section_options(FinetuneConfig)
 @channel_options
 @set_option
@@ -203,10 +211,14 @@ def finetune(
     from mpq.finetuning.run import finetune as step
     from mpq.pipeline.read import make_recipe
 
-    paths = {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}
-    table = {"seed": seed, "data": paths | {"channel": channel, "skip_bad": skip_bad}}
+    table = {"seed": seed, "data": _paths(train_data, dev) | {"channel": channel, "skip_bad": skip_bad}}
     given = [f"finetune.{key}={value}" for key, value in tuning.items() if value is not None]
     known = ("data", "finetune", "finetune_augment")
     recipe = make_recipe(table, [*given, *overrides], "mpq finetune", known)
     result = step(checkpoint, allocations, recipe, out, calibration=data, device=device, quiet=quiet)
     print_once(result, as_json, finetune_view(result))
+
+
+def _paths(train_data: tuple[Path, ...], dev: Path) -> dict[str, Any]:
+    """Returns the paths of a recipe's [data], which do not depend on where the recipe is."""
+    return {"train": [str(path.absolute()) for path in train_data], "dev": str(dev.absolute())}

@@ -1,5 +1,6 @@
 """The learning curve of a fine-tuning as a figure."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,21 +16,22 @@ def draw_learning_curve(path: Path, epochs: Sequence[EpochResult], quiet: bool) 
     """Writes a figure (`mpq.figures`): divergence and WER on held-out data over the updates.
 
     Args:
-        path: The file.
-        epochs: The start first.
-        quiet: Say nothing.
+        path: The file to write.
+        epochs: All epochs, the starting weights first.
+        quiet: Log no message.
     """
     steps = [one.step for one in epochs]
 
     def draw(figure: "Figure") -> None:
         left = figure.subplots()
-        left.plot(steps, [one.dev_loss for one in epochs], "o-", color="C0")
+        left.plot(steps, [math.nan if one.dev_loss is None else one.dev_loss for one in epochs], "o-", color="C0")
         left.set_xlabel("updates")
         left.set_ylabel("divergence from the float model, nats", color="C0")
         left.set_ylim(bottom=0)
-        if all(one.dev_wer is not None for one in epochs):
+        wers = [100 * one.dev_wer for one in epochs if one.dev_wer is not None]
+        if len(wers) == len(steps):
             right = left.twinx()
-            right.plot(steps, [100 * one.dev_wer for one in epochs], "s--", color="C1")
+            right.plot(steps, wers, "s--", color="C1")
             right.set_ylabel("WER %, development data", color="C1")
             right.set_ylim(bottom=0)
 

@@ -17,28 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from mpq.allocation.assignment import Assignment
 from mpq.artifact.file import exact_names, read_artifact, write_artifact
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import atomic_path, write_json
+from mpq.finetuning.averages import follow, mean_weights, swapped
 from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.finetuning.faults import overflow, overflow_on
 from mpq.finetuning.learning_curve import draw_learning_curve
 from mpq.finetuning.record import FinetunedSize, FinetuneResult
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint
 from mpq.quantization.soft_assignment import annealed_alpha
-from mpq.sensitivity.divergence import OutputBatch, SegmentTree
 from mpq.speech.augment import generator
-from mpq.speech.data import read_batch
+from mpq.training.batch import Batch
 from mpq.training.data import TrainingSet
 from mpq.training.distillation import Distillation, DistillationLosses
 from mpq.training.folder import claim_folder, clean_up
 from mpq.training.held_out import changed_errors
-from mpq.training.loop import Batch, Job, NotFiniteError, TrainingLoop
+from mpq.training.loop import Job, NotFiniteError, TrainingLoop
 from mpq.training.losses import joint
 from mpq.training.objectives import distilled, mixed_distillation, training_mode
 from mpq.training.record import EpochResult
@@ -55,21 +56,6 @@ class Target:
     name: str
     assigned: Assignment
     path: Path
-
-
-@contextmanager
-def _swapped(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> Iterator[None]:
-    """Puts the values of `others`, if there are any, in the place of those of `tensors` within the block."""
-    if not others:
-        yield
-        return
-    own = [one.detach().clone() for one in tensors]
-    with torch.no_grad():
-        torch._foreach_copy_(list(tensors), list(others))
-        try:
-            yield
-        finally:
-            torch._foreach_copy_(list(tensors), own)
 
 
 class Finetuner(TrainingLoop):
@@ -188,20 +174,19 @@ class Finetuner(TrainingLoop):
         return (1 - told) * imitated + told * transcribed
 
     def total(self, values: dict[str, float]) -> float:
-        return self._mixed(values)
+        return float(self._mixed(values))
 
     def finish_update(self) -> None:
-        norms = torch.stack(torch._foreach_norm([one.detach() for one in self.weights.latents]))
-        if not norms.isfinite().all():  # rounding hides it: codes are always finite
-            name = self.weights.names[int(norms.isfinite().logical_not().nonzero()[0])]
-            raise NotFiniteError(
-                f"epoch {self.epoch + 1}, update {self.step + 1}: the weight {name} is not finite; lower learning_rate"
-            )
+        latents = [one.detach() for one in self.weights.latents]
+        if not nn.utils.get_total_norm(latents).isfinite():  # rounding hides it: codes are always finite
+            pairs = zip(self.weights.names, latents, strict=True)
+            if faulty := [name for name, one in pairs if not one.norm().isfinite()]:
+                raise NotFiniteError(
+                    f"epoch {self.epoch + 1}, update {self.step + 1}: the weight {faulty[0]} is not finite; lower "
+                    "learning_rate"
+                )
         if self.shadow:
-            # a running mean at first, so that the start does not linger
-            decay = min(self.tuning.ema, (self.step + 1) / (self.step + 10))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.shadow, [one.detach() for one in self._trained()], 1 - decay)
+            follow(self.shadow, self._trained(), self.tuning.ema, self.step)
 
     @torch.no_grad()
     def blame(self, batch: Batch | None) -> str:
@@ -210,25 +195,7 @@ class Finetuner(TrainingLoop):
             return f" (of {faulty[-1]}, the last of {len(faulty)} tensors)" if faulty else ""
         self.student.load_state_dict(self.weights(0), strict=False)  # not what is rounded: codes are always finite
         self.student.eval()
-        return self._overflow(batch.features, batch.frames)
-
-    def _overflow(self, features: Tensor, frames: Tensor) -> str:
-        """Returns which layer of the student is the first whose output is not finite; "" if none is."""
-        tree, batch = SegmentTree(self.student), OutputBatch(self.student, features, frames)
-        states = tree.run({0: features}, range(len(tree.segments)), batch.context.inputs)
-        for index, segment in enumerate(tree.segments):
-            *_, hidden = states[index + 1] if isinstance(states[index + 1], tuple) else (states[index + 1],)
-            if not hidden.isfinite().all():
-                return f" (from the layer {segment.prefixes[0].rstrip('.')} on)"
-        return ""
-
-    def _overflow_on_dev(self) -> str:
-        for item in self.dev.utterances:
-            waveforms, lengths = read_batch([item], self.student.sample_rate, self.job.channel)
-            features = self.student.features(waveforms.to(self.device), lengths.to(self.device))
-            if found := self._overflow(*features):
-                return found
-        return ""
+        return overflow(self.student, batch.features, batch.frames)
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """Returns the trained tensors in the model's order, under the names of the weights that they belong to."""
@@ -252,15 +219,16 @@ class Finetuner(TrainingLoop):
     def evaluate(self) -> tuple[float, float | None]:
         """Returns divergence and WER on dev, means over the allocations."""
         figures = []
-        with _swapped(self._trained(), self.shadow):
+        with swapped(self._trained(), self.shadow):
             for index in range(len(self.targets)):
                 with self._astray(f"after update {self.step}"):
                     self._bake(index)
                 found = changed_errors(self.teacher, self.student, self.dev, self.job.channel, self.workers)
                 if not math.isfinite(found[0]):
+                    layer = overflow_on(self.dev.utterances, self.student, self.job.channel)
                     raise NotFiniteError(
-                        f"after update {self.step}: the divergence on the held-out data is not finite"
-                        f"{self._overflow_on_dev()}; lower learning_rate, scale_rate or rest_rate"
+                        f"after update {self.step}: the divergence on the held-out data is not finite{layer}; "
+                        "lower learning_rate, scale_rate or rest_rate"
                     )
                 figures.append(found)
         self.dev_figures.append(figures)
@@ -286,7 +254,7 @@ class Finetuner(TrainingLoop):
         self.student.load_state_dict(rest, strict=False)
 
     def write_candidate(self, path: Path) -> None:
-        with _swapped(self._trained(), self.shadow), atomic_path(path) as temporary:
+        with swapped(self._trained(), self.shadow), atomic_path(path) as temporary:
             save_file({name: tensor.contiguous() for name, tensor in self._tensors().items()}, temporary)
 
     def state(self) -> dict[str, Any]:
@@ -301,12 +269,9 @@ class Finetuner(TrainingLoop):
 
     def _load_average(self, epochs: Sequence[int]) -> None:
         """Takes the mean of the weights of some epochs; what is not trained is that of the first of them."""
-        parts = [load_file(self.candidate_path(epoch)) for epoch in epochs]
         trained = {f"weights.{name}" for name, _ in self.weights.named_parameters()}
-        for name, tensor in parts[0].items():
-            if tensor.is_floating_point() and (name in trained or name.startswith("rest.")):
-                parts[0][name] = torch.stack([part[name].double() for part in parts]).mean(dim=0).float()
-        self._take(parts[0])
+        paths = [self.candidate_path(epoch) for epoch in epochs]
+        self._take(mean_weights(paths, lambda name: name in trained or name.startswith("rest.")))
         self.shadow = []  # the candidates are the running average already
 
     def _choose(self) -> list[int]:
@@ -354,27 +319,46 @@ class Finetuner(TrainingLoop):
         kept = ", ".join(str(target.path) for target in self.targets)
         return f"the best weights until then (epoch {best}{wer}) are in {kept}"
 
+    def _sizes(self, history: Sequence[Sequence[tuple[float, float | None]]]) -> tuple[FinetunedSize, ...]:
+        """Returns what became of each allocation, judged by the packed artifact on the held-out data.
+
+        Args:
+            history: Divergence and WER of each allocation after each epoch, the starting weights first.
+        """
+        parameters = self.teacher.parameter_counts()["total"]
+        refs = {ref.name: ref.numel for ref in self.teacher.weights()}
+        found = []
+        for target, dev in zip(self.targets, history, strict=True):
+            packed = read_artifact(target.path).to(self.device)
+            divergence, wer = changed_errors(self.teacher, packed, self.dev, self.job.channel, self.workers)
+            size = os.path.getsize(target.path)
+            found.append(
+                FinetunedSize(
+                    name=target.name,
+                    path=str(target.path),
+                    size_bytes=size,
+                    average_bits=sum(target.assigned.bits[name] * n for name, n in refs.items()) / sum(refs.values()),
+                    ratio=4 * parameters / size,
+                    start_divergence=dev[0][0],
+                    start_wer=dev[0][1],
+                    divergence=divergence,
+                    wer=wer,
+                    dev=tuple(dev),
+                )
+            )
+        return tuple(found)
+
     def finish(self, checkpoint: dict[str, str], transcribed: int) -> FinetuneResult:
         """Writes the artifacts, the float checkpoint and the result."""
-        history = list(zip(*self.dev_figures, strict=True))  # of each allocation
+        history = list(zip(*self.dev_figures, strict=True))
         averaged = self._choose()
         if self.is_chief:
             self._pack()
         self.workers.barrier()
-        sizes = []
-        parameters = self.teacher.parameter_counts()["total"]
-        refs = {ref.name: ref.numel for ref in self.teacher.weights()}
-        for target, dev in zip(self.targets, history, strict=True):
-            packed = read_artifact(target.path).to(self.device)
-            after = changed_errors(self.teacher, packed, self.dev, self.job.channel, self.workers)
-            size = os.path.getsize(target.path)
-            bits = sum(target.assigned.bits[name] * numel for name, numel in refs.items()) / sum(refs.values())
-            ratio = 4 * parameters / size
-            sizes.append(FinetunedSize(target.name, str(target.path), size, bits, ratio, *dev[0], *after, tuple(dev)))
         result = FinetuneResult(
             fingerprint=self.job.inputs.fingerprint,
             checkpoint=checkpoint,
-            sizes=tuple(sizes),
+            sizes=self._sizes(history),
             epochs=tuple(self.epochs),
             averaged=tuple(sorted(averaged)),
             utterances=len(self.data.utterances),

@@ -15,14 +15,14 @@ class FinetunedSize:
     """What became of one allocation.
 
     Attributes:
-        name: Of the allocation's file.
+        name: The name of the allocation's file.
         path: The packed artifact.
-        size_bytes, average_bits: Its size, and code bits a weight.
-        ratio: How many times smaller than the float32 parameters it is.
+        size_bytes, average_bits: The artifact's size, and its code bits a weight.
+        ratio: How many times smaller than the float32 parameters the artifact is.
         start_divergence, start_wer: On the held-out data before the training: bounded divergence from the float model,
             nats per frame (or token of an attention decoder), and WER of greedy CTC, a fraction (None: no transcripts).
         divergence, wer: The same of the artifact.
-        dev: ((divergence, wer), ...) after each epoch, the start first.
+        dev: ((divergence, wer), ...) after each epoch, the starting weights first.
     """
 
     name: str
@@ -42,16 +42,17 @@ class FinetuneResult:
     """`mpq.finetune/1`: what a finished fine-tuning says of itself.
 
     Attributes:
-        fingerprint: Of model, allocations, options and data.
+        fingerprint: A digest of all that the weights depend on: model, allocations, options and data.
         checkpoint: {"path", "sha256"} of the float model.
         sizes: One for each allocation, the largest first.
-        epochs: All that were trained, and the start as epoch 0; dev figures are means over the allocations.
+        epochs: The epochs trained, after the starting weights as epoch 0; dev figures are means over the allocations.
         averaged: The epochs whose weights the artifacts have.
-        utterances, hours, transcribed, skipped, too_long: Of the training data; `transcribed` of them have a text.
-        seed: Of all random choices.
+        utterances, hours, transcribed, skipped, too_long: The size of the training data, how many utterances have a
+            text, and how many were left out as faulty or too long.
+        seed: What all random choices were keyed by.
         seconds: Wall-clock time of all epochs.
-        device, processes: Where.
-        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
+        device, processes: Where the work ran, and how many processes shared it.
+        inputs: All that the result depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
     """
 
     fingerprint: str

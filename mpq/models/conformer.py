@@ -234,7 +234,7 @@ class FeedForward(nn.Module):
         return out
 
 
-def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> nn.Module:
+def _linear(inputs: int, outputs: int, rank: int, use_bias: bool) -> FactoredLinear | nn.Linear:
     return FactoredLinear(inputs, outputs, rank, use_bias) if rank else nn.Linear(inputs, outputs, bias=use_bias)
 
 

@@ -19,19 +19,19 @@ FfnShapes = Sequence[tuple[tuple[int, int], tuple[int, int]]]
 """(width, rank) of the first and of the second feed-forward module of each block."""
 
 
+def conformer(model: AsrModel) -> ConformerEncoder:
+    """Returns the encoder of a model that has a Conformer."""
+    assert isinstance(model.encoder, ConformerEncoder), f"{model.architecture}: no Conformer encoder"
+    return model.encoder
+
+
 def feed_forwards(model: AsrModel) -> dict[str, FeedForward]:
     """Returns {name: module} of the encoder's feed-forward modules: each block's first, then its second."""
     return {
         f"encoder.layers.{index}.{name}": module
-        for index, block in enumerate(conformer_encoder(model).blocks())
+        for index, block in enumerate(conformer(model).blocks())
         for name, module in (("feed_forward1", block.feed_forward1), ("feed_forward2", block.feed_forward2))
     }
-
-
-def conformer_encoder(model: AsrModel) -> ConformerEncoder:
-    """Returns the encoder of a Conformer."""
-    assert isinstance(model.encoder, ConformerEncoder), f"{model.architecture}: no Conformer encoder"
-    return model.encoder
 
 
 def matrix(linear: nn.Module) -> Tensor:
@@ -42,7 +42,7 @@ def matrix(linear: nn.Module) -> Tensor:
     return linear.weight
 
 
-def input_weight(linear: nn.Module) -> str:
+def input_weight(linear: FactoredLinear | nn.Linear) -> str:
     """Returns the name, within a linear map, of the weight that its inputs meet first."""
     return "inner.weight" if isinstance(linear, FactoredLinear) else "weight"
 
@@ -58,9 +58,7 @@ def reshaped(model: AsrModel, shapes: FfnShapes) -> AsrModel:
         MpqError: Not one pair of shapes for each block, a width below 1 or a rank below 0.
     """
     config, blob = model.to_config()
-    new = model.from_config(
-        config | {"encoder": asdict(conformer_encoder(model).options.with_ffn_shapes(shapes))}, blob
-    )
+    new = model.from_config(config | {"encoder": asdict(conformer(model).options.with_ffn_shapes(shapes))}, blob)
     prefixes = tuple(f"{name}." for name in feed_forwards(model))
     kept = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(prefixes)}
     missing, unexpected = new.load_state_dict(kept, strict=False)
@@ -83,7 +81,7 @@ def sliced(model: AsrModel, shapes: FfnShapes) -> AsrModel:
     """
     new = reshaped(model, shapes)
     for name, given, asked in zip(
-        feed_forwards(model), _flat(conformer_encoder(model).options.ffn_shapes()), _flat(shapes), strict=True
+        feed_forwards(model), _flat(conformer(model).options.ffn_shapes()), _flat(shapes), strict=True
     ):
         if asked[0] > given[0]:
             raise MpqError(f"{name}: expected a width of {given[0]} units at most, got {asked[0]}")

@@ -16,7 +16,8 @@ from mpq.identity import data_identity
 from mpq.journal import Journal
 from mpq.loading import open_model
 from mpq.models.base import AsrModel
-from mpq.runtime import choose_device, memory_for, progress
+from mpq.progress import progress
+from mpq.runtime import choose_device, memory_for
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
 from mpq.speech.decoding import GREEDY, DecodeOptions

@@ -14,9 +14,9 @@ def draw_architecture(path: Path, architecture: Architecture, quiet: bool) -> No
     """Writes a figure (`mpq.figures`): each block's width (and rank) of first and second module, among the candidates.
 
     Args:
-        path: The file.
+        path: The file to write.
         architecture: What was chosen.
-        quiet: Say nothing.
+        quiet: Log no message.
     """
     pairs = architecture.modules[::2], architecture.modules[1::2]
     shown = [

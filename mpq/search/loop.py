@@ -15,23 +15,24 @@ from torch import Tensor, nn
 
 from mpq.config import LoopConfig, SearchConfig, TrainConfig
 from mpq.files import atomic_path, write_json
-from mpq.models.reshaping import feed_forwards
+from mpq.models.reshaping import conformer, feed_forwards
 from mpq.search.record import Architecture, SearchedModule
 from mpq.search.supernet import Supernet, module_parameters
 from mpq.speech.augment import generator
+from mpq.training.batch import Batch
 from mpq.training.folder import claim_folder, clean_up
-from mpq.training.loop import Batch, Job, TrainingLoop
+from mpq.training.loop import Job, TrainingLoop
 from mpq.training.objectives import Objective
 
 ARCHITECTURE_FILE = "architecture.json"
 STRENGTH = 10.0
-"""Nats a token for a model twice as large as it may be: far above what any loss of this kind gains by a parameter."""
+"""The penalty, nats a token, on a model twice as large as it may be: far above what a parameter can gain."""
 BETAS = (0.5, 0.999)
-"""Of Adam, for the logits, as in DARTS (Liu et al. 2019): their gradient is noise for the most part, and follows T."""
+"""Adam's betas for the logits, as in DARTS (Liu et al. 2019): the gradient is mostly noise, and follows T."""
 
 
 def loop_options(search: SearchConfig, train: TrainConfig) -> LoopConfig:
-    """Returns the options of the loop."""
+    """Returns the options of the loop that trains the logits."""
     return LoopConfig(
         epochs=search.epochs,
         batch_frames=train.batch_frames,
@@ -59,14 +60,14 @@ class _Relaxed(nn.Module):
 
 
 class ArchitectureSearch(TrainingLoop):
-    """The training of the logits.
+    """The second phase of a search: the training of the logits.
 
     Args:
         job: Its data are the held-out data, its model the supernet's.
-        search: The options.
-        objective: Of the supernet's model.
-        supernet: Trained; its weights are frozen.
-        most_parameters: That the architecture may have; None: any number.
+        search: The options of the search.
+        objective: What the supernet's model is judged by.
+        supernet: The trained supernet, whose weights are frozen.
+        most_parameters: The most that the architecture may have; None: any number.
     """
 
     def __init__(
@@ -96,7 +97,7 @@ class ArchitectureSearch(TrainingLoop):
     def temperature(self) -> float:
         """Returns T of the coming update: geometric from the first to the last."""
         first, last = self.search.temperature
-        return first * (last / first) ** min(1.0, self.step / max(1, self.total_steps - 1))
+        return float(first * (last / first) ** min(1.0, self.step / max(1, self.total_steps - 1)))
 
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
         if self.search.method == "softmax":
@@ -117,7 +118,7 @@ class ArchitectureSearch(TrainingLoop):
         return STRENGTH * (excess.relu() if isinstance(excess, Tensor) else max(0.0, excess))
 
     def total(self, values: dict[str, float]) -> float:
-        return self.objective.total(values) + self._penalty(values["millions"])
+        return float(self.objective.total(values) + self._penalty(values["millions"]))
 
     def finish_update(self) -> None:
         pass
@@ -126,7 +127,7 @@ class ArchitectureSearch(TrainingLoop):
         return ""
 
     def evaluate(self) -> tuple[None, None]:
-        """Nothing: these data are what the logits are trained on; the end tells of the architecture."""
+        """Returns nothing: these data are what the logits are trained on; `choose` judges the architecture."""
         return None, None
 
     def write_candidate(self, path: Any) -> None:
@@ -155,13 +156,13 @@ class ArchitectureSearch(TrainingLoop):
         self.supernet.be_one(shapes)
         loss, wer = self.objective.held_out(self.data)
         space, flat = self.supernet.space, [shape for block in shapes for shape in block]
-        options = self.model.encoder.options
-        chosen = [module_parameters(options.width, *shape, options.use_bias) for shape in flat]
+        options = conformer(self.model).options
+        chosen = [module_parameters(options.width, width, rank, options.use_bias) for width, rank in flat]
         found = Architecture(
             fingerprint=self.job.inputs.fingerprint,
             modules=tuple(
-                SearchedModule(name, *shape, one.widths, one.ranks, *map(tuple, probabilities))
-                for name, shape, one, probabilities in zip(
+                SearchedModule(name, width, rank, one.widths, one.ranks, tuple(width_probabilities), tuple(rank_ones))
+                for name, (width, rank), one, (width_probabilities, rank_ones) in zip(
                     feed_forwards(self.model), flat, space, self.supernet.probabilities(), strict=True
                 )
             ),

@@ -28,7 +28,7 @@ from torch import Tensor
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.conformer import FactoredLinear
-from mpq.models.reshaping import feed_forwards, input_weight, matrix, reshaped
+from mpq.models.reshaping import FfnShapes, conformer, feed_forwards, input_weight, matrix, reshaped
 from mpq.quantization.gptq import inverse_factor
 
 
@@ -40,14 +40,14 @@ def factored(model: AsrModel, ranks: Sequence[tuple[int, int]], grams: Mapping[s
 
     Args:
         model: A float model.
-        ranks: For each block that of its first and of its second module; 0 leaves a module as it is.
+        ranks: For each block the rank of its first and of its second module; 0 leaves a module as it is.
         grams: `mpq.sensitivity.statistics.input_grams`: what the outputs are to be kept for. None: the weights are.
 
     Raises:
         MpqError: Not one pair of ranks for each block, a rank below 0 or above the matrices' smaller side, a weight
             that is not finite, or a Gram matrix that is missing, misshapen, not finite or zero; it names the module.
     """
-    before = model.encoder.options.ffn_shapes()
+    before = conformer(model).options.ffn_shapes()
     if len(ranks) != len(before):
         raise MpqError(f"ranks: expected one pair for each of {len(before)} blocks, got {len(ranks)}")
     asked = [rank for pair in ranks for rank in pair]
@@ -55,9 +55,9 @@ def factored(model: AsrModel, ranks: Sequence[tuple[int, int]], grams: Mapping[s
         most = min(matrix(module.linear1).shape)
         if not 0 <= rank <= most:
             raise MpqError(f"{name}: rank: expected 0 (left as it is) or 1 to {most}, its smaller side, got {rank}")
-    shapes = [
-        tuple((width, rank or own) for (width, own), rank in zip(block, pair, strict=True))
-        for block, pair in zip(before, ranks, strict=True)
+    shapes: FfnShapes = [
+        ((width, rank or own), (width2, rank2 or own2))
+        for ((width, own), (width2, own2)), (rank, rank2) in zip(before, ranks, strict=True)
     ]
     new = reshaped(model, shapes)
     pairs = zip(feed_forwards(model).items(), feed_forwards(new).values(), asked, strict=True)

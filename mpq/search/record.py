@@ -16,10 +16,10 @@ class SearchedModule:
     """One feed-forward module.
 
     Attributes:
-        name: In the model.
-        width, rank: That were chosen; rank 0: not factored.
+        name: The module's name in the model.
+        width, rank: What was chosen; rank 0 is a module that is not factored.
         widths, ranks: The candidates, ascending.
-        width_probabilities, rank_probabilities: softmax(alpha) of these at the end of the search.
+        width_probabilities, rank_probabilities: softmax(alpha) of the candidates at the end of the second phase.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Architecture:
     """`mpq.architecture/1`: what the second phase of a search chose.
 
     Attributes:
-        fingerprint: Of supernet, options and held-out data.
-        modules: Each block's first, then its second.
+        fingerprint: A digest of supernet, options and held-out data.
+        modules: Each block's first module, then its second.
         millions: Parameters of the whole model, BatchNorm's running statistics included.
-        largest_millions, expected_millions: Of the supernet, and the mean over the probabilities.
-        largest_loss, largest_wer: Of the supernet as a whole, on the held-out data; nats a token (of a distillation:
-            divergence) and a fraction, None without transcripts.
-        loss, wer: Of the architecture, with the supernet's weights.
-        epochs: Of the logits; the losses have the penalty in them.
-        seconds: Wall-clock time.
-        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
+        largest_millions, expected_millions: Parameters of the supernet, and their mean over the probabilities.
+        largest_loss, largest_wer: The loss of the supernet as a whole on the held-out data, nats a token (in a
+            distillation: its divergence), and its WER, a fraction; None without transcripts.
+        loss, wer: The same of the architecture, with the supernet's weights.
+        epochs: The epochs of the second phase; their losses have the penalty in them.
+        seconds: Wall-clock time of the second phase.
+        inputs: All that the choice depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
     """
 
     fingerprint: str
@@ -78,11 +78,12 @@ class Architecture:
     def of(cls, raw: dict[str, Any]) -> "Architecture":
         """Returns what `to_json` returned."""
         rest = {key: value for key, value in raw.items() if key != "format"}
-        modules = [
-            SearchedModule(**{key: tuple(value) if isinstance(value, list) else value for key, value in one.items()})
-            for one in raw["modules"]
-        ]
-        return cls(**rest | {"modules": tuple(modules), "epochs": tuple(EpochResult(**one) for one in raw["epochs"])})
+        modules = tuple(SearchedModule(**{key: _frozen(value) for key, value in one.items()}) for one in raw["modules"])
+        return cls(**rest | {"modules": modules, "epochs": tuple(EpochResult(**one) for one in raw["epochs"])})
+
+
+def _frozen(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,13 @@ class SearchResult:
     """`mpq.search/1`: a finished search.
 
     Attributes:
-        checkpoint: {"path", "sha256"} of the trained model that it began with; None: it began from scratch.
+        checkpoint: {"path", "sha256"} of the trained model that the search began with; None: it began from scratch.
         space, method: "widths", "ranks" or "both"; "gumbel" or "softmax".
-        eta, target_millions: The penalty; one of them is None.
+        eta, target_millions: The penalty, or the target that replaces it; one of them is None.
         supernet: The folder of the supernet.
-        supernet_seconds: Wall-clock time of its training, of whichever search did it.
-        architecture: What was chosen.
-        training: Of the model found.
+        supernet_seconds: Wall-clock time of the first phase, whichever search did it.
+        architecture: What the second phase chose.
+        training: The result of the third phase, the training of the model found.
     """
 
     checkpoint: dict[str, str] | None

@@ -25,8 +25,8 @@ class ModuleSpace:
     """The candidates of one feed-forward module, ascending.
 
     Attributes:
-        widths: (K,) hidden units.
-        ranks: (K',) of both matrices; (0,): not factored.
+        widths: (K,) numbers of hidden units.
+        ranks: (K',) ranks of both matrices; (0,) where these are not factored.
     """
 
     widths: tuple[int, ...]
@@ -38,7 +38,7 @@ class ModuleSpace:
 
 
 SearchSpace = Sequence[tuple[ModuleSpace, ModuleSpace]]
-"""For each block those of its first and of its second module."""
+"""For each block the candidates of its first and of its second module."""
 
 
 def search_space(
@@ -52,8 +52,8 @@ def search_space(
     the same for the paper's sizes.
 
     Args:
-        config: What the user says.
-        own: For each block the (width, rank) of the model's modules.
+        config: The options of the search.
+        own: For each block the (width, rank) of the model's two modules.
         inputs: The encoder's width.
         is_trained: Whether the model has trained weights, of which candidates are parts.
 
@@ -64,37 +64,21 @@ def search_space(
     if faults:
         raise MpqError("\n".join(f"[search] {fault}" for fault in faults))
     found: list[list[ModuleSpace]] = []
-    is_both = config.space == "both"
     for part, (width_key, rank_key) in enumerate((("ffn_width", "ffn_rank"), ("ffn2_width", "ffn2_rank"))):
-        widths = _each(config, width_key, len(own)) or _each(config, "ffn_width", len(own))
-        ranks = _each(config, rank_key, len(own)) or _each(config, "ffn_rank", len(own))
+        all_widths = _each(config, width_key, len(own)) or _each(config, "ffn_width", len(own))
+        all_ranks = _each(config, rank_key, len(own)) or _each(config, "ffn_rank", len(own))
         modules = []
         for block, shapes in enumerate(own):
             width, rank = shapes[part]
-            if config.space == "ranks":
-                one: Sequence[int] = (width,)
-            elif widths:
-                one = widths[block]
-            elif is_trained:
-                one = _steps(width / 4, width, 7 if is_both else 25)
-            else:
-                one = PAPER_WIDTHS_WITH_RANKS if is_both else PAPER_WIDTHS
-            if config.space == "widths":
-                other: Sequence[int] = (rank,)
-            elif ranks:
-                other = ranks[block]
-            elif is_trained:
-                most = int(inputs * width / (inputs + width))  # as many weights as before
-                other = _steps(most / (2 if is_both else 3), most, 4 if is_both else 9)
-            else:
-                other = PAPER_RANKS_WITH_WIDTHS if is_both else PAPER_RANKS
+            widths = _widths(config, all_widths[block] if all_widths else None, width, is_trained)
+            ranks = _ranks(config, all_ranks[block] if all_ranks else None, width, rank, inputs, is_trained)
             where = f"of block {block + 1}'s {'second' if part else 'first'} module"
-            if is_trained and one[-1] > width:
-                faults.append(f"{width_key}: expected candidates up to {width}, the width {where}, got {one[-1]}")
-            if config.space != "widths" and other[-1] > min(inputs, one[-1]):
-                most = min(inputs, one[-1])
-                faults.append(f"{rank_key}: expected ranks up to {most}, the smaller side {where}, got {other[-1]}")
-            modules.append(ModuleSpace(tuple(one), tuple(other)))
+            if is_trained and widths[-1] > width:
+                faults.append(f"{width_key}: expected candidates up to {width}, the width {where}, got {widths[-1]}")
+            most = min(inputs, widths[-1])
+            if config.space != "widths" and ranks[-1] > most:
+                faults.append(f"{rank_key}: expected ranks up to {most}, the smaller side {where}, got {ranks[-1]}")
+            modules.append(ModuleSpace(tuple(widths), tuple(ranks)))
         found.append(modules)
     if faults:
         raise MpqError("\n".join(f"[search] {fault}" for fault in dict.fromkeys(faults)))
@@ -115,6 +99,32 @@ def candidate_faults(config: SearchConfig, layers: int | None) -> list[tuple[str
         if any(not one or one != sorted(set(one)) for one in lists):
             faults.append((key, f"expected rising candidates, one or more, got {value}"))
     return faults
+
+
+def _widths(config: SearchConfig, named: Sequence[int] | None, width: int, is_trained: bool) -> Sequence[int]:
+    """Returns the candidate widths of a module of a width: its own, those that the user names, or the default ones."""
+    if config.space == "ranks":
+        return (width,)
+    if named:
+        return named
+    if is_trained:
+        return _steps(width / 4, width, 7 if config.space == "both" else 25)
+    return PAPER_WIDTHS_WITH_RANKS if config.space == "both" else PAPER_WIDTHS
+
+
+def _ranks(
+    config: SearchConfig, named: Sequence[int] | None, width: int, rank: int, inputs: int, is_trained: bool
+) -> Sequence[int]:
+    """Returns the candidate ranks of a module in the same way."""
+    if config.space == "widths":
+        return (rank,)
+    if named:
+        return named
+    is_both = config.space == "both"
+    if is_trained:
+        most = int(inputs * width / (inputs + width))  # as many weights as before
+        return _steps(most / (2 if is_both else 3), most, 4 if is_both else 9)
+    return PAPER_RANKS_WITH_WIDTHS if is_both else PAPER_RANKS
 
 
 def _each(config: SearchConfig, key: str, layers: int) -> list[list[int]] | None:

@@ -10,7 +10,7 @@ from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.loading import open_float_model
 from mpq.models.base import AsrModel
-from mpq.models.reshaping import FfnShapes, sliced
+from mpq.models.reshaping import FfnShapes, conformer, sliced
 from mpq.search.importance import order_units, unit_importance
 from mpq.search.low_rank import factored
 from mpq.search.space import SearchSpace, search_space
@@ -84,7 +84,7 @@ def _trained(recipe: Recipe, checkpoint: Path, where: torch.device) -> Start:
     is_imitating = model.family != "mpq" if options.loss is None else options.loss == "distillation"
     if len(model.heads) > 1 and not is_imitating and recipe.train.ctc_weight == 1:
         raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
-    own = model.encoder.options
+    own = conformer(model).options
     try:
         space = search_space(options, own.ffn_shapes(), own.width, is_trained=True)
     except MpqError as error:
@@ -112,7 +112,7 @@ def largest_model(recipe: Recipe, start: Start) -> AsrModel:
     audio = draw(model, source, STATISTICS_SECONDS, recipe.seed, data.channel, skip_bad=data.skip_bad)
     features = one_by_one(model, audio)
     order_units(model, unit_importance(model, input_grams(model, features)))
-    own, largest = model.encoder.options.ffn_shapes(), start.largest
+    own, largest = conformer(model).options.ffn_shapes(), start.largest
     widths = [
         ((first[0], old_first[1]), (second[0], old_second[1]))
         for (old_first, old_second), (first, second) in zip(own, largest, strict=True)

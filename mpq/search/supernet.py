@@ -27,7 +27,7 @@ from mpq.allocation.knapsack import smallest_cost
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerOptions, FactoredLinear, FeedForward
-from mpq.models.reshaping import FfnShapes
+from mpq.models.reshaping import FfnShapes, conformer, feed_forwards
 from mpq.search.space import ModuleSpace, SearchSpace
 from mpq.speech.augment import generator
 
@@ -52,10 +52,10 @@ def candidate_parameters(options: ConformerOptions, module: ModuleSpace) -> list
 
 def other_parameters(model: AsrModel) -> int:
     """Returns the parameters of all but the linear maps of the feed-forward modules, running statistics included."""
-    options = model.encoder.options
+    options = conformer(model).options
     own = (shape for block in options.ffn_shapes() for shape in block)
     return model.parameter_counts()["total"] - sum(
-        module_parameters(options.width, *shape, options.use_bias) for shape in own
+        module_parameters(options.width, width, rank, options.use_bias) for width, rank in own
     )
 
 
@@ -63,14 +63,14 @@ def budget(model: AsrModel, space: SearchSpace, target_millions: float) -> int:
     """Returns how many parameters a model of a target size may have.
 
     Args:
-        model: Of whatever feed-forward modules.
+        model: A model whose feed-forward modules may have any shapes.
         space: The candidates.
-        target_millions: The target.
+        target_millions: The parameters of the whole model, millions.
 
     Raises:
         MpqError: The smallest candidates make up more.
     """
-    options, most = model.encoder.options, math.floor(round(target_millions * 1e6, 3))
+    options, most = conformer(model).options, math.floor(round(target_millions * 1e6, 3))
     smallest = other_parameters(model) + sum(
         min(map(min, candidate_parameters(options, module))) for block in space for module in block
     )
@@ -101,14 +101,17 @@ class NestedFeedForward(nn.Module):
     """A feed-forward module of the largest sizes that computes as one of its candidates, or as their weighted sum.
 
     Args:
-        module: Of the largest sizes; its matrices become this module's, under the same names.
+        module: A module of the largest sizes; its matrices become this module's, under the same names.
     """
 
     def __init__(self, module: FeedForward) -> None:
         super().__init__()
         self.linear1, self.linear2, self.dropout = module.linear1, module.linear2, module.dropout
         self.train(module.training)
-        self.be_whole()
+        self._width: int | None = None
+        self._rank: int | None = None
+        self._unit_mask: Tensor | None = None
+        self._rank_mask: Tensor | None = None
 
     def be_whole(self) -> None:
         """Computes as the largest candidate."""
@@ -135,7 +138,7 @@ class NestedFeedForward(nn.Module):
             hidden = hidden * self._unit_mask
         return self._linear(self.linear2, hidden, self._width, None)
 
-    def _linear(self, linear: nn.Module, x: Tensor, inputs: int | None, outputs: int | None) -> Tensor:
+    def _linear(self, linear: FactoredLinear | nn.Linear, x: Tensor, inputs: int | None, outputs: int | None) -> Tensor:
         """Returns what the first `inputs` columns and `outputs` rows make of x; None: all of them."""
         if not isinstance(linear, FactoredLinear):
             return F.linear(x, linear.weight[:outputs, :inputs], _first(linear.bias, outputs))
@@ -149,11 +152,21 @@ def _first(bias: Tensor | None, count: int | None) -> Tensor | None:
     return None if bias is None else bias[:count]
 
 
+def _relaxed_mask(
+    candidates: Sequence[int], logits: Tensor, temperature: float, random: np.random.Generator | None
+) -> Tensor | None:
+    """Returns the mask of softmax((logits + G) / temperature), G Gumbel noise; None where there is no choice."""
+    if len(candidates) == 1:
+        return None
+    noise = 0.0 if random is None else torch.from_numpy(random.gumbel(size=len(logits))).to(logits)
+    return nested_mask(candidates, ((logits + noise) / temperature).softmax(dim=0))
+
+
 class Supernet(nn.Module):
     """A model whose feed-forward modules are nested, and the logits of their candidates.
 
     Args:
-        model: Of the largest sizes; its modules are replaced.
+        model: A model of the largest sizes; its feed-forward modules are replaced.
         space: The candidates.
 
     Raises:
@@ -163,15 +176,13 @@ class Supernet(nn.Module):
     def __init__(self, model: AsrModel, space: SearchSpace) -> None:
         super().__init__()
         self.model, self.space = model, [module for block in space for module in block]
-        options = model.encoder.options
+        options = conformer(model).options
         own = [shape for block in options.ffn_shapes() for shape in block]
         if own != [module.largest for module in self.space]:
             raise MpqError(f"search: expected modules of the largest candidates, {self.space}, got {own}")
-        self.modules_ = []
-        for block in model.encoder.layers:
-            for name in ("feed_forward1", "feed_forward2"):
-                setattr(block, name, NestedFeedForward(getattr(block, name)))
-                self.modules_.append(getattr(block, name))
+        self.nested = [NestedFeedForward(module) for module in feed_forwards(model).values()]
+        for name, module in zip(feed_forwards(model), self.nested, strict=True):
+            model.set_submodule(name, module)
         device = next(model.parameters()).device
         sizes = [(len(module.widths), len(module.ranks)) for module in self.space]
         self.width_logits = nn.ParameterList(nn.Parameter(torch.zeros(widths, device=device)) for widths, _ in sizes)
@@ -188,22 +199,22 @@ class Supernet(nn.Module):
 
     def be_whole(self) -> None:
         """Computes as the largest candidates."""
-        for module in self.modules_:
+        for module in self.nested:
             module.be_whole()
 
     def be_one(self, shapes: FfnShapes) -> None:
         """Computes as one architecture."""
-        for module, shape in zip(self.modules_, (shape for block in shapes for shape in block), strict=True):
+        for module, shape in zip(self.nested, (shape for block in shapes for shape in block), strict=True):
             module.be_one(*shape)
 
     def be_sampled(self, seed: int, step: int) -> None:
         """Computes as an architecture drawn uniformly, each module by itself (single path, Guo et al. 2020).
 
         Args:
-            seed, step: Of the training and of the update: the same ones draw the same.
+            seed, step: The training's seed and the update's number: the same ones draw the same.
         """
         random = generator(seed, step, "", "path")
-        for module, space in zip(self.modules_, self.space, strict=True):
+        for module, space in zip(self.nested, self.space, strict=True):
             module.be_one(int(random.choice(space.widths)), int(random.choice(space.ranks)))
 
     def be_sum(self, temperature: float, random: np.random.Generator | None) -> None:
@@ -217,18 +228,10 @@ class Supernet(nn.Module):
             random: Draws U; None: no noise.
         """
         for module, space, widths, ranks in zip(
-            self.modules_, self.space, self.width_logits, self.rank_logits, strict=True
+            self.nested, self.space, self.width_logits, self.rank_logits, strict=True
         ):
-            masks = []
-            for candidates, logits in ((space.widths, widths), (space.ranks, ranks)):
-                if len(candidates) == 1:
-                    masks.append(None)
-                    continue
-                noise = 0.0
-                if random is not None:
-                    noise = torch.from_numpy(random.gumbel(size=len(logits))).to(logits)
-                masks.append(nested_mask(candidates, ((logits + noise) / temperature).softmax(dim=0)))
-            module.be_sum(*masks)
+            unit_mask = _relaxed_mask(space.widths, widths, temperature, random)
+            module.be_sum(unit_mask, _relaxed_mask(space.ranks, ranks, temperature, random))
 
     def expected_millions(self) -> Tensor:
         """Returns () the expected parameters of the searched modules, millions: C of Eq. 4, under softmax(alpha).
@@ -252,7 +255,7 @@ class Supernet(nn.Module):
         the dynamic programme of the allocation finds it (`mpq.allocation.knapsack`).
 
         Args:
-            most_parameters: Of the whole model, as `budget` returns them.
+            most_parameters: The most that the whole model may have, as `budget` returns it; None: any number.
 
         Raises:
             MpqError: No architecture is as small as that.
@@ -266,7 +269,7 @@ class Supernet(nn.Module):
             options.append([(self.counts[index][i][j], float(costs[0][i] + costs[1][j])) for i, j in table])
             tables.append([(space.widths[i], space.ranks[j]) for i, j in table])
         if most_parameters is None:
-            choices = [min(range(len(one)), key=lambda i, one=one: one[i][::-1]) for one in options]
+            choices = [one.index(min(one, key=lambda pair: pair[::-1])) for one in options]
         else:
             choices = smallest_cost(options, most_parameters - self.rest)
         found = [table[choice] for table, choice in zip(tables, choices, strict=True)]

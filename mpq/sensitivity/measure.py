@@ -37,8 +37,9 @@ from mpq.files import check_output, digest
 from mpq.journal import Journal
 from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
+from mpq.progress import progress
 from mpq.quantization.spec import QuantSpec
-from mpq.runtime import Processes, choose_device, memory_for, processes, progress
+from mpq.runtime import Processes, choose_device, memory_for, processes
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
     CALIBRATION_SECONDS,

@@ -34,7 +34,7 @@ from mpq.errors import MpqError
 from mpq.files import atomic_path
 from mpq.identity import cache_folder
 from mpq.models.base import AsrModel, WeightRef
-from mpq.runtime import progress
+from mpq.progress import progress
 from mpq.sensitivity.calibration import CalibrationData, one_by_one
 from mpq.sensitivity.divergence import SegmentTree
 

@@ -35,11 +35,11 @@ class TrainingSet:
     """Utterances with their tokens.
 
     Attributes:
-        utterances: Those to train on.
-        durations: Theirs, seconds.
-        tokens: Theirs; none for an utterance without a transcript.
-        skipped: How many were left out because they are faulty.
-        too_long: How many because they are longer than the recipe's `max_seconds`.
+        utterances: The utterances.
+        durations: How long each of them is, seconds.
+        tokens: The tokens of each; none for an utterance without a transcript.
+        skipped: How many utterances were left out because they are faulty.
+        too_long: How many were left out because they are longer than the recipe's `max_seconds`.
     """
 
     utterances: tuple[Utterance, ...]
@@ -73,10 +73,10 @@ def read_set(
     """Returns the utterances of manifests, checked: audio (by its header), transcripts, and room for the CTC.
 
     Args:
-        names: Of the manifests.
-        config: Where they are and what to leave out.
-        model: Says the sample rate, the vocabulary and the frames.
-        fastest: Highest speed factor that the utterances will be played at.
+        names: The names of the manifests.
+        config: Where the manifests are, and what to leave out.
+        model: The model to train; it says the sample rate, the vocabulary and the frames.
+        fastest: The highest speed factor that the utterances will be played at.
         is_training: Whether `max_seconds` counts.
         texts: Whether each utterance needs a transcript; those that there are may be used all the same, or ignored
             (no tokens are made of them).
@@ -112,8 +112,8 @@ def read_set(
         raise MpqError(f"{list_faults(faults)}\n{counted}")
     if not kept:
         raise MpqError(f"data.max_seconds: all {too_long} utterances are longer than {limit:g} s; raise it")
-    parts = zip(*kept, strict=True)
-    return TrainingSet(*(tuple(part) for part in parts), skipped=skipped, too_long=too_long)
+    items, durations, encoded = zip(*kept, strict=True)
+    return TrainingSet(items, durations, encoded, skipped=skipped, too_long=too_long)
 
 
 def _ctc_fault(item: Utterance, seconds: float, tokens: list[int], model: AsrModel) -> str | None:
@@ -138,11 +138,11 @@ def plan_epoch(
     has at most `batch_frames` frames, padding counted (but `least` utterances), and the batches are shuffled.
 
     Args:
-        durations: Seconds.
-        hop_seconds: Of the features.
-        batch_frames: Frames.
-        seed, epoch: Of the choice.
-        least: Utterances that a batch has at least: the number of processes.
+        durations: The utterances' durations, seconds.
+        hop_seconds: The time from one feature frame to the next.
+        batch_frames: The most frames of a batch.
+        seed, epoch: What the random choices are keyed by.
+        least: The fewest utterances of a batch: the number of processes.
 
     Raises:
         MpqError: Fewer than `least` utterances.
@@ -168,7 +168,7 @@ def plan_epoch(
     return plan
 
 
-class _Waveforms(Dataset):
+class _Waveforms(Dataset["tuple[Tensor, Tensor] | MpqError"]):
     """(epoch, batch) -> the batch's waveforms, augmented."""
 
     def __init__(self, data: TrainingSet, config: AugmentConfig, reader: AudioReader, seed: int) -> None:
@@ -202,11 +202,11 @@ class BatchReader:
 
     Args:
         data: The utterances.
-        config: The augmentation.
-        model: Says the sample rate.
+        config: How the audio is augmented.
+        model: The model to train; it says the sample rate.
         channel: As in `mpq.speech.audio.read_audio`.
-        seed: Of the augmentation.
-        workers: Processes.
+        seed: What the augmentation's random choices are keyed by.
+        workers: The number of processes that read ahead; 0 for none.
 
     Raises:
         MpqError: A source of noise that is not there.

@@ -1,8 +1,8 @@
-"""The log of a training: `log.jsonl` (a line for each update and epoch), TensorBoard if asked for, a line on stderr."""
+"""The log of a training: `log.jsonl` (a line for each update and epoch), TensorBoard if asked for, and messages."""
 
 import json
+import logging
 import os
-import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,16 +12,18 @@ from typing import Any
 from mpq.errors import MpqError
 from mpq.training.record import EpochResult
 
+_log = logging.getLogger(__name__)
+
 
 class TrainingLog:
     """What one training writes while it runs.
 
     Args:
         out: The checkpoint folder.
-        epochs: That are planned.
+        epochs: The number of epochs planned.
         is_writing: Whether this process writes.
-        quiet: Print nothing.
-        tensorboard: Write TensorBoard's files too.
+        quiet: Log no messages.
+        tensorboard: Whether TensorBoard's files are written too.
     """
 
     def __init__(self, out: Path, epochs: int, is_writing: bool, quiet: bool, tensorboard: bool) -> None:
@@ -56,7 +58,7 @@ class TrainingLog:
         return self._write({"step": step, "epoch": epoch} | dict(record))
 
     def add_epoch(self, done: EpochResult) -> int:
-        """Writes and prints an epoch's result; returns the size of the log."""
+        """Writes and logs an epoch's result; returns the size of the log."""
         dev = ""
         for name, value, text in (
             ("loss", done.dev_loss, f"dev {done.dev_loss or 0:.3g}"),
@@ -67,12 +69,8 @@ class TrainingLog:
                 if self._board:
                     self._board.add_scalar(f"dev/{name}", value, done.step)
         if not self.quiet:
-            loss = "the start" if done.train_loss is None else f"loss {done.train_loss:.3f}"
-            print(
-                f"epoch {done.epoch}/{self.epochs}: {loss}{dev}; {done.step} updates, {done.seconds:.0f} s",
-                file=sys.stderr,
-                flush=True,
-            )
+            loss = "starting weights" if done.train_loss is None else f"loss {done.train_loss:.3f}"
+            _log.info(f"epoch {done.epoch}/{self.epochs}: {loss}{dev}; {done.step} updates, {done.seconds:.0f} s")
         return self._write(asdict(done))
 
     def _write(self, entry: dict[str, Any]) -> int:

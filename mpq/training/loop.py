@@ -10,12 +10,12 @@ What is trained, and what it costs, is the business of the subclasses: `mpq.trai
 Legend: N utterances, S samples, T feature frames, F features.
 """
 
+import logging
 import math
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,20 +25,21 @@ from torch import Tensor, nn
 
 from mpq.config import AugmentConfig, LoopConfig
 from mpq.errors import MpqError
-from mpq.files import atomic_path
 from mpq.identity import Inputs
 from mpq.models.base import AsrModel
 from mpq.models.heads import Targets
-from mpq.runtime import Processes, keep_freed_memory, memory_for, progress, stop_requests
-from mpq.speech.augment import generator, spec_mask
+from mpq.progress import progress
+from mpq.runtime import Processes, keep_freed_memory, memory_for, stop_requests
+from mpq.speech.augment import generator
 from mpq.speech.manifests import Utterance
+from mpq.training.batch import Batch, clean_features, masked_features
 from mpq.training.data import BatchReader, TrainingSet, plan_epoch
 from mpq.training.log import TrainingLog
-from mpq.training.optimization import choose_precision, learning_rate
+from mpq.training.optimization import Stepper
 from mpq.training.record import EpochResult, rank_epochs
+from mpq.training.state import STATE_FILE, candidate_path, read_state, remove_candidates, write_state
 
-SMALLEST_SCALE = 2.0**-10
-"""Of the loss in float16: a gradient that overflows even so is not finite for another reason."""
+_log = logging.getLogger(__name__)
 
 
 class NotFiniteError(MpqError):
@@ -50,16 +51,16 @@ class Job:
     """What a loop works on, and where.
 
     Attributes:
-        model: Takes the features in; says sample rate, frames and where the work runs.
-        data: To train on.
-        options: Of the loop.
-        augment: Of the audio.
+        model: The model; it says sample rate, frames and where the work runs.
+        data: The utterances to train on.
+        options: The options of the loop.
+        augment: How the audio is augmented.
         channel: As in `mpq.speech.audio.read_audio`.
-        seed: Of all random choices.
-        out: The folder.
+        seed: What all random choices are keyed by.
+        out: The folder to write.
         inputs: All that the weights depend on.
-        workers: The processes.
-        quiet: Show no progress.
+        workers: The processes that share the work.
+        quiet: Show no progress and log no messages.
     """
 
     model: AsrModel
@@ -74,38 +75,14 @@ class Job:
     quiet: bool
 
 
-@dataclass(frozen=True)
-class Batch:
-    """This process's share of a batch.
-
-    Attributes:
-        features, frames: (N, T, F) with SpecAugment's masks, and (N,) valid frames.
-        clean: (N, T, F) without the masks.
-        targets: The transcripts' tokens.
-        items: The utterances.
-        all_indices: Those of the whole batch, of every process, as indices into the data.
-        update_indices: Those of all batches of the update.
-        of: How many batches the update has.
-    """
-
-    features: Tensor
-    frames: Tensor
-    clean: Tensor
-    targets: Targets
-    items: Sequence[Utterance]
-    all_indices: Sequence[int]
-    update_indices: Sequence[int]
-    of: int
-
-
 class TrainingLoop(ABC):
-    """The loop. What it knows of its progress is `epoch` (under way, from 0), `batch` (next), `step` (finished).
+    """The loop. How far it has got: `epoch` (under way, from 0), `batch` (the next one), `step` (updates finished).
 
     Args:
         job: What to work on.
         loss: The module whose forward pass gives the loss; its parameters are what is trained.
-        optimizer: Its parameter groups may have a "share" of the learning rate (1 without).
-        logged: Names of the values that `losses` returns beside the loss.
+        optimizer: As in `mpq.training.optimization.Stepper`.
+        logged: The names of the values that `losses` returns beside the loss.
     """
 
     def __init__(self, job: Job, loss: nn.Module, optimizer: torch.optim.Optimizer, logged: Sequence[str]) -> None:
@@ -114,8 +91,7 @@ class TrainingLoop(ABC):
         self.is_chief = job.workers.rank == 0
         self.quiet = job.quiet or not self.is_chief
         self.device = next(job.model.parameters()).device
-        self.precision, self.scaler = choose_precision(job.options.precision, self.device)
-        self.loss, self.optimizer, self.logged = loss, optimizer, tuple(logged)
+        self.loss, self.logged = loss, tuple(logged)
         self.reader = BatchReader(job.data, job.augment, job.model, job.channel, job.seed, job.options.workers)
         self.log = TrainingLog(self.out, self.options.epochs, self.is_chief, self.quiet, self.options.tensorboard)
         self.epoch, self.batch, self.step = 0, 0, 0
@@ -123,7 +99,8 @@ class TrainingLoop(ABC):
         self.totals: list[float] = []
         self.seconds = 0.0
         self.log_bytes = 0
-        self.total_steps = self.options.epochs * self._steps(self._plan(0))
+        self.total_steps = self.options.epochs * math.ceil(len(self._plan(0)) / self.options.accumulate)
+        self.stepper = Stepper(optimizer, self.options, self.total_steps, self.device)
 
     # ---- what the subclasses say
 
@@ -205,36 +182,13 @@ class TrainingLoop(ABC):
         slowest = [seconds / min(self.job.augment.speed) for seconds in self.data.durations]
         return plan_epoch(slowest, hop, self.options.batch_frames, self.job.seed, epoch, least=self.workers.count)
 
-    def _steps(self, plan: Sequence[Sequence[int]]) -> int:
-        return math.ceil(len(plan) / self.options.accumulate)
-
     def _train_epoch(self, stopped: Callable[[], bool]) -> None:
-        start, before, saved = time.monotonic(), self.seconds, time.monotonic()
-        plan = self._plan(self.epoch)
-        if self.batch == 0:
-            self.totals = []
-        own = [batch[self.workers.rank :: self.workers.count] for batch in plan]
-        ready = self.reader.read(self.epoch, own[self.batch :])
-        with progress(f"epoch {self.epoch + 1}/{self.options.epochs}", len(plan), self.quiet, "batches") as advance:
-            advance(self.batch)
-            while self.batch < len(plan):
-                group = range(self.batch, min(self.batch + self.options.accumulate, len(plan)))
-                record, is_stopping = self._update(plan, own, group, ready, stopped)
-                self.totals.append(record["loss"])
-                self.step, self.batch = self.step + 1, group[-1] + 1
-                self.seconds = before + time.monotonic() - start
-                self.log_bytes = self.log.add_update(self.step, self.epoch + 1, record)
-                advance(len(group))
-                if is_stopping:
-                    self._save()
-                    self.workers.barrier()  # nobody leaves while the chief is still writing
-                    raise KeyboardInterrupt
-                if time.monotonic() - saved > 60 * self.options.save_minutes:
-                    self._save()
-                    saved = time.monotonic()
+        """Does what is left of an epoch: its updates, the held-out data, the weights as a candidate."""
+        start = time.monotonic() - self.seconds
+        self._train_batches(self._plan(self.epoch), start, stopped)
         self._save()  # so that a kill while the held-out data are scored costs no update
         loss, wer = self.evaluate()
-        self.seconds = before + time.monotonic() - start
+        self.seconds = time.monotonic() - start
         done = EpochResult(
             epoch=self.epoch + 1,
             step=self.step,
@@ -249,14 +203,45 @@ class TrainingLoop(ABC):
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()
         if self.is_chief:  # not before the state knows the new epoch
-            for path in (self.out / "epochs").glob("*.safetensors"):
-                if int(path.stem) not in candidates:
-                    path.unlink()
+            remove_candidates(self.out, but=candidates)
+
+    def _train_batches(self, plan: list[list[int]], start: float, stopped: Callable[[], bool]) -> None:
+        """Does the updates that are left of an epoch; saves the state now and then, and before it stops.
+
+        Args:
+            plan: The batches of the epoch.
+            start: When the training would have begun on this clock (`time.monotonic`), had it not been interrupted.
+            stopped: Whether to stop.
+        """
+        saved = time.monotonic()
+        if self.batch == 0:
+            self.totals = []
+        ready = self.reader.read(self.epoch, [self._share(batch) for batch in plan[self.batch :]])
+        with progress(f"epoch {self.epoch + 1}/{self.options.epochs}", len(plan), self.quiet, "batches") as advance:
+            advance(self.batch)
+            while self.batch < len(plan):
+                group = range(self.batch, min(self.batch + self.options.accumulate, len(plan)))
+                record, is_stopping = self._update(plan, group, ready, stopped)
+                self.totals.append(record["loss"])
+                self.step, self.batch = self.step + 1, group[-1] + 1
+                self.seconds = time.monotonic() - start
+                self.log_bytes = self.log.add_update(self.step, self.epoch + 1, record)
+                advance(len(group))
+                if is_stopping:
+                    self._save()
+                    self.workers.barrier()  # nobody leaves while the chief is still writing
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved > 60 * self.options.save_minutes:
+                    self._save()
+                    saved = time.monotonic()
+
+    def _share(self, batch: list[int]) -> list[int]:
+        """Returns this process's share of a batch."""
+        return batch[self.workers.rank :: self.workers.count]
 
     def _update(
         self,
         plan: list[list[int]],
-        own: list[list[int]],
         group: range,
         ready: Iterator[tuple[Tensor, Tensor, Targets]],
         stopped: Callable[[], bool],
@@ -265,57 +250,24 @@ class TrainingLoop(ABC):
 
         A process that was asked to stop tells the others, so that all of them stop after the same update.
         """
-        options = self.options
-        rate = learning_rate(
-            self.step + 1, self.total_steps, options.learning_rate, options.warmup_steps, options.schedule
-        )
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = rate * parameters.get("share", 1.0)
-        self.optimizer.zero_grad(set_to_none=True)
+        rate = self.stepper.begin(self.step + 1)
         self.prepare_update()
-        together = [index for batch in group for index in plan[batch]]
-        passes = self.passes()
+        together = [index for number in group for index in plan[number]]
         sums = torch.zeros(len(self.logged) + 1, dtype=torch.float64)  # and requests to stop
-        for batch in group:
+        for number in group:
             waveforms, lengths, targets = next(ready)
-            items = [self.data.utterances[index] for index in own[batch]]
+            items = [self.data.utterances[index] for index in self._share(plan[number])]
             what = f"epoch {self.epoch + 1}, update {self.step + 1}, batch of {len(items)} utterances"
             seconds = waveforms.shape[1] / self.model.sample_rate
             with memory_for(f"{what} of up to {seconds:.1f} s (lower batch_frames)"):
-                clean, frames = self._features(waveforms, lengths)
-                masked = self._masked(clean, frames, [item.utt_id for item in items])
-                one = Batch(masked, frames, clean, targets.to(self.device), items, plan[batch], together, len(group))
-                for index in range(passes):
-                    is_last = batch == group[-1] and index == passes - 1
-                    with nullcontext() if is_last or self.workers.count == 1 else self.loss.no_sync():
-                        torch.manual_seed(self._draw(f"dropout {self.step} {batch} {self.workers.rank}"))
-                        with torch.autocast(self.device.type, self.precision, enabled=self.precision is not None):
-                            loss, values, each = self.losses(one, index)
-                        faults = torch.tensor([not math.isfinite(float(loss.detach()))], dtype=torch.float64)
-                        self.workers.add_up(faults)  # one process's fault stops all, or the others would wait for it
-                        if faults.any():
-                            bad = [
-                                item
-                                for item, value in zip(items, each.tolist(), strict=True)
-                                if not math.isfinite(value)
-                            ]
-                            every = [self.data.utterances[index] for index in plan[batch]]  # another process's too
-                            raise NotFiniteError(self._not_finite(what, bad or every, one))
-                        self.scaler.scale(loss * self.workers.count).backward()
-                    sums[:-1] += values.detach().double().cpu()
+                clean, frames = clean_features(self.model, waveforms.to(self.device), lengths.to(self.device))
+                masked = self._masked(clean, frames, items)
+                targets = targets.to(self.device)
+                batch = Batch(masked, frames, clean, targets, items, plan[number], together, len(group))
+                self._add_gradients(batch, number, number == group[-1], what, sums[:-1])
         sums[-1] = stopped()
         self.workers.add_up(sums)
-        self.scaler.unscale_(self.optimizer)
-        trained = [one for parameters in self.optimizer.param_groups for one in parameters["params"]]
-        total = nn.utils.get_total_norm([one.grad for one in trained if one.grad is not None])
-        norm = float(total)
-        if not math.isfinite(norm) and not (self.scaler.is_enabled() and self.scaler.get_scale() > SMALLEST_SCALE):
-            items = [self.data.utterances[index] for index in together]
-            what = f"gradient of epoch {self.epoch + 1}, update {self.step + 1}"
-            raise NotFiniteError(self._not_finite(what, items, None))
-        nn.utils.clip_grads_with_norm_(trained, self.options.clip_norm, total)  # a norm of NaN would spoil them all
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        norm = self._step(together)
         self.finish_update()
         *means, stops = sums.tolist()
         found = dict(zip(self.logged, means, strict=True))
@@ -323,29 +275,65 @@ class TrainingLoop(ABC):
         record |= {"norm": norm} if math.isfinite(norm) else {}  # float16 overflows now and then: no update was made
         return record | {"rate": rate}, stops > 0
 
-    def _features(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the (N, T, F) features and the (N,) valid frames."""
-        with torch.no_grad():
-            features, frames = self.model.features(waveforms.to(self.device), lengths.to(self.device))
-        return features[:, : int(frames.max())], frames
+    def _add_gradients(self, batch: Batch, number: int, is_last: bool, what: str, sums: Tensor) -> None:
+        """Adds a batch's gradients to those of the weights, and its logged values to `sums`.
 
-    def _masked(self, features: Tensor, frames: Tensor, utt_ids: Sequence[str]) -> Tensor:
+        Args:
+            batch: The batch.
+            number: Its place in the epoch.
+            is_last: Whether it is the last one of the update: the processes exchange gradients after it.
+            what: What a message calls the batch.
+            sums: (len(logged),) sums, which are changed in place.
+        """
+        passes = self.passes()
+        for index in range(passes):
+            with self._gradients_kept_apart(is_last and index == passes - 1):
+                random = generator(self.job.seed, self.epoch, "", f"dropout {self.step} {number} {self.workers.rank}")
+                torch.manual_seed(int(random.integers(2**62)))
+                with torch.autocast(self.device.type, self.stepper.precision, enabled=self.stepper.is_mixed):
+                    loss, values, each = self.losses(batch, index)
+                self._check_finite(loss, each, batch, what)
+                self.stepper.backward(loss * self.workers.count)
+            sums += values.detach().double().cpu()
+
+    def _gradients_kept_apart(self, is_exchanged: bool) -> AbstractContextManager[None]:
+        """Returns a block in which the processes do not exchange gradients, unless they are to."""
+        if isinstance(self.loss, nn.parallel.DistributedDataParallel) and not is_exchanged:
+            return self.loss.no_sync()
+        return nullcontext()
+
+    def _check_finite(self, loss: Tensor, each: Tensor, batch: Batch, what: str) -> None:
+        faults = torch.tensor([not math.isfinite(float(loss.detach()))], dtype=torch.float64)
+        self.workers.add_up(faults)  # one process's fault stops all, or the others would wait for it
+        if faults.any():
+            values = zip(batch.items, each.tolist(), strict=True)
+            bad = [item for item, value in values if not math.isfinite(value)]
+            every = [self.data.utterances[index] for index in batch.all_indices]  # another process's too
+            raise NotFiniteError(self._not_finite(what, bad or every, batch))
+
+    def _step(self, indices: Sequence[int]) -> float:
+        """Updates the weights from their gradients; returns the norm of these, not finite where they overflowed.
+
+        Args:
+            indices: The utterances that the gradients come from.
+        """
+        norm = self.stepper.gradient_norm()
+        if not norm.isfinite() and not self.stepper.may_overflow:
+            items = [self.data.utterances[index] for index in indices]
+            what = f"gradient of epoch {self.epoch + 1}, update {self.step + 1}"
+            raise NotFiniteError(self._not_finite(what, items, None))
+        self.stepper.step(norm)
+        return float(norm)
+
+    def _masked(self, features: Tensor, frames: Tensor, items: Sequence[Utterance]) -> Tensor:
         """Returns the (N, T, F) features with SpecAugment's masks."""
-        masks, bands = torch.zeros(features.shape, dtype=torch.bool), self.model.mel.n_mels
-        for row, count, utt_id in zip(masks, frames.tolist(), utt_ids, strict=True):
-            random = generator(self.job.seed, self.epoch, utt_id, "mask")
-            mask = spec_mask(count, bands, self.job.augment, random)
-            row[:count, :bands] = mask
-            row[:count, bands:] = mask.all(dim=1, keepdim=True)  # pitch has no bands: masked with whole frames
-        return features.masked_fill(masks.to(self.device), 0.0)
-
-    def _draw(self, what: str) -> int:
-        return int(generator(self.job.seed, self.epoch, "", what).integers(2**62))
+        job, utt_ids = self.job, [item.utt_id for item in items]
+        return masked_features(features, frames, utt_ids, self.model.mel.n_mels, job.augment, job.seed, self.epoch)
 
     def _not_finite(self, what: str, items: Sequence[Utterance], batch: Batch | None) -> str:
         listed = ", ".join(f'"{item.utt_id}" ({item.source})' for item in items[:5])
         more = f" and {len(items) - 5} more" if len(items) > 5 else ""
-        kept = f"; {self.out} keeps the last saved state" if (self.out / "state.pt").exists() else ""
+        kept = f"; {self.out} keeps the last saved state" if (self.out / STATE_FILE).exists() else ""
         return (
             f"{what}: the loss or its gradient is not finite{self.blame(batch)}; utterances {listed}{more}; look at "
             f"this audio, or lower learning_rate{kept}"
@@ -364,14 +352,16 @@ class TrainingLoop(ABC):
         return [one.epoch for one in rank_epochs(self.epochs, self.options.select)[: self.options.average]]
 
     def candidate_path(self, epoch: int) -> Path:
-        return self.out / "epochs" / f"{epoch:04}.safetensors"
+        """Returns where the weights of an epoch are, if it is among the best."""
+        return candidate_path(self.out, epoch)
 
     def _write_candidate(self) -> list[int]:
         """Writes the last epoch's weights if they may be averaged; returns which epochs may be."""
         best = self.candidates()
         if self.is_chief and self.epochs[-1].epoch in best:
-            (self.out / "epochs").mkdir(exist_ok=True)
-            self.write_candidate(self.candidate_path(self.epochs[-1].epoch))
+            path = self.candidate_path(self.epochs[-1].epoch)
+            path.parent.mkdir(exist_ok=True)
+            self.write_candidate(path)
         return best
 
     # ---- state
@@ -390,30 +380,20 @@ class TrainingLoop(ABC):
             "log_bytes": self.log_bytes,
             "epochs": [asdict(one) for one in self.epochs],
             "model": self.state(),
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
+            "optimizer": self.stepper.optimizer.state_dict(),
+            "scaler": self.stepper.scaler.state_dict(),
         }
-        with atomic_path(self.out / "state.pt") as temporary:
-            torch.save(state, temporary)
+        write_state(self.out, state)
 
     def _resume(self) -> None:
-        path = self.out / "state.pt"
-        if path.exists():
-            try:
-                state = torch.load(path, weights_only=True, map_location=self.device)
-            except Exception as error:  # whatever torch finds wrong with the file
-                raise MpqError(f"{path}: cannot be read ({error}); delete the folder to begin anew") from None
+        state = read_state(self.out, self.device, self.workers.count)
+        if state is not None:
             self.epoch, self.batch, self.step = state["epoch"], state["batch"], state["step"]
-            if self.batch and state["processes"] != self.workers.count:
-                raise MpqError(
-                    f"{self.out}: was cut off inside an epoch that {state['processes']} processes share; go on with "
-                    f"as many, not with {self.workers.count}, until its end"
-                )
             self.totals, self.seconds, self.log_bytes = state["losses"], state["seconds"], state["log_bytes"]
             self.epochs = [EpochResult(**one) for one in state["epochs"]]
             self.load_state(state["model"])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            self.stepper.optimizer.load_state_dict(state["optimizer"])
+            self.stepper.scaler.load_state_dict(state["scaler"])
             if not self.quiet:
-                print(f"mpq: goes on after update {self.step}, epoch {self.epoch + 1}", file=sys.stderr, flush=True)
+                _log.info(f"goes on after update {self.step}, epoch {self.epoch + 1}")
         self.workers.barrier()

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from mpq.config import FinetuneConfig, TrainConfig
 from mpq.models.base import AsrModel
 from mpq.runtime import Processes
+from mpq.training.batch import Batch
 from mpq.training.data import TrainingSet
 from mpq.training.distillation import Distillation, DistillationLosses
 from mpq.training.held_out import changed_errors, held_out_errors
-from mpq.training.loop import Batch
 from mpq.training.losses import JointLoss, joint
 
 IMITATION_OPTIONS = {"bound", "hidden_weight", "ctc_weight", "teacher_hears", "dropout", "batch_norm"}

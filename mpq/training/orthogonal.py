@@ -13,10 +13,11 @@ from mpq.models.conformer import ConformerEncoder, FactoredLinear
 
 def constrained_factors(encoder: ConformerEncoder, placing: str) -> list[Tensor]:
     """Returns the factors that a placing constrains, as (rank, other) views: a change of a view changes the weight."""
-    factors = []
+    factors: list[Tensor] = []
     for block in encoder.layers:
-        for module in (block.feed_forward1, block.feed_forward2):
-            for linear, (inner, outer) in ((module.linear1, placing[:2]), (module.linear2, placing[2:])):
+        for name in ("feed_forward1", "feed_forward2"):
+            first, second = getattr(block, name).linear1, getattr(block, name).linear2
+            for linear, inner, outer in ((first, placing[0], placing[1]), (second, placing[2], placing[3])):
                 if isinstance(linear, FactoredLinear):
                     factors += [linear.inner.weight] if inner == "S" else []  # (rank, inputs)
                     factors += [linear.outer.weight.T] if outer == "S" else []  # (rank, outputs)

@@ -9,9 +9,11 @@ from torch import Tensor
 from mpq.config import Recipe
 from mpq.files import write_json
 from mpq.models.checkpoint import MODEL_FILE, write_checkpoint
+from mpq.models.reshaping import conformer
+from mpq.training.batch import Batch
 from mpq.training.data import TrainingSet
 from mpq.training.folder import claim_folder, clean_up
-from mpq.training.loop import Batch, Job, TrainingLoop
+from mpq.training.loop import Job, TrainingLoop
 from mpq.training.objectives import Objective
 from mpq.training.optimization import make_optimizer
 from mpq.training.orthogonal import constrained_factors, semi_orthogonal_step
@@ -22,10 +24,10 @@ class WeightTrainer(TrainingLoop):
     """The training of a recipe's [train], semi-orthogonal factors included.
 
     Args:
-        job: What to train.
-        recipe: Says how; it is put on record.
-        objective: What for.
-        dev: Held-out data; None: without.
+        job: The model, its data and where the work runs.
+        recipe: How the model is trained; it is put on record.
+        objective: What the weights are judged by.
+        dev: Held-out data; None for none.
         sample: Called before each update with its number (from 0), and before held-out data are scored with None: has
             the model compute as a path of a supernet, or as the whole; None for a model that is no supernet.
     """
@@ -42,7 +44,7 @@ class WeightTrainer(TrainingLoop):
         self.objective, self.sample = objective, sample
         optimizer = make_optimizer(job.model, recipe.train.weight_decay, recipe.train.betas)
         super().__init__(job, objective.module, optimizer, objective.logged)
-        self.factors = constrained_factors(job.model.encoder, recipe.train.semi_orthogonal)
+        self.factors = constrained_factors(conformer(job.model), recipe.train.semi_orthogonal)
 
     def train(self) -> TrainingResult:
         """Trains what is left and writes the model."""

@@ -8,7 +8,17 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from mpq.cli.options import PatternBits, Widths, given, print_once, print_result, seconds_or_all
+from mpq.cli.options import (
+    PatternBits,
+    Widths,
+    given,
+    print_once,
+    print_result,
+    seconds_or_all,
+    section_options,
+    with_seed,
+)
+from mpq.config import SearchConfig
 from mpq.errors import MpqError
 
 
@@ -66,3 +76,21 @@ def test_one_of_several_processes_prints() -> None:
     torchrun = {"TORCHELASTIC_RUN_ID": "none"}
     assert printed("--once") == printed("--once", RANK="0", **torchrun) == printed("--once", RANK="1") == printed()
     assert printed("--once", RANK="1", **torchrun) == ""
+
+
+def test_a_section_has_an_option_for_each_key() -> None:
+    @click.command()
+    @section_options(SearchConfig, without=("trained",))
+    def command(**_: object) -> None: ...
+
+    assert {option.name for option in command.params} == set(SearchConfig.model_fields) - {"trained"}
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], ["a=1"]), (["--seed", "0"], ["a=1", "seed=0"])])
+def test_a_seed_that_is_given_replaces_the_recipes(arguments: list[str], expected: list[str]) -> None:
+    @click.command()
+    @click.option("--seed", default=0)
+    def command(seed: int) -> None:
+        assert with_seed(["a=1"]) == expected
+
+    command.main(arguments, standalone_mode=False)

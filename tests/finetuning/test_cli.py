@@ -144,8 +144,8 @@ def test_json_is_the_file_and_the_log_goes_to_stderr(done: tuple[Result, Path]) 
     assert printed == json.loads((out / "finetune.json").read_text()) and printed["format"] == "mpq.finetune/1"
     assert json.loads(json.dumps(FinetuneResult.load(out / "finetune.json").to_json())) == printed
     lines = result.stderr.splitlines()
-    assert lines[0].startswith("epoch 0/2: the start, dev ")
-    assert [line[:9] for line in lines[1:3]] == ["epoch 1/2", "epoch 2/2"]
+    assert lines[0].startswith("mpq: epoch 0/2: starting weights, dev ")
+    assert [line[:14] for line in lines[1:3]] == ["mpq: epoch 1/2", "mpq: epoch 2/2"]
     names = {path.name for path in out.iterdir()} - {"learning_curve.svg"}
     assert names == {"packed.safetensors", "float.safetensors", "recipe.json", "log.jsonl", "finetune.json"}
     log = log_of(out)
@@ -182,7 +182,7 @@ def test_a_finished_folder_answers_at_once_and_in_words(
     again = command(speech, four, done[1], *options(), *more)
     result = FinetuneResult.load(done[1] / "finetune.json")
     assert again.exit_code == 0 and again.stderr == ""
-    for words in (str(result.sizes[0].size_bytes), f"{result.sizes[0].ratio:.2f}", "kept: epochs 2 of 2", "seed 3",
+    for words in (str(result.sizes[0].size_bytes), f"{result.sizes[0].ratio:.2f}", "kept epochs 2 of 2", "seed 3",
                   "4 utterances", "4 with a transcript"):  # fmt: skip
         assert words in again.stdout, words
     other = command(speech, four, done[1], *options())

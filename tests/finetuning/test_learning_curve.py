@@ -1,6 +1,5 @@
 """The learning curve: what is plotted, as matplotlib has it, and what happens without matplotlib."""
 
-import sys
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -53,14 +52,3 @@ def test_without_transcripts_there_is_the_divergence_alone(drawn: list[list[Axes
     draw_learning_curve(tmp_path / "curve.svg", epochs((0.3, None), (0.2, None)), quiet=True)
     (left,) = drawn[0]
     assert points(left) == [(0, 0.3), (10, 0.2)]
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_without_matplotlib_it_is_said_that_there_is_none(
-    quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw_learning_curve(tmp_path / "curve.svg", epochs((0.3, 0.25)), quiet)
-    assert list(tmp_path.iterdir()) == []
-    expected = "" if quiet else "mpq: no learning curve: matplotlib is not installed (mpq[plots])\n"
-    assert capsys.readouterr().err == expected

@@ -1,7 +1,6 @@
 """The figure and the table of a search: what they say, and what happens without matplotlib."""
 
 import re
-import sys
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -78,17 +77,6 @@ def test_what_was_not_searched_is_not_drawn(drawn: list[list[Axes]], tmp_path: P
     ):
         draw_architecture(tmp_path / "a.svg", one, quiet=True)
         assert [axes.get_ylabel() for axes in drawn[-1]] == labels
-
-
-@pytest.mark.parametrize("quiet", [False, True])
-def test_without_matplotlib_it_is_said_that_there_is_none(
-    quiet: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    draw_architecture(tmp_path / "a.svg", WIDTHS, quiet)
-    assert list(tmp_path.iterdir()) == []
-    expected = "" if quiet else "mpq: no figure of the architecture: matplotlib is not installed (mpq[plots])\n"
-    assert capsys.readouterr().err == expected
 
 
 def shown(found: Architecture, **changes: object) -> str:

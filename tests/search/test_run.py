@@ -1,6 +1,5 @@
-"""Architecture search from end to end: three stages, their folders, interruptions, faults, sizes."""
+"""Architecture search from end to end: three phases, their folders, interruptions, faults."""
 
-import copy
 import itertools
 import json
 import signal
@@ -10,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
-from tiny_finetune import disturbed, two_processes, write_hybrid
-from tiny_search import contents, run, search_recipe, write_search
-from tiny_training import CrashError, fails_at, log_of, one_thread, write_speech
+from tiny_finetune import disturbed, two_processes
+from tiny_search import command, contents, recipe, refusal, run, search_recipe, speech, supernet, whole, write_search
+from tiny_training import CrashError, fails_at, log_of, one_thread
 from torch import Tensor
 
 from mpq.cli.inspection import inspect
@@ -22,7 +21,6 @@ from mpq.errors import MpqError
 from mpq.loading import load_model
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import write_checkpoint
-from mpq.models.reshaping import sliced
 from mpq.pipeline.read import load_recipe
 from mpq.search import loop as search_loop
 from mpq.search import run as search_module
@@ -39,46 +37,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.orthogonal import constrained_factors, orthogonality_error
 from mpq.training.weights import WeightTrainer
 
-__all__ = ["one_thread"]  # a fixture
-
-
-@pytest.fixture(scope="module")
-def speech(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with train.jsonl, dev.jsonl, other.jsonl and the checkpoint `hybrid`."""
-    folder = tmp_path_factory.mktemp("speech")
-    write_speech(folder)
-    write_speech(folder, ["abed", "dace", "a bee"], "dev.jsonl")
-    write_speech(folder, ["bead", "cab", "deed", "a bed"], "other.jsonl")
-    write_hybrid(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def recipe(speech: Path) -> Recipe:
-    return search_recipe(speech)
-
-
-@pytest.fixture(scope="module")
-def whole(recipe: Recipe, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of that recipe's search, without an interruption."""
-    out = tmp_path_factory.mktemp("whole") / "out"
-    run(recipe, out)
-    return out
-
-
-def command(*arguments: object) -> Any:
-    return CliRunner().invoke(main, ["search", *map(str, arguments), "--quiet"])
-
-
-def refusal(*arguments: object) -> str:
-    """Returns what a command that is refused says: one line."""
-    done = command(*arguments)
-    assert done.exit_code == 2 and done.stdout == "", done.output
-    (line,) = done.stderr.removeprefix("mpq: ").splitlines()
-    return line
-
-
-# ---- the folder
+__all__ = ["one_thread", "recipe", "speech", "supernet", "whole"]  # fixtures
 
 
 def test_a_search_leaves_a_checkpoint_folder(whole: Path, recipe: Recipe) -> None:
@@ -112,36 +71,6 @@ def test_a_search_leaves_a_checkpoint_folder(whole: Path, recipe: Recipe) -> Non
     rest = largest.parameter_counts()["total"] - 2 * (33 * 32 + 16)
     assert found.expected_millions * 1e6 == pytest.approx(rest + expected, rel=1e-5)
     assert [one.epoch for one in found.epochs] == [1, 2, 3] and found.epochs[0].dev_loss is None
-
-
-def test_losses_of_the_choice_are_those_of_its_models(whole: Path, recipe: Recipe) -> None:
-    """Of the supernet as a whole, and of what is cut out of it, on the held-out data."""
-    found, largest = Architecture.load(whole / "architecture/architecture.json"), load_model(whole / "supernet")
-    data = search_module.read_set(["dev.jsonl"], recipe.data, largest, 1.0, is_training=False)
-    one = search_module.processes
-    with one(torch.device("cpu")) as workers:
-        for model, loss, wer in (
-            (largest, found.largest_loss, found.largest_wer),
-            (sliced(largest, found.shapes()), found.loss, found.wer),
-        ):
-            expected = objectives.Transcripts(model, recipe.train, "error", workers).held_out(data)
-            assert (loss, wer) == pytest.approx(expected, rel=1e-5)
-    assert found.loss != found.largest_loss
-
-
-def test_the_logs_of_the_stages(whole: Path) -> None:
-    first, second, last = (log_of(whole / name) for name in ("supernet", "architecture", "."))
-    assert [line["epoch"] for line in first if "dev_wer" in line] == [1, 2]
-    assert [line["epoch"] for line in last if "dev_wer" in line] == [1, 2]
-    rates = [line["rate"] for line in second if "rate" in line]
-    assert set(rates) == {0.2} and len(rates) == 3
-    for line in second:
-        if "rate" in line:
-            total = 0.2 * line["ctc"] + 0.8 * line["attention"] + 50 * line["millions"]
-            assert line["loss"] == pytest.approx(total, rel=1e-6)
-            assert 2 * (33 * 4 + 16) < 1e6 * line["millions"] < 2 * (33 * 32 + 16)
-    peak = max(line["rate"] for line in last if "rate" in line)
-    assert peak == pytest.approx(0.0015) and max(line["rate"] for line in first if "rate" in line) == 0.003
 
 
 def test_the_folder_is_taken_by_the_commands_that_follow(whole: Path, speech: Path, tmp_path: Path) -> None:
@@ -189,9 +118,6 @@ def test_a_finished_search_is_not_done_again(whole: Path, recipe: Recipe, monkey
     assert result == SearchResult(**{key: getattr(result, key) for key in result.__dataclass_fields__})
     assert before == {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     assert times == {path: path.stat().st_mtime_ns for path in times}
-
-
-# ---- interruptions
 
 
 POINTS = {
@@ -270,9 +196,6 @@ def test_a_stopped_search_goes_on(
     assert contents(tmp_path) == contents(whole)
 
 
-# ---- one supernet, several searches; other options are refused
-
-
 def test_searches_share_a_supernet(whole: Path, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     supernet = whole / "supernet"
     before = {path: (path.read_bytes(), path.stat().st_mtime_ns) for path in supernet.iterdir()}
@@ -347,117 +270,10 @@ def test_options_that_change_nothing_are_not_refused(speech: Path, whole: Path) 
     }
 
 
-# ---- what is chosen
-
-
-@pytest.fixture(scope="module")
-def supernet(whole: Path) -> str:
-    return str(whole / "supernet")
-
-
-def test_the_penalty_decides(speech: Path, supernet: str, tmp_path: Path) -> None:
-    common = {"search__supernet": supernet, "search__epochs": 25, "search__final_epochs": 0}
-    heavy = run(search_recipe(speech, **common, search__eta=1000.0), tmp_path / "heavy")
-    assert heavy.architecture.shapes() == [((4, 0), (4, 0))]
-    assert heavy.architecture.expected_millions == pytest.approx(heavy.architecture.millions, rel=0.05)
-    free = run(search_recipe(speech, **common, search__eta=0.0), tmp_path / "free")
-    assert free.architecture.millions > heavy.architecture.millions
-    plain = run(search_recipe(speech, **common, search__eta=1000.0, search__method="softmax"), tmp_path / "plain")
-    assert plain.architecture.shapes() == [((4, 0), (4, 0))]
-    assert plain.architecture.epochs[0].train_loss != heavy.architecture.epochs[0].train_loss
-    assert heavy.training.averaged == () and heavy.training.epochs == ()
-    largest = load_model(Path(supernet))
-    cut = sliced(largest, heavy.architecture.shapes()).state_dict()
-    assert all(torch.equal(one, cut[name]) for name, one in load_model(tmp_path / "heavy").state_dict().items())
-    assert heavy.training.dev_loss == pytest.approx(heavy.architecture.loss, rel=1e-5)
-
-
-def test_a_target_is_never_exceeded(speech: Path, supernet: str, tmp_path: Path) -> None:
-    base = load_model(Path(supernet))
-    sizes = sorted(
-        {
-            sliced(base, [((a, 0), (b, 0))]).parameter_counts()["total"]
-            for a, b in itertools.product((4, 12, 32), repeat=2)
-        }
-    )
-    common = {"search__supernet": supernet, "search__epochs": 1, "search__final_epochs": 0, "search__eta": None}
-    found = {}
-    for target in (sizes[0], sizes[1], sizes[2] - 1, sizes[3] + 100, 10**7):
-        changed = search_recipe(speech, **common, search__target_millions=target / 1e6)
-        result = run(changed, tmp_path / str(target))
-        found[target] = load_model(tmp_path / str(target)).parameter_counts()["total"]
-        assert found[target] <= target and result.architecture.millions * 1e6 == pytest.approx(found[target])
-        assert result.target_millions == target / 1e6 and result.eta is None
-    assert found[sizes[0]] == sizes[0]
-    impossible = search_recipe(speech, **common, search__target_millions=(sizes[0] - 1) / 1e6)
-    message = f"target_millions: expected {sizes[0] / 1e6:.6f} or more, what the smallest candidates make up, got"
-    with pytest.raises(MpqError, match=message):
-        run(impossible, tmp_path / "impossible")
-    assert not (tmp_path / "impossible").exists()
-
-
-def test_the_target_pulls_the_expected_size(speech: Path, supernet: str, tmp_path: Path) -> None:
-    """Far below the start, so that the penalty outweighs the loss."""
-    base = load_model(Path(supernet)).parameter_counts()["total"]
-    target = round((base - 2 * 33 * 26) / 1e6, 6)
-    options = {"search__supernet": supernet, "search__epochs": 40, "search__final_epochs": 0, "search__eta": None}
-    result = run(search_recipe(speech, **options, search__target_millions=target), tmp_path)
-    expected = [line["millions"] for line in log_of(tmp_path / "architecture") if "rate" in line]
-    assert expected[-1] < expected[0]
-    assert result.architecture.expected_millions < target * 1.01
-    lines = [line for line in log_of(tmp_path / "architecture") if "rate" in line]
-    rest = (base - 2 * (33 * 32 + 16)) / 1e6
-    for line in lines:
-        penalty = 10 * max(0.0, (rest + line["millions"]) / target - 1)
-        assert line["loss"] == pytest.approx(0.2 * line["ctc"] + 0.8 * line["attention"] + penalty, rel=1e-6)
-
-
-def test_no_choice_at_all(speech: Path, tmp_path: Path) -> None:
-    fixed = search_recipe(speech, search__ffn_width=[12])
-    result = run(fixed, tmp_path)
-    assert result.architecture.shapes() == [((12, 0), (12, 0))] and result.architecture.epochs == ()
-    assert not (tmp_path / "architecture/state.pt").exists()
-    assert run(fixed, tmp_path).architecture == result.architecture
-
-
 def test_without_development_data(speech: Path, tmp_path: Path) -> None:
     options = {"data__dev": None, "search__held_out": "dev.jsonl", "train__select": "last"}
     result = run(search_recipe(speech, **options), tmp_path)
     assert result.training.dev_loss is None and result.architecture.loss > 0
-
-
-# ---- what the stages do with the weights
-
-
-def spied(owner: Any, name: str, patch: pytest.MonkeyPatch, look: Any) -> None:
-    """Has look(self) called before and after a method."""
-    method = getattr(owner, name)
-
-    def looking(self: Any, *arguments: Any) -> Any:
-        look(self)
-        result = method(self, *arguments)
-        look(self)
-        return result
-
-    patch.setattr(owner, name, looking)
-
-
-def test_the_choice_leaves_the_weights_alone(
-    speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[dict[str, Tensor], list[Tensor]]] = []
-
-    def look(loop: ArchitectureSearch) -> None:
-        state = {name: one.clone() for name, one in loop.model.state_dict().items()}
-        seen.append((state, [one.detach().clone() for one in loop.logits]))
-        assert not any(one.requires_grad for one in loop.model.parameters())  # nor is a gradient computed
-
-    spied(ArchitectureSearch, "choose", monkeypatch, look)
-    run(search_recipe(speech, search__supernet=supernet), tmp_path)
-    (before, start), (after, end) = seen
-    assert any(name.endswith("running_mean") for name in before)
-    assert all(torch.equal(one, after[name]) for name, one in before.items())
-    assert all(float(one.abs().max()) == 0 for one in start) and all(float(one.abs().max()) > 0.1 for one in end)
 
 
 def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
@@ -495,28 +311,6 @@ def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
     assert scored == whole * (6 + 2) + whole + [chosen] + plain * (2 + 2)  # epochs, their average, the best of them
 
 
-def test_temperature_falls_and_noise_is_new_in_each_update(
-    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen: list[tuple[float, float | None]] = []
-    be_sum = Supernet.be_sum
-
-    def looking(self: Supernet, temperature: float, random: Any) -> None:
-        drawn = None if random is None else float(copy.deepcopy(random).random())
-        seen.append((temperature, drawn))
-        be_sum(self, temperature, random)
-
-    monkeypatch.setattr(Supernet, "be_sum", looking)
-    common = {"search__supernet_epochs": 1, "search__final_epochs": 0, "search__epochs": 3, "train__batch_frames": 150}
-    run(search_recipe(speech, **common, search__temperature=[2.0, 0.5]), tmp_path / "a")
-    temperatures = [one for one, _ in seen]
-    assert temperatures == pytest.approx([2.0 * 0.25 ** (step / (len(seen) - 1)) for step in range(len(seen))])
-    assert len(seen) > 3 and len({drawn for _, drawn in seen}) == len(seen)  # some updates in an epoch
-    seen.clear()
-    run(search_recipe(speech, **common, search__method="softmax"), tmp_path / "b")
-    assert set(seen) == {(1.0, None)}
-
-
 def test_factors_are_kept_semi_orthogonal_in_both_trainings(speech: Path, tmp_path: Path) -> None:
     options = {
         "search__space": "ranks", "search__ffn_width": None, "search__ffn_rank": [3, 6, 12], "train__batch_frames": 200,
@@ -531,9 +325,6 @@ def test_factors_are_kept_semi_orthogonal_in_both_trainings(speech: Path, tmp_pa
             assert len(factors) == 4
             errors = [orthogonality_error(one.detach()) for one in factors]
             assert max(errors) < 0.1 if placing == "SLLS" else min(errors) > 0.1, (folder, errors)
-
-
-# ---- of a trained model
 
 
 def outputs(model: AsrModel) -> Tensor:
@@ -632,26 +423,6 @@ def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
         run(from_checkpoint(speech, speech / "hybrid", search__ffn_width=[2, 33]), tmp_path / "f")
 
 
-def test_a_nemo_model_from_the_command_line(tiny_archive: Path, many_tones: Path, tmp_path: Path) -> None:
-    """No recipe; it imitates the archive, whose audio needs no transcripts."""
-    sets = ["--set", "train.epochs=2", "--set", "train.workers=0"]
-    arguments = [tiny_archive, "--train", many_tones, "--dev", many_tones, "--epochs", 2, *sets]
-    done = command(*arguments, "--target-millions", "0.0135", "--out", tmp_path, "--json")
-    assert done.exit_code == 0, done.output
-    raw = json.loads(done.stdout)
-    assert raw["checkpoint"]["path"] == str(tiny_archive) and raw["architecture"]["wer"] is None
-    assert raw["architecture"]["modules"][0]["widths"] == list(range(8, 33))
-    model = load_model(tmp_path)
-    assert model.family == "nemo" and model.parameter_counts()["total"] <= 13500
-    assert load_recipe(tmp_path / "recipe.toml", ["allocate.average_bits=4"], stages=["sensitivity", "allocate"])
-    before = contents(tmp_path)
-    assert command(*arguments, "--target-millions", "0.0135", "--out", tmp_path).exit_code == 0
-    assert contents(tmp_path) == before
-
-
-# ---- several processes
-
-
 def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None:
     options = {"model__dropout": 0.0, "search__epochs": 4, "train__batch_frames": 700, "train__accumulate": 2}
     path = write_search(speech / "two.toml", **options)
@@ -668,9 +439,6 @@ def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None
         for module, same in zip(other.modules, one.modules, strict=True):
             assert module.width_probabilities == pytest.approx(same.width_probabilities, abs=tolerance)
     assert json.loads((tmp_path / "two/search.json").read_text())["training"]["processes"] == 2
-
-
-# ---- faults
 
 
 @pytest.mark.parametrize("phase", [1, 2, 3])
@@ -691,72 +459,3 @@ def test_a_loss_that_is_not_finite_is_told(
     line = refusal(path, "--out", tmp_path)
     assert "the loss or its gradient is not finite; utterances" in line
     assert ("dev-" if phase == 2 else "train-") in line
-
-
-def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:
-    path, out = write_search(speech / "faulty.toml", search__eta=None), tmp_path / "out"
-    checkpoint, train, dev = speech / "hybrid", speech / "train.jsonl", speech / "dev.jsonl"
-    where = "[search] eta: expected one of eta and target_millions, got"
-    assert refusal(path, "--out", out) == f"{path}: {where} none"
-    both = ["--eta", 1, "--target-millions", 1]
-    assert refusal(path, *both, "--out", out) == f"{path}: {where} eta and target_millions"
-    assert refusal(path, "--eta", -1, "--out", out) == f"{path}: [search] eta: expected 0.0 or more, got -1"
-    line = f"--train, --dev, --channel, --skip-bad: {path} is a recipe, whose [data] say that; leave them out"
-    assert refusal(path, "--eta", 1, "--train", train, "--out", out) == line
-    assert refusal(path, "--eta", 1, "--channel", "mix", "--out", out) == line
-    assert refusal(path, "--eta", 1, "--skip-bad", "--out", out) == line
-    assert refusal(path, "--eta", 1, "--dev", dev, "--out", out) == line
-    line = f"--train, --dev: expected both for a checkpoint ({checkpoint}), or a recipe (.toml) instead"
-    assert refusal(checkpoint, "--eta", 1, "--train", train, "--out", out) == line
-    assert refusal(checkpoint, "--eta", 1, "--dev", dev, "--out", out) == line
-    data = [checkpoint, "--train", train, "--dev", dev, "--out", out]
-    assert refusal(*data) == f"mpq search: {where} none"
-    assert "--set model.width=3: mpq search does not read model" in refusal(*data, "--eta", 1, "--set", "model.width=3")
-    assert "[search] ffn_rank: expected rising candidates" in refusal(*data, "--eta", 1, "--ffn-rank", "[3, 2]")
-    assert "[search] temperature: expected first and last, falling, got [0.1, 1.0]" in refusal(
-        path, "--eta", 1, "--temperature", "[0.1, 1.0]", "--out", out
-    )
-    assert '[search] loss: "distillation" needs a trained model to imitate' in refusal(
-        path, "--eta", 1, "--loss", "distillation", "--out", out
-    )
-    assert "[search] ffn_width: expected one list for each of the 1 blocks, got 2" in refusal(
-        path, "--eta", 1, "--ffn-width", "[[4],[4]]", "--out", out
-    )
-    assert "[search] held_out: " in refusal(path, "--eta", 1, "--held-out", "none.jsonl", "--out", out)
-    bare = write_search(speech / "bare.toml", data__dev=None, train__select="last")
-    line = "[search] held_out: expected data to choose on (or data.dev), got none"
-    assert refusal(bare, "--out", out) == f"{bare}: {line}"
-    undecided = write_search(speech / "undecided.toml", data__dev=None, search__held_out="dev.jsonl")
-    assert 'train.select = "wer" needs held-out data' in refusal(undecided, "--out", out)
-    empty = write_search(speech / "empty.toml", data__train=[])
-    assert "[data] train: expected one manifest or more, got none" in refusal(empty, "--out", out)
-    assert not out.exists()
-
-
-def test_a_budget_on_the_command_line_replaces_the_recipes(speech: Path, supernet: str, tmp_path: Path) -> None:
-    path = write_search(speech / "target.toml", search__eta=None, search__target_millions=0.0001)
-    done = command(path, "--eta", 3, "--supernet", supernet, "--out", tmp_path / "out", "--json")
-    assert done.exit_code == 0, done.output
-    raw = json.loads(done.stdout)
-    assert (raw["format"], raw["eta"], raw["target_millions"]) == ("mpq.search/1", 3.0, None)
-    shown = command(path, "--eta", 3, "--supernet", supernet, "--out", tmp_path / "out")
-    assert "eta 3" in shown.stdout and "FW-m" in shown.stdout and "BN" not in shown.stdout
-
-
-def test_a_packed_file_is_no_start(speech: Path, tmp_path: Path) -> None:
-    packed = tmp_path / "p.safetensors"
-    done = CliRunner().invoke(main, ["pack", str(speech / "hybrid"), "--bits", "8", "--out", str(packed)])
-    assert done.exit_code == 0, done.output
-    line = refusal(
-        packed, "--train", speech / "train.jsonl", "--dev", speech / "dev.jsonl", "--eta", 1, "--out", tmp_path / "o"
-    )
-    assert line == f"{packed}: already packed; search the float checkpoint that it was made from"
-
-
-def test_a_noise_seed_gives_another_choice_from_the_same_supernet(speech: Path, supernet: str, tmp_path: Path) -> None:
-    common = {"search__supernet": supernet, "search__final_epochs": 0, "search__epochs": 2}
-    drawn = {}
-    for name, more in {"default": {}, "own": {"search__noise_seed": 0}, "other": {"search__noise_seed": 1}}.items():
-        found = run(search_recipe(speech, **common, **more), tmp_path / name)
-        drawn[name] = [one.width_probabilities for one in found.architecture.modules]
-    assert drawn["default"] == drawn["own"] != drawn["other"]

@@ -337,7 +337,7 @@ def test_paths_are_drawn_uniformly_and_apart() -> None:
     drawn = []
     for step in range(draws):
         supernet.be_sampled(3, step)
-        drawn.append([(one._width, one._rank) for one in supernet.modules_])
+        drawn.append([(one._width, one._rank) for one in supernet.nested])
     choices = [list(itertools.product(one.widths, one.ranks)) for one in supernet.space]
     for index, options in enumerate(choices):
         counts = np.array([sum(one[index] == option for one in drawn) for option in options])
@@ -356,7 +356,7 @@ def test_the_same_seed_and_step_draw_the_same_path() -> None:
 
     def path(seed: int, step: int) -> list[tuple[int, int]]:
         supernet.be_sampled(seed, step)
-        return [(one._width, one._rank) for one in supernet.modules_]
+        return [(one._width, one._rank) for one in supernet.nested]
 
     paths = {(seed, step): path(seed, step) for seed in range(3) for step in range(8)}
     assert all(path(*key) == one for key, one in reversed(paths.items()))
@@ -365,7 +365,7 @@ def test_the_same_seed_and_step_draw_the_same_path() -> None:
     assert len({tuple(one) for one in paths.values()}) > 12
     supernet.be_sum(1.0, None)
     supernet.be_one(architectures("both")[0])  # nothing of what was before is left
-    assert all(one._unit_mask is None and one._rank_mask is None for one in supernet.modules_)
+    assert all(one._unit_mask is None and one._rank_mask is None for one in supernet.nested)
 
 
 # ---- sizes and the choice
@@ -455,5 +455,5 @@ def test_names_of_the_modules_are_those_of_the_model() -> None:
     """In the order of the space."""
     model = model_of("nemo", "widths")
     supernet = Supernet(model, SPACES["widths"])
-    assert list(feed_forwards(model).values()) == supernet.modules_
-    assert [module.linear1.out_features for module in supernet.modules_] == [32, 24, 20, 32]
+    assert list(feed_forwards(model).values()) == supernet.nested
+    assert [module.linear1.out_features for module in supernet.nested] == [32, 24, 20, 32]

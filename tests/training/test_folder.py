@@ -1,22 +1,31 @@
-"""A checkpoint folder is never taken for another's, never lost to a kill, and not overwritten."""
+"""A checkpoint folder is never taken for another"s, never lost to a kill, and not overwritten."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from tiny_training import TEXTS, log_of, recipe, write_speech
+from tiny_training import (
+    TEXTS,
+    CrashError,
+    assert_same,
+    dropping,
+    fails_at,
+    one_thread,
+    recipe,
+    speech,
+    whole,
+    with_options,
+    write_speech,
+)
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
-from mpq.runtime import memory_for
 from mpq.training import objectives
-from mpq.training import weights as weight_loop
-from mpq.training.log import TrainingLog
+from mpq.training.losses import JointLoss
+from mpq.training.record import TrainingResult
 from mpq.training.run import train
+
+__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
 
 
 @pytest.fixture(scope="module")
@@ -43,36 +52,6 @@ def test_a_model_that_was_deleted_is_trained_again(tiny: Recipe, tmp_path: Path)
     assert (tmp_path / "out/model.safetensors").read_bytes() == before
 
 
-def test_no_candidate_is_removed_before_the_state_knows_why(
-    tiny: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A kill after an epoch that displaces the best one, and that scores worse when it is done again (as on a GPU)."""
-    scores = [(1.0, 0.5), (1.0, 0.4), (1.0, 0.9), (1.0, 0.9), (1.0, 0.9)]  # second epoch: first the best, then not
-    monkeypatch.setattr(objectives, "held_out_errors", lambda *_: scores.pop(0))
-    saves, save = [], weight_loop.WeightTrainer._save
-
-    def killed(self: Any) -> None:
-        saves.append(self.epoch)
-        if self.epoch == 2 and saves.count(2) == 1:
-            raise MemoryError("killed")
-        save(self)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(weight_loop.WeightTrainer, "_save", killed)
-        with pytest.raises(MemoryError):
-            train(tiny, tmp_path / "out", quiet=True)
-    assert (tmp_path / "out/epochs/0001.safetensors").exists()
-    assert train(tiny, tmp_path / "out", quiet=True).averaged == (1,)
-
-
-def test_a_log_that_is_shorter_than_the_state_says_gets_no_zeros(tmp_path: Path) -> None:
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
-    log = TrainingLog(tmp_path, 1, is_writing=True, quiet=True, tensorboard=False)
-    with log.opened(size=500, step=40):
-        log.add_update(41, 1, {"loss": 1.0})
-    assert [line.get("step") for line in log_of(tmp_path)] == [1, 41]
-
-
 def test_an_option_that_is_new_and_not_used_goes_on(tiny: Recipe, tmp_path: Path) -> None:
     """A finished training from before `augment.level_db`, then with other values of what its record says."""
     out, record = tmp_path / "out", tmp_path / "out/training.json"
@@ -93,55 +72,52 @@ def test_an_option_that_is_new_and_not_used_goes_on(tiny: Recipe, tmp_path: Path
         train(tiny, out, quiet=True)
 
 
-@pytest.mark.parametrize(
-    ("message", "is_memory"),
-    [
-        ("CUDA error: an illegal memory access was encountered", False),
-        ("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried", True),
-        ("CUDA out of memory. Tried to allocate 2 GiB", True),
-    ],
-)
-def test_only_want_of_memory_is_called_that(message: str, is_memory: bool) -> None:
-    with pytest.raises(MpqError if is_memory else RuntimeError), memory_for("a batch"):
-        raise RuntimeError(message)
+def test_a_finished_training_is_not_done_again(whole: Path, dropping: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
+    fails_at(JointLoss, "forward", 1, monkeypatch)
+    assert train(dropping, whole, quiet=True) == TrainingResult.load(whole / "training.json")
+    assert before == {path.name: path.stat().st_mtime_ns for path in whole.iterdir()}
 
 
-def test_pitch_is_masked_with_whole_frames_alone(tmp_path: Path) -> None:
-    write_speech(tmp_path, TEXTS[:2])
-    changes = {"features__pitch": True, "data__dev": None, "train__select": "last", "augment__time_mask_fraction": 0.5}
-    with_pitch = recipe(tmp_path, **changes, augment__frequency_masks=2, augment__frequency_mask_width=20)
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
-    plain = weight_loop.WeightTrainer._masked
+@pytest.mark.parametrize("is_finished", [True, False])
+def test_another_training_in_the_same_folder_is_refused(
+    is_finished: bool, speech: Path, dropping: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = whole
+    if not is_finished:
+        out = tmp_path / "out"
+        with monkeypatch.context() as patch:
+            fails_at(objectives, "held_out_errors", 2, patch)
+            with pytest.raises(CrashError):
+                train(dropping, out, quiet=True)
+    word = "a finished" if is_finished else "an unfinished"
+    write_speech(tmp_path, [*TEXTS[:-1], "abba"])  # another transcript
+    write_speech(tmp_path, ["abed", "dace", "a bee"], "dev.jsonl")
+    write_speech(tmp_path / "longer", seconds=0.17)
+    write_speech(tmp_path / "longer", ["abed", "dace", "a bee"], "dev.jsonl")
+    write_speech(speech, ["abed", "dace", "a bed"], "other.jsonl")
+    others = [
+        with_options(dropping, learning_rate=0.004),
+        with_options(dropping, epochs=4),
+        dropping.model_copy(update={"seed": 1}),
+        dropping.model_copy(update={"model": dropping.model.model_copy(update={"dropout": 0.2})}),
+        dropping.model_copy(update={"augment": dropping.augment.model_copy(update={"speed": [1.0]})}),
+        recipe(tmp_path, model__dropout=0.1),
+        recipe(tmp_path / "longer", model__dropout=0.1),
+        recipe(speech, model__dropout=0.1, data__dev="other.jsonl"),
+    ]
+    for other in others:
+        with pytest.raises(MpqError, match=f"holds {word} training with other options or data"):
+            train(other, out, quiet=True)
+    neutral = with_options(dropping, workers=1, save_minutes=3.0, tensorboard=False)
+    if is_finished:
+        assert train(neutral, out, quiet=True).fingerprint == TrainingResult.load(out / "training.json").fingerprint
+    else:
+        train(neutral, out, quiet=True)
+        assert_same(out, whole)
 
-    def watched(self: Any, features: Any, frames: Any, utt_ids: Any) -> Any:
-        found = plain(self, features, frames, utt_ids)
-        seen.append((features, found))
-        return found
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(weight_loop.WeightTrainer, "_masked", watched)
-        train(with_pitch, tmp_path / "out", quiet=True)
-    banded = whole = 0
-    for before, after in seen:
-        masked = (before != 0) & (after == 0)
-        bands, pitch = masked[..., :20], masked[..., 20:]
-        is_whole = bands.sum(-1) == (before[..., :20] != 0).sum(-1)
-        assert not pitch[~is_whole].any()
-        banded += int((bands.any(-1) & ~is_whole).sum())
-        whole += int((pitch.any(-1) & is_whole).sum())
-    assert banded > 0 and whole > 0
-
-
-@pytest.mark.parametrize("is_asked", [False, True])
-def test_freed_memory_is_kept(is_asked: bool) -> None:
-    """In a process of its own: 256 MB that were freed are still the process's."""
-    code = (
-        "import os, platform, torch\nfrom mpq.runtime import keep_freed_memory\n"
-        f"is_kept = {is_asked} and keep_freed_memory()\n"
-        f"assert is_kept == ({is_asked} and platform.libc_ver()[0] == 'glibc')\n"
-        "def held():\n    return int(open('/proc/self/statm').read().split()[1]) * os.sysconf('SC_PAGE_SIZE')\n"
-        "before = held()\nlarge = torch.ones(2**26)\nassert held() - before > 2**27\ndel large\n"
-        "assert (held() - before > 2**27) == is_kept, held() - before"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_folder_that_cannot_be_made(speech: Path, dropping: Recipe, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MpqError, match="the folder cannot be made"):
+        train(dropping, tmp_path / "file" / "out", quiet=True)

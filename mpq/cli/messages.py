@@ -1,0 +1,88 @@
+"""What a command says on stderr while it works: the library's log messages, and a bar with the time that is left."""
+
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mpq.progress import Advance, progress_shown_by
+
+_SECONDS_BETWEEN_LINES = 30
+
+
+@contextmanager
+def shown_on_stderr() -> Iterator[None]:
+    """Shows messages and progress of the library within the block."""
+    logger, handler = logging.getLogger("mpq"), _Stderr()
+    handler.setFormatter(logging.Formatter("mpq: %(message)s"))
+    level = logger.level
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        with progress_shown_by(_bar):
+            yield
+    finally:
+        logger.setLevel(level)
+        logger.removeHandler(handler)
+
+
+def show_warnings_only() -> None:
+    """Leaves out what is no warning, until the end of the block of `shown_on_stderr`."""
+    for handler in logging.getLogger("mpq").handlers:
+        if isinstance(handler, _Stderr):
+            handler.setLevel(logging.WARNING)
+
+
+class _Stderr(logging.Handler):
+    """Prints each message as a line on what `sys.stderr` is at that time: rich puts it above its bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _bar(description: str, total: float, unit: str) -> Iterator[Advance]:
+    """Yields a function that moves a bar; where stderr is no terminal, it prints a line every 30 seconds instead."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(description, total, unit)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(f"{unit}, elapsed"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=False),
+    )
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(description, total=round(total))
+        yield lambda amount: bar.advance(task, amount)
+
+
+def _lines(description: str, total: float, unit: str) -> Advance:
+    done, start = 0.0, time.monotonic()
+    last = start
+
+    def advance(amount: float) -> None:
+        nonlocal done, last
+        done += amount
+        now = time.monotonic()
+        if now - last >= _SECONDS_BETWEEN_LINES:
+            last = now
+            left = (now - start) / done * (total - done) if done else float("nan")
+            print(f"{description}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    return advance
