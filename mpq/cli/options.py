@@ -11,8 +11,8 @@ import click
 from click.core import ParameterSource
 from pydantic import BaseModel
 
-from mpq.config import describe_section
 from mpq.errors import MpqError
+from mpq.schema_docs import describe_section
 
 PATH = click.Path(path_type=Path)
 
