@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from tiny_data import noisy_tone
 
 from mpq.cli.main import main
+from mpq.config import FinetuneConfig, SearchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -54,7 +55,10 @@ def test_the_snippet_of_the_readme_runs(
 ) -> None:
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(tmp_path)
-    assert CliRunner().invoke(main, ["pack", str(tiny_archive), "--bits", "8", "--out", "small.safetensors"]).exit_code == 0
+    assert (
+        CliRunner().invoke(main, ["pack", str(tiny_archive), "--bits", "8", "--out", "small.safetensors"]).exit_code
+        == 0
+    )
     soundfile.write("speech.flac", noisy_tone(np.random.default_rng(0), 1.0, 300, 0.3), 16000)
     exec(snippet, {})
     assert re.fullmatch(r"\[('.*'|\".*\")\]", capsys.readouterr().out.strip())
@@ -71,3 +75,15 @@ def test_printed_commands_exist() -> None:
             command.make_context(name, arguments)
             found += 1
     assert found >= 12
+
+
+def test_every_option_is_described() -> None:
+    """docs/cli.md names each option in the section of its command, or where those of several commands are."""
+    text = (ROOT / "docs/cli.md").read_text()
+    parts = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    keys = {"search": SearchConfig.model_fields, "finetune": FinetuneConfig.model_fields}
+    for name, command in main.commands.items():
+        known = parts[name] + parts["Options of several commands"]
+        for option in (one for parameter in command.params for one in parameter.opts if one.startswith("--")):
+            is_key = option[2:].replace("-", "_") in keys.get(name, ())  # the section of the recipe describes these
+            assert is_key or re.search(rf"{option}(?![\w-])", known), f"{name} {option}"
