@@ -73,7 +73,8 @@ def draw(figure: "Figure", models: list[Point], colours: tuple[str, ...]) -> Non
                   textcoords="offset points", color=ink)  # fmt: skip
     for (label, pattern), colour in zip(SERIES.items(), of_series, strict=True):
         series = [model for model in models if re.fullmatch(pattern, model.name)]
-        axes.plot([one.megabytes for one in series], [one.wer for one in series], "-", color=colour, label=label)
+        style = "-" if len(series) > 2 else ":"  # between two far points the course is not known
+        axes.plot([one.megabytes for one in series], [one.wer for one in series], style, color=colour, label=label)
         for one in series:
             axes.plot(one.megabytes, one.wer, "o", color=colour, markerfacecolor="none" if one.is_worse else colour)
     axes.plot([], [], "o", color=ink, label="not significantly worse than float32")
