@@ -53,15 +53,15 @@ class DataConfig(Section):
 
     root: str = Field("", description="Folder from which the paths below start, relative to the recipe's folder.")
     train: list[Name] = Field([], description="Data to train on; the first also serves as calibration audio.")
-    dev: Name | None = Field(None, description="Held-out data: decide when to stop and which epochs are averaged.")
+    dev: Name | None = Field(None, description="Held-out data, by which epochs are chosen and training stops.")
     calibration: Name | None = Field(
         None, description="Audio for sensitivities and rounding; default: the first of train."
     )
     test: dict[str, Name] = Field({}, description="Test sets by name; the models are compared on each of them.")
     channel: Annotated[str, Field(pattern="^(error|mix|[0-9]+)$")] = Field(
         "error",
-        description="Files of several channels: error (refused), mix (their mean is taken), or the number of a "
-        "channel, from 0.",
+        description="How files with several channels are read: error refuses them, mix takes their mean, a number "
+        "picks one, from 0.",
     )
     skip_bad: bool = Field(False, description="Leave faulty utterances out and count them, instead of stopping.")
     max_seconds: Positive | None = Field(
