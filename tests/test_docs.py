@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from tiny_data import noisy_tone
 
 from mpq.cli.main import main
-from mpq.config import FinetuneConfig, SearchConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -75,15 +74,3 @@ def test_printed_commands_exist() -> None:
             command.make_context(name, arguments)
             found += 1
     assert found >= 12
-
-
-def test_every_option_is_described() -> None:
-    """docs/cli.md names each option in the section of its command, or where those of several commands are."""
-    text = (ROOT / "docs/cli.md").read_text()
-    parts = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    keys = {"search": SearchConfig.model_fields, "finetune": FinetuneConfig.model_fields}
-    for name, command in main.commands.items():
-        known = parts[name] + parts["Options of several commands"]
-        for option in (one for parameter in command.params for one in parameter.opts if one.startswith("--")):
-            is_key = option[2:].replace("-", "_") in keys.get(name, ())  # the section of the recipe describes these
-            assert is_key or re.search(rf"{option}(?![\w-])", known), f"{name} {option}"
