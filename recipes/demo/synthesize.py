@@ -106,7 +106,7 @@ class Arguments:
 
     Attributes:
         train, dev, test: Number of utterances.
-        seed: Of texts, rates, pitches and noise.
+        seed: Seed of texts, rates, pitches and noise.
     """
 
     train: int = 4800
@@ -392,7 +392,7 @@ def main(argv: list[str] | None = None) -> int:
     for part in ("train", "dev", "test"):
         default = getattr(Arguments, part)
         parser.add_argument(f"--{part}", type=at_least(1), default=default, help=f"utterances (default: {default})")
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of texts, rates, pitches and noise (default: 0)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="seed of all draws (default: 0)")
     options = vars(parser.parse_args(argv))
     out, start = options.pop("out"), time.monotonic()
     try:

@@ -2,8 +2,8 @@
 
     python recipes/digits/prepare.py /path/free-spoken-digit-dataset/recordings data/digits [--sets NAME ...]
 
-What is read: 3,000 recordings of six speakers who say each digit 50 times, {digit}_{speaker}_{take}.wav (or .flac with
-the same samples), 8 kHz, 16 bit, from https://github.com/Jakobovski/free-spoken-digit-dataset at commit 26eb9aaf. Their
+It reads 3,000 recordings of six speakers who say each digit 50 times, {digit}_{speaker}_{take}.wav (or .flac with the
+same samples), 8 kHz, 16 bit, from https://github.com/Jakobovski/free-spoken-digit-dataset at commit 26eb9aaf. Their
 licence is Creative Commons Attribution-ShareAlike 4.0 (CC BY-SA 4.0,
 https://creativecommons.org/licenses/by-sa/4.0/). The audio written here is an adaptation and carries the same licence.
 
@@ -28,7 +28,8 @@ and as manifests alone, of audio that those have:
 The same recordings and seed give the same samples, whichever sets are asked for; the random draws are those of Python's
 `random` (compositions) and NumPy's PCG64 (noise). A manifest comes last: a set whose manifest is there is complete, and
 another run skips it. OUT/digits.json says what the sets were made from, and sets made otherwise are not mixed with
-them. All faults of the recordings are told, a line each, before anything is written; with any, the exit status is 2.
+them. All faults of the recordings are reported, a line each, before anything is written, and then the
+exit status is 2.
 """
 
 import argparse
@@ -115,13 +116,13 @@ SETS = (*RENDERED, *VIEWS)
 
 @dataclass(frozen=True)
 class Utterance:
-    """Recordings in a row.
+    """An utterance: recordings in a row.
 
     Attributes:
-        utt_id: Its name; together with the noise it decides every sample.
-        speaker: The one of all its recordings.
-        recordings: Their names, without a suffix.
-        pauses_seconds: Before each recording, and after the last: one more than recordings.
+        utt_id: Name of the utterance; together with the noise it decides every sample.
+        speaker: The speaker of all its recordings.
+        recordings: Names of the recordings, without a suffix.
+        pauses_seconds: Pauses before each recording, and after the last: one more than recordings.
     """
 
     utt_id: str
@@ -406,9 +407,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("recordings", metavar="RECORDINGS", type=Path, help="FSDD's folder recordings")
     parser.add_argument("out", metavar="OUT", type=Path, help="folder for the manifests and the audio")
     parser.add_argument(
-        "--sets", nargs="+", choices=SETS, default=SETS, metavar="NAME", help=f"of {', '.join(SETS)}; default: all"
+        "--sets",
+        nargs="+",
+        choices=SETS,
+        default=SETS,
+        metavar="NAME",
+        help=f"sets, of {', '.join(SETS)}; default: all",
     )
-    parser.add_argument("--seed", metavar="N", type=int, default=20, help="of the compositions (default: 20)")
+    parser.add_argument("--seed", metavar="N", type=int, default=20, help="seed of the compositions (default: 20)")
     options = parser.parse_args(argv)
     try:
         prepare(options.recordings, options.out, options.sets, options.seed)

@@ -2,13 +2,13 @@
 
     python recipes/librispeech/prepare.py /path/LibriSpeech data/librispeech [--parts dev-clean test-clean ...]
 
-What is read: CORPUS/PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, lines of "SPEAKER-CHAPTER-NNNN WORDS", and the
-FLAC files of these names beside it. What is written: OUT/dev_clean.jsonl, dev_other, test_clean, test_other,
+It reads CORPUS/PART/SPEAKER/CHAPTER/SPEAKER-CHAPTER.trans.txt, lines of "SPEAKER-CHAPTER-NNNN WORDS", and the
+FLAC files of these names beside it, and writes OUT/dev_clean.jsonl, dev_other, test_clean, test_other,
 train_100, train_360 and train_500 for the parts that are there, and train_960 where all three training parts are.
 Nothing is copied: the manifests name the corpus's own files by their absolute paths. The words are in lower case and
 otherwise as they stand. A second run writes the same bytes.
 
-All faults of all parts are told, a line each, before anything is written; with any, the exit status is 2.
+All faults of all parts are reported, a line each, before anything is written, and then the exit status is 2.
 """
 
 import argparse

@@ -33,15 +33,15 @@ WIDTHS = [1, 2, 3, 4, 5, 6, 8]
 
 @dataclass(frozen=True)
 class Row:
-    """One model.
+    """A row of the table, which is one model.
 
     Attributes:
-        name: Of the row.
-        bits: Code bits a weight.
-        is_uniform: All layers at that width, instead of an allocation.
-        scheme, rounding: The quantizer.
-        epochs: Of the fine-tuning; None: not fine-tuned.
-        options: Its other options, "section.key=value".
+        name: The row's name.
+        bits: Average code bits a weight.
+        is_uniform: Whether all layers have that width, instead of an allocation.
+        scheme, rounding: The weight format.
+        epochs: Epochs of the fine-tuning; None: the model is not fine-tuned.
+        options: Other options of the fine-tuning, "section.key=value".
     """
 
     name: str
@@ -54,7 +54,7 @@ class Row:
 
     @property
     def start(self) -> str:
-        """Which allocation it has."""
+        """The name of the row's allocation."""
         return f"{self.scheme}-{self.rounding}-{'uniform' if self.is_uniform else 'mixed'}-{self.bits:g}"
 
 
@@ -62,7 +62,7 @@ OPTIONS = (
     "finetune.precision=bfloat16",  # two thirds of the time on a processor that has it
     "finetune_augment.speed=[0.9,1.0,1.1]",
 )
-"""Beside the defaults, for every fine-tuned row."""
+"""Options of every fine-tuned row, beside the defaults."""
 FASTER = ("finetune.scale_rate=0.002", "finetune.rest_rate=1e-4")
 TUNED = (
     ("mixed 4, fine-tuned", 4, 3, ("finetune.learning_rate=0.002",)),
@@ -85,12 +85,12 @@ ROWS = (
 
 
 class Table:
-    """Makes rows in a folder.
+    """The rows, which are made in a folder.
 
     Args:
-        checkpoint: The model.
-        speech, digits: The data.
-        run: The folder.
+        checkpoint: The float model.
+        speech, digits: The folders of the data.
+        run: The folder for all results.
         extra: More audio to train on.
     """
 
@@ -150,8 +150,8 @@ class Table:
 @click.argument("speech", type=click.Path(path_type=Path))
 @click.argument("digits", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--row", "names", multiple=True, help="Only these.")
-@click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="More audio to train on.")
+@click.option("--row", "names", multiple=True, help="Name of a row to make; default: all.")
+@click.option("--extra", multiple=True, type=click.Path(path_type=Path), help="More audio to train on (a manifest).")
 def main(
     checkpoint: Path,
     speech: Path,

@@ -127,9 +127,9 @@ def per_utterance_scores(bench: Bench, data, weights: Sequence[Weights], seed: i
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.argument("data", type=click.Path(path_type=Path))
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--draws", default=5, show_default=True, help="Of calibration audio.")
-@click.option("--seconds", default=300.0, show_default=True, help="Of each draw.")
-@click.option("--kl", multiple=True, type=click.Path(path_type=Path), help="Sensitivities of --method kl.")
+@click.option("--draws", default=5, show_default=True, help="Number of draws of calibration audio.")
+@click.option("--seconds", default=300.0, show_default=True, help="Seconds of audio in each draw.")
+@click.option("--kl", multiple=True, type=click.Path(path_type=Path), help="A file of `mpq sensitivity --method kl`.")
 def main(checkpoint: Path, data: Path, run: Path, draws: int, seconds: float, kl: tuple[Path, ...]) -> None:
     run.mkdir(parents=True, exist_ok=True)
     bench = Bench(checkpoint, data, run, seconds)

@@ -1,9 +1,9 @@
-"""One row of a table for each file size: allocation, word errors, significance. After `mpq run`, in its run folder.
+"""A table with a row for each file size: allocation, word errors, significance; to be run after `mpq run`.
 
     python recipes/read_speech/sizes.py MODEL.nemo DATA.jsonl RUN_FOLDER 6 7 8 9 10
 
-Every file is packed and evaluated for real; the sensitivities are those of that run. `u4` in place of a size
-is every weight at 4 bits, rounded with the same calibration audio. Divergences are nats a frame.
+Every file is packed and evaluated for real; the sensitivities are those of the run in RUN_FOLDER. `u4` in place of a
+size is every weight at 4 bits, rounded with the same calibration audio. Divergences are nats a frame.
 """
 
 import sys

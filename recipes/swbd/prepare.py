@@ -11,8 +11,9 @@ utterances are given by their offset and duration in it. A side that is there al
 is kept, so that a run that was cut off goes on, and a second run writes the same bytes.
 
 Texts follow the recipe of Kaldi and ESPnet (egs/swbd, egs2/swbd), `ms98_words` and `stm_words` say how. A speaker is a
-side of a conversation, as there. All faults of transcripts and audio headers are told, a line each, before anything is
-written; damage inside audio is told after all of it was read, and then no manifest is written. The exit status is 2.
+side of a conversation, as there. All faults of transcripts and audio headers are reported, a line each, before anything
+is written; damage inside audio is reported after all of it was read, and then no manifest is written. The exit status
+is 2.
 """
 
 import argparse
@@ -51,8 +52,8 @@ class Segment:
         recording: The conversation, such as "sw02001" or "en_4156".
         side: "A" or "B".
         start, end: Seconds.
-        text: As it goes into the manifest.
-        source: "FILE:LINE".
+        text: The text in the manifest.
+        source: The line that it comes from, "FILE:LINE".
     """
 
     recording: str
@@ -64,7 +65,7 @@ class Segment:
 
     @property
     def utt_id(self) -> str:
-        """As Kaldi names it: side and times in hundredths of a second, such as sw02001-A_000098-001156."""
+        """The name that Kaldi gives it: side and times in hundredths of a second, such as sw02001-A_000098-001156."""
         start, end = (int(100 * seconds + 0.5) for seconds in (self.start, self.end))
         return f"{self.recording}-{self.side}_{start:06d}-{end:06d}"
 
@@ -99,8 +100,8 @@ def _ms98_token(token: str, acronyms: dict[str, str]) -> str:
 def read_acronyms(dictionary: Path) -> dict[str, str]:
     """Returns word -> spelled word, for the words of a dictionary that are pronounced as their letters only.
 
-    With a plural's or possessive's ending: CDs is "c ds", IBM's is "i b m's", as in ESPnet. Unlike there, a word that
-    is also pronounced in another way stays a word.
+    The ending of a plural or possessive is joined on: CDs is "c ds", IBM's is "i b m's", as in ESPnet. Unlike there, a
+    word that is also pronounced in another way stays a word.
 
     Args:
         dictionary: sw-ms98-dict.text, lines of WORD PHONES; # starts a comment.
@@ -199,10 +200,10 @@ def find_recordings(folder: Path, pattern: str, name: str, faults: list[str]) ->
     """Returns recording -> its SPH file, of the files anywhere in a folder whose stem matches.
 
     Args:
-        folder: Of the corpus.
+        folder: The corpus's folder.
         pattern: Regular expression of the stem, with one group.
         name: What a recording is called, with {} for the group.
-        faults: Where recordings that are there twice are told.
+        faults: The list to which recordings that are there twice are added.
     """
     recordings: dict[str, Path] = {}
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() == ".sph"):
@@ -430,8 +431,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--ms98", metavar="DIR", type=Path, help="swb_ms98_transcriptions")
     parser.add_argument("--hub5-audio", metavar="DIR", type=Path, help="LDC2002S09: {en,sw}_NNNN.sph anywhere in it")
     parser.add_argument("--hub5-text", metavar="DIR", type=Path, help=f"LDC2002T43: {HUB5_STM} anywhere in it")
-    parser.add_argument("--dev-utterances", metavar="N", type=positive, default=4000, help="at least (default: 4000)")
-    parser.add_argument("--max-same-text", metavar="N", type=positive, default=300, help="in train (default: 300)")
+    parser.add_argument(
+        "--dev-utterances", metavar="N", type=positive, default=4000, help="least in dev (default: 4000)"
+    )
+    parser.add_argument(
+        "--max-same-text",
+        metavar="N",
+        type=positive,
+        default=300,
+        help="most of a text (default: 300)",
+    )
     parser.add_argument("--skip-missing", action="store_true", help="leave out training conversations without audio")
     try:
         prepare(parser.parse_args(argv))

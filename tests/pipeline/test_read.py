@@ -1,6 +1,6 @@
 """Recipes: all faults at once and each on a line of its own, --set, paths, and the page that documents the keys.
 
-`MPQ_WRITE_DOCS=1 pytest tests/test_recipes.py` rewrites the tables of docs/recipes.md.
+`MPQ_WRITE_DOCS=1 pytest tests/pipeline/test_read.py` rewrites the tables of docs/recipes.md.
 """
 
 import os
@@ -13,9 +13,10 @@ from click.testing import CliRunner
 from tiny_training import write_speech
 
 from mpq.cli.main import main
-from mpq.config import Recipe, describe, sections
+from mpq.config import Recipe, sections
 from mpq.errors import MpqError
 from mpq.pipeline.read import load_recipe
+from mpq.schema_docs import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/recipes.md"
@@ -313,7 +314,9 @@ def test_the_page_says_what_the_schema_says() -> None:
     if os.environ.get("MPQ_WRITE_DOCS"):
         PAGE.write_text(head + mark + tables())
         return
-    assert old == tables(), "docs/recipes.md is behind mpq/config.py: MPQ_WRITE_DOCS=1 pytest tests/test_recipes.py"
+    assert old == tables(), (
+        "docs/recipes.md is behind mpq/config.py: MPQ_WRITE_DOCS=1 pytest tests/pipeline/test_read.py"
+    )
 
 
 def test_the_schema_is_described_in_full() -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import soundfile
 from click.testing import CliRunner
 
 from mpq.allocation.records import Allocation
+from mpq.errors import MpqError
 from mpq.pipeline.read import load_recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/read_speech"
@@ -60,3 +62,22 @@ def test_synthetic_voices(tiny_manifest: Path, tmp_path: Path, monkeypatch: pyte
 def test_the_recipe_names_its_stages() -> None:
     recipe = load_recipe(FOLDER / "finetune.toml", need_files=False)
     assert recipe.stages == ["evaluate", "sensitivity", "allocate", "pack", "finetune", "compare"]
+
+
+def test_the_picture_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sizes and word errors are those of the page, and each line of the legend has its rows."""
+    module = script("figure", monkeypatch)
+    found = {point.name: point for point in module.points(module.PAGE.read_text())}
+    assert next(iter(found)) == "float32" and (found["float32"].wer, found["float32"].is_worse) == (4.12, False)
+    tuned = found["mixed 3, fine-tuned slowly"]
+    assert (round(tuned.megabytes * 2**20), tuned.wer, tuned.is_worse) == (5706156, 4.29, False)
+    assert (found["mixed 2"].wer, found["mixed 2"].is_worse) == (42.24, True)
+    for pattern in module.SERIES.values():
+        assert sum(bool(re.fullmatch(pattern, name)) for name in found) >= 2
+    done = CliRunner().invoke(module.main, ["--out", str(tmp_path)], catch_exceptions=False)
+    assert done.exit_code == 0
+    for background, colours in module.COLOURS.items():
+        picture = (tmp_path / f"wer_by_size_{background}.svg").read_text()
+        assert all(colour in picture for colour in colours)
+    with pytest.raises(MpqError, match=r"finetune\.py prints it"):
+        list(module.points("| another | table |"))
