@@ -91,10 +91,10 @@ def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedMo
 
 
 def open_float_model(path: Path | str, device: str | torch.device, purpose: str) -> OpenedModel:
-    """Returns the same of a float model.
+    """Returns a float model together with its file's fingerprint; one that is packed already is refused.
 
     Args:
-        path, device: As in `load_model`.
+        path, device: The arguments of `load_model`.
         purpose: What the caller does with it, for the message, such as "measure".
 
     Raises:

@@ -5,12 +5,14 @@ import tarfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from tiny_training import RATE, TEXTS
 from torch import Tensor
 
 from mpq.config import AugmentConfig, FeaturesConfig, ModelConfig, Recipe, TokensConfig
+from mpq.models.attention_decoder import DecoderOptions
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerOptions
 from mpq.models.hybrid import HybridConformer
@@ -154,3 +156,40 @@ def three_features(model: AsrModel) -> list[tuple[Tensor, Tensor]]:
         features, lengths = model.features(0.1 * torch.randn(1, size, generator=generator), torch.tensor([size]))
         found.append((features[:, : int(lengths)], lengths))
     return found
+
+
+def small_model(has_decoder: bool = True, conv_norm: str = "batch_norm") -> HybridConformer:
+    """Returns a model of three letters with random weights."""
+    options = ConformerOptions(
+        features=8,
+        layers=2,
+        width=16,
+        heads=2,
+        ffn_width=32,
+        kernel_size=5,
+        subsampling="striding",
+        subsampling_factor=4,
+        subsampling_channels=4,
+        conv_norm=conv_norm,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model = HybridConformer(
+            options,
+            DecoderOptions(2, 2, 32) if has_decoder else None,
+            LogMelOptions(8000, 8, 256, 200, 80, fmax=4000.0),
+            CharTokenizer("abc"),
+        )
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return model
+
+
+def some_features(*lengths: int, padding: int = 0, seed: int = 0, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Returns (N, T, 8) features, each utterance's the same whatever the others are, and (N,) lengths."""
+    features = torch.full((len(lengths), max(lengths) + padding, 8), fill)
+    for row, length in enumerate(lengths):
+        numbers = np.random.default_rng([seed, length]).normal(size=(length, 8))
+        features[row, :length] = torch.from_numpy(numbers).float()
+    return features, torch.tensor(lengths)

@@ -75,7 +75,7 @@ def write_artifact(
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
         grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`).
         on_layer: Told 1 with each finished layer.
-        quantized: Of weights that are quantized already, which are stored as they are.
+        quantized: {weight name: codes} of weights that are quantized already; they are stored as they are.
         like: The model that the size was planned for, if the values have changed since: what its file would have in
             half precision is in half precision.
 

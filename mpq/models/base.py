@@ -30,7 +30,7 @@ class WeightRef:
     """A quantizable weight tensor.
 
     Attributes:
-        name: Its name in the user's checkpoint and in the model's state dict.
+        name: The tensor's name in the user's checkpoint and in the model's state dict.
         kind: linear, conv1d, conv1d_depthwise, conv2d, conv2d_depthwise, embedding, or packed_projection (several
             linear maps in one matrix, as torch.nn.MultiheadAttention keeps q, k and v).
         shape: Output channels first.
@@ -61,7 +61,7 @@ class AsrModel(nn.Module, ABC):
     """A trained recogniser: an encoder and its heads, in eval mode."""
 
     family: str
-    """Where the checkpoint comes from: "nemo", ..."""
+    """The family that the checkpoint comes from (`mpq.models.families`): "nemo", ..."""
     architecture: str
     """A name such as "conformer-ctc"."""
     sample_rate: int
@@ -104,7 +104,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
-        """Returns what the encoder's segments need besides the hidden tensor (masks, positions), not a weight among it.
+        """Returns the masks and positions that the encoder's segments need besides the hidden tensor; no weight enters.
 
         Args:
             feature_lengths: (N,) valid feature frames.
@@ -152,7 +152,7 @@ class AsrModel(nn.Module, ABC):
         """Returns the head that a search belongs to: the first that has it, unless a name chooses the head.
 
         Args:
-            method: As in `DecodeOptions`.
+            method: The method of a `DecodeOptions`.
             name: One of `heads`.
 
         Raises:
@@ -229,7 +229,7 @@ class AsrModel(nn.Module, ABC):
         """Returns the transcripts of (N, S) waveforms, right-padded, with (N,) lengths in samples.
 
         Args:
-            waveforms, waveform_lengths: As in `features`.
+            waveforms, waveform_lengths: The (N, S) samples and (N,) lengths, as `features` takes them.
             options: The search; greedy by default.
             head: One of `heads`; None for the first that has the search.
 

@@ -75,7 +75,7 @@ class Head(ABC):
     """A head of a model."""
 
     name: str
-    """As in `AsrModel.heads`: "ctc", "attention", ..."""
+    """The name in `AsrModel.heads`: "ctc", "attention", ..."""
     output: str
     """The name of its output in JSON files and options: "ctc", "decoder", ..."""
     needs_tokens: bool
@@ -119,7 +119,7 @@ class Head(ABC):
 
     @abstractmethod
     def loss_tokens(self, tokens: int, utterances: int) -> int:
-        """Returns over how many tokens the loss of so many tokens and utterances is a sum; 1 at least."""
+        """Returns by how many tokens the summed loss of a batch is divided to give a mean, 1 at least."""
 
     @abstractmethod
     def search(self, encoded: Tensor, encoded_lengths: Tensor, options: DecodeOptions = GREEDY) -> list[list[int]]:
@@ -135,7 +135,7 @@ class Head(ABC):
 
         Args:
             encoded: The encoder output.
-            inputs: As in `HeadContext`.
+            inputs: The `inputs` of the head's `HeadContext`.
         """
         hidden: Any = encoded
         for segment in self.segments:

@@ -27,8 +27,8 @@ class HybridConformer(AsrModel):
     """Conformer encoder, CTC head, Transformer decoder.
 
     Args:
-        encoder: Its shape.
-        decoder: Its shape; None for a CTC model.
+        encoder: The shape of the encoder.
+        decoder: The shape of the attention decoder; None for a CTC model.
         mel: The log-mel features. The encoder takes these, and three pitch features more if its `features` say so.
         tokenizer: The V tokens.
     """

@@ -53,7 +53,7 @@ class NemoConformerCtc(AsrModel):
     Args:
         options: The encoder's.
         mel: The features.
-        tokenizer: Its V - 1 pieces are the tokens.
+        tokenizer: The tokenizer, whose V - 1 pieces are the tokens.
     """
 
     family = "nemo"

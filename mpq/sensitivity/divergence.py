@@ -101,7 +101,7 @@ class SegmentTree:
         Args:
             states: The states that the path reads and none of its segments makes.
             path: Segments, in order.
-            inputs: As in `mpq.models.base.OutputContext`.
+            inputs: The `inputs` of an `mpq.models.base.OutputContext`.
             keep: The states to return among those that a segment of the path reads; None for all.
         """
         found: dict[int, Any] = {}
@@ -177,7 +177,7 @@ def mean_kl(pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
     """Returns the mean over all rows of all pairs of KL(first || second), nats (Li et al. 2023, Eq. 7).
 
     Args:
-        pairs: Of (M, V) float64 log-probabilities.
+        pairs: Pairs of (M, V) float64 log-probabilities.
     """
     total, frames = 0.0, 0
     for reference, changed in pairs:
@@ -192,7 +192,7 @@ def output_divergence(
     """Returns the bounded mean KL divergence per row of a changed model's output from the model's, nats.
 
     Args:
-        model: As trained.
+        model: The trained model.
         changed: A model of the same shape.
         data: Batches of ((N, T, F) features, (N,) valid frames).
         output: "encoder" or the output of a head; None for all those that recognition uses.
@@ -238,7 +238,7 @@ class JointDivergence:
     states.
 
     Args:
-        model: As trained. Its weights are changed in place; `restore` brings them back.
+        model: The trained model. Its weights are changed in place; `restore` brings them back.
         data: Batches of ((N, T, F) features, (N,) valid frames).
         output: "encoder" or the output of a head; None for all those that recognition uses.
 

@@ -29,10 +29,10 @@ class DecodeOptions:
 
     Attributes:
         method: "greedy", "prefix" or "joint".
-        beam_size: K.
-        ctc_weight: Of "joint".
-        length_bonus: Of "joint", nats for each token.
-        candidates: C of the two beam searches.
+        beam_size: K, the hypotheses that the two beam searches keep.
+        ctc_weight: The share of CTC in the scores of the joint search, 0 to 1.
+        length_bonus: What the joint search adds to a score for each token, nats.
+        candidates: C, the tokens by which the two beam searches extend a hypothesis.
     """
 
     method: str = "greedy"

@@ -85,83 +85,131 @@ def joint_beam(
         raise MpqError(
             f"expected ctc_weight within 0..1 and max_length of 0 or more, got {ctc_weight} and {max_length}"
         )
-    use_ctc, use_attention = ctc_weight > 0, ctc_weight < 1
-    if not use_ctc:
+    if not ctc_weight:
         log_probs = torch.zeros_like(log_probs)
     by_class = certain_blanks(log_probs, lengths, eos_id).mT.contiguous()  # (N, V, T)
-    size, classes = by_class.shape[:2]
-    device = by_class.device
-    limits = torch.where(lengths > 0, lengths if max_length is None else max_length, 0).to(device)
-    finished = [[] if length else [Hypothesis((), 0.0)] for length in lengths.tolist()]
-
-    # The live hypotheses, all of the same length: row b belongs to an utterance and has a slot of its beam.
-    utterance = lengths.to(device).nonzero().flatten()  # (B,)
-    slot = torch.zeros_like(utterance)
-    prefixes = torch.full((len(utterance), 1), eos_id, device=device)  # (B, U + 1)
-    attention = torch.zeros(len(utterance), dtype=torch.float64, device=device)  # (B,)
-    blank = torch.nn.functional.pad(by_class[utterance, eos_id].cumsum(1), (1, 0))  # (B, T + 1), 0 is before all frames
-    total = blank
-
-    def combine(ctc: Tensor, attention: Tensor, tokens: int) -> Tensor:
-        score = torch.full_like(attention, length_bonus * tokens)
-        if use_ctc:
-            score = score + ctc_weight * ctc
-        return score + (1 - ctc_weight) * attention if use_attention else score
-
+    limits = torch.where(lengths > 0, lengths if max_length is None else max_length, 0).to(by_class.device)
+    beam = _Beam(next_log_probs, by_class, lengths, limits, eos_id, beam_size, ctc_weight, length_bonus, candidates)
     for length in count():
-        if not len(utterance):
+        if not len(beam.utterance):
             break
-        if use_attention:
-            following = check_probs(next_log_probs(prefixes, utterance).to(by_class), (len(utterance), classes))
-        else:
-            following = torch.zeros(len(utterance), classes, dtype=torch.float64, device=device)
-        tokens = torch.arange(classes, device=device).expand(len(utterance), classes)  # (B, C)
-        if candidates is not None and use_attention:
-            tokens = largest(following.masked_fill(tokens == eos_id, -INF), candidates)
-        ctc = torch.zeros(tokens.shape, dtype=torch.float64, device=device)
-        if use_ctc:
-            ctc = _prefix_scores(by_class, utterance, total, blank, prefixes[:, -1], tokens)
-        if candidates is not None and not use_attention:
-            tokens = largest(ctc.masked_fill(tokens == eos_id, -INF), candidates)
-            ctc = ctc.gather(1, tokens)
-        attended = attention[:, None] + following  # (B, V)
-        extend = combine(ctc, attended.gather(1, tokens), length + 1)
-        extend = extend.masked_fill((tokens == eos_id) | (length >= limits[utterance])[:, None], -INF)
-        end = combine(total[:, -1], attended[:, eos_id], length)
+        beam.grow(length)
+    return [best(done, beam_size) for done in beam.finished]
 
-        width = tokens.shape[1] + 1  # column 0 ends the hypothesis
-        scores = torch.full((size, beam_size, width), -INF, dtype=torch.float64, device=device)
-        scores[utterance, slot] = torch.cat([end[:, None], extend], dim=1)
-        row = torch.zeros(size, beam_size, dtype=torch.long, device=device)
-        row[utterance, slot] = torch.arange(len(utterance), device=device)
-        picks = largest(scores.flatten(1), beam_size)  # (N, K)
-        picked = scores.flatten(1).gather(1, picks)
-        row, column = row.gather(1, picks.div(width, rounding_mode="floor")), picks % width
+
+class _Beam:
+    """The hypotheses of a joint search: finished ones, and live ones, which are all of the same length.
+
+    Row b of the live ones belongs to an utterance and has a slot of its beam.
+
+    Args:
+        next_log_probs: As in `joint_beam`.
+        by_class: (N, V, T) CTC log probabilities.
+        lengths: (N,) valid frames.
+        limits: (N,) tokens at which a hypothesis must end.
+        eos_id, beam_size, ctc_weight, length_bonus, candidates: As in `joint_beam`.
+    """
+
+    def __init__(
+        self,
+        next_log_probs: NextLogProbs,
+        by_class: Tensor,
+        lengths: Tensor,
+        limits: Tensor,
+        eos_id: int,
+        beam_size: int,
+        ctc_weight: float,
+        length_bonus: float,
+        candidates: int | None,
+    ) -> None:
+        self.next_log_probs, self.by_class, self.limits, self.eos_id = next_log_probs, by_class, limits, eos_id
+        self.beam_size, self.candidates = beam_size, candidates
+        self.ctc_weight, self.length_bonus = ctc_weight, length_bonus
+        self.use_ctc, self.use_attention = ctc_weight > 0, ctc_weight < 1
+        device = by_class.device
+        self.finished = [[] if length else [Hypothesis((), 0.0)] for length in lengths.tolist()]
+        self.utterance = lengths.to(device).nonzero().flatten()  # (B,)
+        self.slot = torch.zeros_like(self.utterance)
+        self.prefixes = torch.full((len(self.utterance), 1), eos_id, device=device)  # (B, U + 1)
+        self.attention = torch.zeros(len(self.utterance), dtype=torch.float64, device=device)  # (B,)
+        blanks = by_class[self.utterance, eos_id].cumsum(1)
+        self.blank = torch.nn.functional.pad(blanks, (1, 0))  # (B, T + 1), 0 is before all frames
+        self.total = self.blank
+
+    def grow(self, length: int) -> None:
+        """Ends the live hypotheses, which have so many tokens, or extends them by one."""
+        tokens, ctc, attended = self._scored()
+        extend = self._combined(ctc, attended.gather(1, tokens), length + 1)
+        extend = extend.masked_fill((tokens == self.eos_id) | (length >= self.limits[self.utterance])[:, None], -INF)
+        end = self._combined(self.total[:, -1], attended[:, self.eos_id], length)
+        row, column, picked = self._picked(torch.cat([end[:, None], extend], dim=1))  # column 0 ends the hypothesis
         ends = (column == 0) & (picked > -INF)
         for index, parent, score in zip(
-            ends.nonzero()[:, 0].tolist(), prefixes[row[ends], 1:].tolist(), picked[ends].tolist(), strict=True
+            ends.nonzero()[:, 0].tolist(), self.prefixes[row[ends], 1:].tolist(), picked[ends].tolist(), strict=True
         ):
-            finished[index].append(Hypothesis(tuple(parent), score))
-
+            self.finished[index].append(Hypothesis(tuple(parent), score))
         lives = (column > 0) & (picked > -INF)
-        bounds = picked.masked_fill(~lives, -INF).amax(1) + max(length_bonus, 0.0) * (limits - length - 1)
-        is_open = [
-            len(done) < beam_size or best(done, beam_size)[-1].score < bound + 10**-TIE_DECIMALS
-            for done, bound in zip(finished, bounds.tolist(), strict=True)
-        ]
-        lives &= torch.tensor(is_open, device=device)[:, None]
-        utterance, slot = lives.nonzero(as_tuple=True)
+        bounds = picked.masked_fill(~lives, -INF).amax(1) + max(self.length_bonus, 0.0) * (self.limits - length - 1)
+        lives &= self._is_open(bounds)[:, None]
+        self.utterance, self.slot = lives.nonzero(as_tuple=True)
         row = row[lives]
-        token = tokens[row, column[lives] - 1]
-        attention = attended[row, token]
-        if use_ctc:
-            repeats = token == prefixes[row, -1]
-            start = torch.where(repeats[:, None], blank[row], total[row])
-            total, blank = _extend(start, by_class[utterance, token], by_class[utterance, eos_id])
+        self._extend_by(row, tokens[row, column[lives] - 1], attended)
+
+    def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (B, C) next tokens, their (B, C) CTC prefix scores and the decoder's (B, V) scores of all classes."""
+        by_class, live, classes = self.by_class, len(self.utterance), self.by_class.shape[1]
+        if self.use_attention:
+            following = check_probs(self.next_log_probs(self.prefixes, self.utterance).to(by_class), (live, classes))
         else:
-            total, blank = total[row], blank[row]
-        prefixes = torch.cat([prefixes[row], token[:, None]], dim=1)
-    return [best(done, beam_size) for done in finished]
+            following = torch.zeros(live, classes, dtype=torch.float64, device=by_class.device)
+        tokens = torch.arange(classes, device=by_class.device).expand(live, classes)
+        if self.candidates is not None and self.use_attention:
+            tokens = largest(following.masked_fill(tokens == self.eos_id, -INF), self.candidates)
+        ctc = torch.zeros(tokens.shape, dtype=torch.float64, device=by_class.device)
+        if self.use_ctc:
+            ctc = _prefix_scores(by_class, self.utterance, self.total, self.blank, self.prefixes[:, -1], tokens)
+        if self.candidates is not None and not self.use_attention:
+            tokens = largest(ctc.masked_fill(tokens == self.eos_id, -INF), self.candidates)
+            ctc = ctc.gather(1, tokens)
+        return tokens, ctc, self.attention[:, None] + following
+
+    def _combined(self, ctc: Tensor, attention: Tensor, tokens: int) -> Tensor:
+        """Returns the scores of hypotheses of so many tokens."""
+        score = torch.full_like(attention, self.length_bonus * tokens)
+        if self.use_ctc:
+            score = score + self.ctc_weight * ctc
+        return score + (1 - self.ctc_weight) * attention if self.use_attention else score
+
+    def _picked(self, extensions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Returns (N, K) rows, columns and values of the best of the (B, C + 1) scores for each utterance."""
+        shape = len(self.limits), self.beam_size
+        scores = torch.full((*shape, extensions.shape[1]), -INF, dtype=torch.float64, device=extensions.device)
+        scores[self.utterance, self.slot] = extensions
+        row = torch.zeros(shape, dtype=torch.long, device=extensions.device)
+        row[self.utterance, self.slot] = torch.arange(len(self.utterance), device=extensions.device)
+        picks = largest(scores.flatten(1), self.beam_size)
+        slots = picks.div(extensions.shape[1], rounding_mode="floor")
+        return row.gather(1, slots), picks % extensions.shape[1], scores.flatten(1).gather(1, picks)
+
+    def _is_open(self, bounds: Tensor) -> Tensor:
+        """Returns (N,) bool: whether a live hypothesis may still reach the best; `bounds` are what they may reach."""
+        is_open = [
+            len(done) < self.beam_size or best(done, self.beam_size)[-1].score < bound + 10**-TIE_DECIMALS
+            for done, bound in zip(self.finished, bounds.tolist(), strict=True)
+        ]
+        return torch.tensor(is_open, device=bounds.device)
+
+    def _extend_by(self, row: Tensor, token: Tensor, attended: Tensor) -> None:
+        """Makes the live hypotheses those of some (B',) rows, each with a (B',) token more."""
+        self.attention = attended[row, token]
+        if self.use_ctc:
+            repeats = token == self.prefixes[row, -1]
+            start = torch.where(repeats[:, None], self.blank[row], self.total[row])
+            of_token, of_blank = self.by_class[self.utterance, token], self.by_class[self.utterance, self.eos_id]
+            self.total, self.blank = _extend(start, of_token, of_blank)
+        else:
+            self.total, self.blank = self.total[row], self.blank[row]
+        self.prefixes = torch.cat([self.prefixes[row], token[:, None]], dim=1)
 
 
 def _prefix_scores(

@@ -29,7 +29,7 @@ def held_out_errors(
         loss: The model and its loss.
         data: The utterances; the processes share them.
         ctc_weight: The share of CTC in the joint loss.
-        channel: As in `mpq.speech.audio.read_audio`.
+        channel: Which channel to read, as `mpq.speech.audio.read_audio` takes it.
         workers: The processes.
     """
     model = loss.model.eval()
@@ -66,10 +66,10 @@ def changed_errors(
     The WER is that of greedy search over the utterances with a transcript, a fraction; None without any.
 
     Args:
-        model: As trained, in eval mode.
+        model: The trained model, in eval mode.
         changed: In eval mode.
         data: The utterances; the processes share them.
-        channel: As in `mpq.speech.audio.read_audio`.
+        channel: Which channel to read, as `mpq.speech.audio.read_audio` takes it.
         workers: The processes.
     """
     device = next(model.parameters()).device

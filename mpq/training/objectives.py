@@ -137,7 +137,7 @@ def mixed_distillation(values: Mapping[str, Any], heads: Sequence[str], ctc_weig
     Args:
         values: {"<head>_kl": divergence, "hidden": error of the hidden states, where it is wanted}.
         heads: The heads of the model.
-        ctc_weight: As in `mpq.training.losses.joint`.
+        ctc_weight: The share of CTC, as in `mpq.training.losses.shares`.
         hidden_weight: The factor of the error of the hidden states.
     """
     divergences = {head: values[f"{head}_kl"] for head in heads}

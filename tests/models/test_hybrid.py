@@ -2,8 +2,6 @@
 
 import itertools
 import json
-from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -12,8 +10,9 @@ import soundfile
 import torch
 from click.testing import CliRunner
 from tiny_data import drawn_parts
+from tiny_hybrids import CLASSES, hybrid
 from tiny_models import tiny_model
-from torch import Tensor, nn
+from torch import Tensor
 
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import fixed_bytes, write_artifact
@@ -21,10 +20,8 @@ from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.cli.main import main
 from mpq.errors import MpqError
 from mpq.loading import load_model
-from mpq.models.attention_decoder import DecoderOptions, TransformerDecoder
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import write_checkpoint
-from mpq.models.conformer import ConformerOptions
 from mpq.models.hybrid import HybridConformer
 from mpq.models.segment import Segment
 from mpq.quantization.quantizers import fake_quantize
@@ -36,41 +33,10 @@ from mpq.sensitivity.records import SensitivityTable
 from mpq.sensitivity.statistics import cache_folder, input_grams
 from mpq.speech.audio import pad_batch
 from mpq.speech.decoding import DecodeOptions
-from mpq.speech.features import LogMelOptions
-from mpq.speech.text import CharTokenizer
 
-LABELS = [" ", *"adeforsw"]
-CLASSES = len(LABELS) + 1
 SAMPLES = (16000, 12000, 7000, 3300)
 EMBED, SOURCE, OUTPUT = "decoder.embed.weight", "decoder.layers.0.src_attn.linear_k.weight", "decoder.output.weight"
 HEAD, ENCODER = "ctc.weight", "encoder.layers.0.conv.depthwise_conv.weight"
-
-
-def hybrid(decoder_layers: int = 2) -> HybridConformer:
-    """Returns a model with random weights whose outputs are far from uniform; 0 decoder layers: a CTC model."""
-    encoder = ConformerOptions(
-        features=40,
-        layers=2,
-        width=16,
-        heads=2,
-        ffn_width=32,
-        kernel_size=5,
-        subsampling="striding",
-        subsampling_factor=4,
-        subsampling_channels=6,
-        subsampling_padding=0,
-    )
-    decoder = DecoderOptions(decoder_layers, heads=2, ffn_width=24) if decoder_layers else None
-    with torch.random.fork_rng():
-        torch.manual_seed(7)
-        model = HybridConformer(encoder, decoder, LogMelOptions(16000, 40, 512, 400, 160), CharTokenizer(LABELS))
-        with torch.no_grad():
-            for name, tensor in model.named_parameters():
-                if name.endswith("norm_out.weight"):
-                    tensor.uniform_(0.5, 1.5)
-                else:
-                    tensor.add_(0.3 * torch.randn_like(tensor))
-    return model
 
 
 def waves() -> list[Tensor]:
@@ -137,73 +103,6 @@ def plain_sums(changed: HybridConformer, *outputs: str) -> Tensor:
     """Returns (utterances, 2): the sum of KL, at most 1 a row, over the rows of all outputs, and their number."""
     each = [torch.cat(rows) for rows in zip(*(plain_kl(changed, output) for output in outputs), strict=True)]
     return torch.tensor([[float(rows.clamp(max=1.0).sum()), len(rows)] for rows in each], dtype=torch.float64)
-
-
-@cache
-def random_inputs() -> tuple[TransformerDecoder, Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    encoded = torch.randn(3, 9, 16, generator=generator)
-    prefixes = torch.randint(0, CLASSES, (3, 6), generator=generator)
-    return hybrid().decoder, prefixes, encoded, torch.tensor([9, 4, 1])
-
-
-def test_a_decoder_layer_is_torchs() -> None:
-    decoder, prefixes, encoded, lengths = random_inputs()
-    layer = decoder.layers[1]
-    reference = nn.TransformerDecoderLayer(16, 2, 24, dropout=0.0, batch_first=True, norm_first=True).eval()
-    state = {}
-    for theirs, ours in (("self_attn", layer.self_attn), ("multihead_attn", layer.src_attn)):
-        for kind in ("weight", "bias"):
-            q, k, v = (getattr(linear, kind) for linear in (ours.linear_q, ours.linear_k, ours.linear_v))
-            state[f"{theirs}.in_proj_{kind}"] = torch.cat([q, k, v])
-            state[f"{theirs}.out_proj.{kind}"] = getattr(ours.linear_out, kind)
-    norms = {"norm1": layer.norm_self_att, "norm2": layer.norm_src_att, "norm3": layer.norm_feed_forward}
-    for theirs, ours in (norms | {"linear1": layer.linear1, "linear2": layer.linear2}).items():
-        state |= {f"{theirs}.{name}": tensor for name, tensor in ours.state_dict().items()}
-    reference.load_state_dict(state)
-    seen: list[Tensor] = []
-    handle = layer.register_forward_hook(lambda module, inputs, output: seen.extend([inputs[0][1], output[1]]))
-    with torch.no_grad():
-        decoder(prefixes, encoded, lengths)
-        handle.remove()
-        expected = reference(
-            seen[0],
-            encoded,
-            tgt_mask=torch.ones(6, 6, dtype=torch.bool).triu(1),
-            memory_key_padding_mask=torch.arange(9) >= lengths[:, None],
-        )
-    torch.testing.assert_close(seen[1], expected, rtol=1e-5, atol=1e-5)
-
-
-def test_embedding_positions_and_output_by_hand() -> None:
-    """A decoder whose layers add nothing: what is left is the table, the sinusoids, the last norm and the last map."""
-    decoder, prefixes, encoded, lengths = random_inputs()
-    bare = TransformerDecoder(16, CLASSES, replace(decoder.options, layers=1)).eval()
-    bare.load_state_dict({name: value for name, value in decoder.state_dict().items() if "layers.1" not in name})
-    for module in (bare.layers[0].self_attn.linear_out, bare.layers[0].src_attn.linear_out, bare.layers[0].linear2):
-        nn.init.zeros_(module.weight), nn.init.zeros_(module.bias)
-    with torch.no_grad():
-        got = bare(prefixes, encoded, lengths)[1, 3].numpy()
-        x = 4 * bare.embed.weight[prefixes[1, 3]].double().numpy()
-        x += [(np.sin, np.cos)[i % 2](3 / 10000 ** (i // 2 * 2 / 16)) for i in range(16)]
-        x = (x - x.mean()) / np.sqrt(x.var() + 1e-5)
-        x = x * bare.after_norm.weight.numpy() + bare.after_norm.bias.numpy()
-        np.testing.assert_allclose(got, bare.output.weight.numpy() @ x + bare.output.bias.numpy(), atol=1e-5)
-
-
-def test_padding_takes_no_part_and_no_position_looks_ahead() -> None:
-    decoder, prefixes, encoded, lengths = random_inputs()
-    with torch.no_grad():
-        together = decoder(prefixes, encoded, lengths)
-        noise = torch.randn(encoded.shape, generator=torch.Generator().manual_seed(5))
-        padding = (torch.arange(9) >= lengths[:, None])[:, :, None]
-        torch.testing.assert_close(decoder(prefixes, torch.where(padding, noise, encoded), lengths), together)
-        for i, length in enumerate(lengths.tolist()):
-            alone = decoder(prefixes[i : i + 1, :4], encoded[i : i + 1, :length], lengths[i : i + 1])
-            torch.testing.assert_close(alone[0], together[i, :4], rtol=1e-5, atol=1e-5)
-        changed = decoder((prefixes + (torch.arange(6) >= 4)) % CLASSES, encoded, lengths)
-        torch.testing.assert_close(changed[:, :4], together[:, :4], rtol=1e-6, atol=1e-6)
-        assert bool(((changed[:, 4:] - together[:, 4:]).abs().amax(dim=-1) > 1e-3).all())
 
 
 def test_what_a_search_asks_is_the_forward_pass() -> None:

@@ -5,6 +5,7 @@ from functools import cache
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import LABELS
 
 from mpq.errors import MpqError
 from mpq.speech.text import (
@@ -117,3 +118,9 @@ def test_other_alphabets() -> None:
     for kind in ("characters", "words"):
         tokenizer = train_tokenizer(kind, texts)
         assert [tokenizer.decode(tokenizer.encode(text)) for text in texts] == texts
+
+
+def test_labels_of_several_characters_can_be_decoded() -> None:
+    tokenizer = CharTokenizer([*LABELS, "<unk>"])
+    assert tokenizer.decode([1, len(LABELS), 2]) == "a<unk>b"
+    assert tokenizer.missing("ab<c") == ["<"]
