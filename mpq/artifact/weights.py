@@ -97,7 +97,7 @@ def quantize_layer(
         weight: Of any shape.
         weight_format: How it is stored.
         widths: 1 to 8.
-        grams: {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`); not looked at when rounding is
+        grams: {weight name: statistics} (`mpq.sensitivity.calibration.input_grams`); not looked at when rounding is
             "nearest".
 
     Raises:

@@ -123,7 +123,7 @@ def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, 
 @click.option("--a", "a_path", type=PATH, help="Transcripts of the baseline (trn).")
 @click.option("--b", "b_path", type=PATH, help="Transcripts of the compressed system (trn).")
 @click.option("--alpha", default=0.05, show_default=True, help="Level of the tests.")
-@click.option("--resamples", default=10_000, show_default=True, help="How often the bootstrap draws.")
+@click.option("--resamples", default=10_000, show_default=True, help="Of the bootstrap.")
 @click.option("--changes", default=5, show_default=True, help="How many changed outputs to show.")
 @click.option("--out", type=PATH, help="Write the mpq.comparison/1 file, with all changed outputs.")
 @common_options

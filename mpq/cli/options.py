@@ -28,10 +28,7 @@ def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 channel_options = _together(
     click.option(
-        "--channel",
-        default="error",
-        show_default=True,
-        help="What to do with several channels: error, mix (their mean), 0, 1, ...",
+        "--channel", default="error", show_default=True, help="Of several: error, mix (their mean), 0, 1, ..."
     ),
     click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out, and count them."),
 )
@@ -41,12 +38,12 @@ data_options = _together(
 )
 common_options = _together(
     click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N]."),
-    click.option("--seed", default=0, show_default=True, help="The seed of all that is drawn at random."),
+    click.option("--seed", default=0, show_default=True, help="Of whatever is drawn at random."),
     click.option("--quiet", is_flag=True, help="Show no progress."),
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Replace a value of the recipe."
+    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="Instead of what the recipe says."
 )
 recipe_options = _together(
     click.argument("recipe", type=PATH),
@@ -62,10 +59,8 @@ decode_options = _together(
         help="Greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
     ),
     click.option("--beam-size", default=10, show_default=True, help="Hypotheses that a beam search keeps."),
-    click.option("--ctc-weight", default=0.3, show_default=True, help="Weight of CTC in the joint search."),
-    click.option(
-        "--length-bonus", default=0.0, show_default=True, help="What the joint search adds for each token, in nats."
-    ),
+    click.option("--ctc-weight", default=0.3, show_default=True, help="Of the joint search."),
+    click.option("--length-bonus", default=0.0, show_default=True, help="Of the joint search, nats for each token."),
 )
 quantizer_options = _together(
     click.option("--scheme", type=click.Choice(["symmetric", "asymmetric", "mulaw"]), help="Default: asymmetric."),
@@ -74,16 +69,14 @@ quantizer_options = _together(
     click.option(
         "--rounding",
         type=click.Choice(["nearest", "gptq"]),
-        help="gptq makes up for errors by what the layers see of the data. Default: gptq; without data, and for mulaw, "
-        "nearest.",
+        help="gptq makes up for errors by what the layers see of the data, and is the default; without data, and for "
+        "mulaw, nearest is.",
     ),
-    click.option(
-        "--scale-dtype", type=click.Choice(["float16", "float32"]), help="Type of the scales. Default: float16."
-    ),
+    click.option("--scale-dtype", type=click.Choice(["float16", "float32"]), help="Of the scales. Default: float16."),
     click.option(
         "--rest-dtype",
         type=click.Choice(["float16", "float32"]),
-        help="Type of what is not quantized (biases, norms). Default: float16.",
+        help="Of what is not quantized (biases, norms). Default: float16.",
     ),
 )
 

@@ -69,7 +69,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
         weight: Of any shape with at least one element, floating point, finite; computed in float32.
         spec: The quantizer.
         gram: For the rounding "gptq": (B, K, K) sums of outer products of the inputs, as
-            `mpq.sensitivity.statistics.input_grams` collects them; others do not look at it.
+            `mpq.sensitivity.calibration.input_grams` collects them; others do not look at it.
         centroids: For the scheme "mulaw": (2^bits,) int8 to use instead of those that fit the weight best.
 
     Raises:

@@ -41,7 +41,7 @@ def factored(model: AsrModel, ranks: Sequence[tuple[int, int]], grams: Mapping[s
     Args:
         model: A float model.
         ranks: For each block that of its first and of its second module; 0 leaves a module as it is.
-        grams: `mpq.sensitivity.statistics.input_grams`: what the outputs are to be kept for. None: the weights are.
+        grams: `mpq.sensitivity.calibration.input_grams`: what the outputs are to be kept for. None: the weights are.
 
     Raises:
         MpqError: Not one pair of ranks for each block, a rank below 0 or above the matrices' smaller side, a weight
