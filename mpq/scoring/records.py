@@ -16,8 +16,8 @@ class SystemScore:
     Attributes:
         name: What the reports call the system.
         wer: (sub + del + ins) / (corr + sub + del); 0 without reference words.
-        correct, substitutions, deletions, insertions: The numbers of words.
-        sentence_errors: The number of utterances with at least one error.
+        correct, substitutions, deletions, insertions: Words.
+        sentence_errors: Utterances with at least one error.
     """
 
     name: str
@@ -45,8 +45,8 @@ class MapssweResult:
     """The matched pairs test; differences are (errors of a) - (errors of b) per segment.
 
     Attributes:
-        segments: The number of segments.
-        mean, std: The mean and the standard deviation (with n - 1) of the differences.
+        segments: Number of segments.
+        mean, std: Of the differences (std with n - 1).
         z: mean / (std / sqrt(segments)); 0 when the differences are all equal; None without segments.
         p: Exact two-tailed normal probability of z; None without segments.
         p_sctk: The probability as sc_stats prints it (z floored to 0.01); None without segments.
@@ -74,8 +74,8 @@ class Comparison:
     """`mpq.comparison/1`: two systems on the same utterances; a is the baseline, b the compressed one.
 
     Attributes:
-        alpha: The level of the tests.
-        utterances, words: Their numbers in the reference.
+        alpha: Level of the tests.
+        utterances, words: In the reference.
         a, b: The systems' scores.
         mapsswe: The matched pairs test.
         mcnemar: {"a_only_wrong", "b_only_wrong", "p", "significant"}: exact binomial test on utterances.

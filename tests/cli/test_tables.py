@@ -1,13 +1,18 @@
 """What a person reads: the tables and lines of results, from records alone."""
 
-from dataclasses import replace
+import json
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
+from click.testing import CliRunner
 from rich.console import Console, RenderableType
 
 from mpq.allocation.pack import PackResult
 from mpq.allocation.records import Allocation
+from mpq.cli.options import print_result
 from mpq.cli.tables import allocation_view, changes_view, comparison_view, console, pack_line, sensitivity_view
 from mpq.scoring.compare import compare
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
@@ -106,3 +111,26 @@ def test_a_comparison_gives_the_verdict_and_the_worst_changes(times: int, verdic
     assert f"{times} outputs differ" in text
     text = shown(changes_view(result, most=1))
     assert f"Changed outputs, 1 of {times}:" in text and ("0 -> 3" if times > 1 else "0 -> 1") in text
+
+
+@dataclass(frozen=True)
+class Answer:
+    text: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"text": self.text}
+
+
+def printed(*arguments: str) -> str:
+    @click.command()
+    @click.option("--json", "as_json", is_flag=True)
+    def command(as_json: bool) -> None:
+        print_result(Answer("naïve [bold] " + 200 * "x"), as_json, "a view [bold]", "another")
+
+    return CliRunner().invoke(command, arguments).stdout
+
+
+def test_a_result_is_printed_as_json_or_in_words() -> None:
+    assert json.loads(printed("--json")) == {"text": "naïve [bold] " + 200 * "x"}
+    assert printed("--json").count("\n") == 1 and "naïve" in printed("--json")
+    assert printed() == "a view [bold]\nanother\n"
