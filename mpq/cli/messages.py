@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from mpq.progress import Advance, progress_shown_by
 
+_COMMANDS = {"mpq.pipeline.run": "mpq run", "mpq.search.phases": "mpq search"}
+"""What a message begins with, by the module that logs it; others begin with "mpq"."""
 _SECONDS_BETWEEN_LINES = 30
 
 
@@ -15,7 +17,6 @@ _SECONDS_BETWEEN_LINES = 30
 def shown_on_stderr() -> Iterator[None]:
     """Shows messages and progress of the library within the block."""
     logger, handler = logging.getLogger("mpq"), _Stderr()
-    handler.setFormatter(logging.Formatter("mpq: %(message)s"))
     level = logger.level
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
@@ -38,7 +39,8 @@ class _Stderr(logging.Handler):
     """Prints each message as a line on what `sys.stderr` is at that time: rich puts it above its bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr, flush=True)
+        command = _COMMANDS.get(record.name, "mpq")
+        print(f"{command}: {self.format(record)}", file=sys.stderr, flush=True)
 
 
 @contextmanager

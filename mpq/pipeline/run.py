@@ -144,7 +144,7 @@ def _reported(todo: _Todo) -> StageReport:
 
 def _say(report: StageReport, quiet: bool) -> None:
     if not quiet:
-        _log.info("run: %s: %s%s", report.name, report.reason, "; skipped" if report.action == "skipped" else "")
+        _log.info("%s: %s%s", report.name, report.reason, "; skipped" if report.action == "skipped" else "")
 
 
 def _do(todo: _Todo, record: RunRecord, aside: Aside, quiet: bool) -> StageReport:

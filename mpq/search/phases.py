@@ -104,4 +104,4 @@ class Phases:
 
     def _say(self, text: str) -> None:
         if not self.quiet:
-            _log.info("search: phase %s", text)
+            _log.info("phase %s", text)

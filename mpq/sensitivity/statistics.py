@@ -38,7 +38,7 @@ from mpq.progress import progress
 from mpq.sensitivity.calibration import CalibrationData, one_by_one
 from mpq.sensitivity.divergence import SegmentTree
 
-LOGGER = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 CACHE_BYTES = 4 * 2**30
 """The most that the cache folder keeps."""
@@ -160,7 +160,7 @@ def input_statistics(
             save_file(grams, temporary)
         _prune(path.parent, path, cache_bytes)
     except (OSError, SafetensorError, MpqError) as error:
-        LOGGER.warning("the statistics were not cached: %s", error)
+        _log.warning("the statistics were not cached: %s", error)
     return grams
 
 

@@ -57,7 +57,7 @@ def actions(recipe: Path, out: Path, *options: object) -> dict[str, str]:
     raw = json.loads(done.stdout)
     assert raw["format"] == "mpq.run/1" and raw["dry_run"] == ("--dry-run" in options)
     for stage in raw["stages"]:  # each stage says what becomes of it
-        line = next(line for line in lines if line.startswith(f"run: {stage['name']}: "))
+        line = next(line for line in lines if line.startswith(f"{stage['name']}: "))
         assert stage["reason"] in line and line.endswith("; skipped") == (stage["action"] == "skipped")
     return {stage["name"]: stage["action"] for stage in raw["stages"]}
 
@@ -158,7 +158,7 @@ def test_what_is_replaced_is_set_aside_and_named(tiny: Path, finished: Path) -> 
     for number, alpha in enumerate((0.01, 0.02), 1):
         with messages() as lines:
             assert mpq_run(tiny, finished, "--set", f"compare.alpha={alpha}").exit_code == 0
-        (line,) = (line for line in lines if line.startswith("run: compare: "))
+        (line,) = (line for line in lines if line.startswith("compare: "))
         before = 0.05 if number == 1 else 0.01
         assert f"its inputs have changed (compare.alpha: {before} there, {alpha} now)" in line
         assert line.endswith(f"what it wrote before is now in {finished / f'replaced-{number}'}")
@@ -186,7 +186,7 @@ def test_a_stage_that_is_refused_is_not_cut_off_and_its_result_is_put_back(
         assert mpq_run(tiny, finished).exit_code == 2
     with messages() as lines:
         assert mpq_run(tiny, finished, "--dry-run").exit_code == 0
-    assert "run: sensitivity: not done yet" in lines
+    assert "sensitivity: not done yet" in lines
 
 
 def test_a_stage_that_fails_on_its_way_goes_on(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
