@@ -1,11 +1,8 @@
 """`mpq run`: every stage once, then only what changed; interrupted, resumed, dry, refused."""
 
 import json
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,29 +32,19 @@ def mpq_run(recipe: Path, out: Path, *options: object) -> Result:
     return CliRunner().invoke(main, ["run", str(recipe), "--out", str(out), "--device", "cpu", *map(str, options)])
 
 
-@contextmanager
-def messages() -> Iterator[list[str]]:
-    """Yields a list that gets what `mpq run` says of its stages."""
-    log, lines = logging.getLogger("mpq.pipeline.run"), list[str]()
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    level = log.level
-    log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    yield lines
-    log.removeHandler(handler)
-    log.setLevel(level)
+def said(done: Result) -> list[str]:
+    """Returns what `mpq run` said of its stages, on stderr."""
+    return [line.removeprefix("mpq run: ") for line in done.stderr.splitlines() if line.startswith("mpq run: ")]
 
 
 def actions(recipe: Path, out: Path, *options: object) -> dict[str, str]:
     """Returns what a run did with each stage, as its JSON and its table say."""
-    with messages() as lines:
-        done = mpq_run(recipe, out, "--json", *options)
+    done = mpq_run(recipe, out, "--json", *options)
     assert done.exit_code == 0, done.output
     raw = json.loads(done.stdout)
     assert raw["format"] == "mpq.run/1" and raw["dry_run"] == ("--dry-run" in options)
-    for stage in raw["stages"]:  # each stage says what becomes of it
-        line = next(line for line in lines if line.startswith(f"{stage['name']}: "))
+    for stage in raw["stages"]:  # each stage says on stderr what becomes of it
+        line = next(line for line in said(done) if line.startswith(f"{stage['name']}: "))
         assert stage["reason"] in line and line.endswith("; skipped") == (stage["action"] == "skipped")
     return {stage["name"]: stage["action"] for stage in raw["stages"]}
 
@@ -156,9 +143,9 @@ def test_a_new_target_repeats_what_depends_on_it(tiny: Path, finished: Path) -> 
 def test_what_is_replaced_is_set_aside_and_named(tiny: Path, finished: Path) -> None:
     old = contents(finished)
     for number, alpha in enumerate((0.01, 0.02), 1):
-        with messages() as lines:
-            assert mpq_run(tiny, finished, "--set", f"compare.alpha={alpha}").exit_code == 0
-        (line,) = (line for line in lines if line.startswith("compare: "))
+        done = mpq_run(tiny, finished, "--set", f"compare.alpha={alpha}")
+        assert done.exit_code == 0
+        (line,) = (line for line in said(done) if line.startswith("compare: "))
         before = 0.05 if number == 1 else 0.01
         assert f"its inputs have changed (compare.alpha: {before} there, {alpha} now)" in line
         assert line.endswith(f"what it wrote before is now in {finished / f'replaced-{number}'}")
@@ -184,9 +171,8 @@ def test_a_stage_that_is_refused_is_not_cut_off_and_its_result_is_put_back(
     with monkeypatch.context() as patch:
         patch.setattr("mpq.pipeline.stages.measure_sensitivity", refused)
         assert mpq_run(tiny, finished).exit_code == 2
-    with messages() as lines:
-        assert mpq_run(tiny, finished, "--dry-run").exit_code == 0
-    assert "sensitivity: not done yet" in lines
+    done = mpq_run(tiny, finished, "--dry-run")
+    assert done.exit_code == 0 and "sensitivity: not done yet" in said(done)
 
 
 def test_a_stage_that_fails_on_its_way_goes_on(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
