@@ -26,13 +26,16 @@ def test_loss_divergence_and_word_errors_are_those_of_utterances_alone(kind: str
     write_speech(tmp_path)
     options = recipe(tmp_path, data__dev=None, train__select="last", **DECODERS[kind])
     torch.manual_seed(1)
-    model = build_model(options, train_tokenizer("characters", TEXTS))
+    model = build_model(options, train_tokenizer("words", TEXTS))
     assert len(model.heads) == (1 if kind == "ctc" else 2)
     data = read_set(options.data.train, options.data, model, 1.0, is_training=True)
+    with torch.no_grad():
+        model.ctc.weight.mul_(20.0)  # so that it hears more words than there are
     changed = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in changed.parameters():
             parameter.mul_(1.05)
+        changed.ctc.bias[torch.arange(len(changed.ctc.bias)) != changed.blank_id] -= 9.0  # it hears nothing
     weight, sums, alone, spoken = 0.3, {"ctc": 0.0, "attention": 0.0}, [], {"model": [], "changed": []}
     with torch.no_grad():
         for index, text in enumerate(TEXTS):
@@ -47,12 +50,13 @@ def test_loss_divergence_and_word_errors_are_those_of_utterances_alone(kind: str
                 sums[head] += float(loss)
             spoken["model"] += model.transcribe(waveform, length)
             spoken["changed"] += changed.transcribe(waveform, length)
-    letters = sum(map(len, TEXTS))
-    expected = sums["ctc"] / letters
+    tokens = sum(len(text.split()) for text in TEXTS)
+    expected = sums["ctc"] / tokens
     if kind == "hybrid":
-        expected = weight * expected + (1 - weight) * sums["attention"] / (letters + len(TEXTS))
+        expected = weight * expected + (1 - weight) * sums["attention"] / (tokens + len(TEXTS))
     names = [str(index) for index in range(len(TEXTS))]
     wers = {name: measure(names, list(TEXTS), texts, [1.0] * len(TEXTS)).wer for name, texts in spoken.items()}
+    assert wers["changed"] == 1.0 < wers["model"]
     found = held_out_errors(JointLoss(model, 0.1), data, weight, "error", Processes())
     assert found == pytest.approx((expected, wers["model"]), rel=1e-5)
     divergence, wer = changed_errors(model, changed, data, "error", Processes())
