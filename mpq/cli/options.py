@@ -12,9 +12,9 @@ from click.core import ParameterSource
 from pydantic import BaseModel
 
 from mpq.cli.messages import show_warnings_only
+from mpq.config.describe import describe_section
 from mpq.errors import MpqError
 from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
-from mpq.schema_docs import describe_section
 
 PATH = click.Path(path_type=Path)
 

@@ -16,11 +16,11 @@ from tiny_training import log_of
 
 from mpq.cli.main import main
 from mpq.config import FinetuneAugmentConfig, FinetuneConfig, Recipe
+from mpq.config.describe import describe_section
 from mpq.finetuning.loop import Finetuner
 from mpq.finetuning.record import FinetuneResult
 from mpq.loading import load_model
 from mpq.pipeline.read import make_recipe
-from mpq.schema_docs import describe_section
 
 __all__ = ["four", "one_thread", "speech"]  # fixtures
 

@@ -14,9 +14,9 @@ from tiny_training import write_speech
 
 from mpq.cli.main import main
 from mpq.config import Recipe, sections
+from mpq.config.describe import describe
 from mpq.errors import MpqError
 from mpq.pipeline.read import load_recipe
-from mpq.schema_docs import describe
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs/recipes.md"

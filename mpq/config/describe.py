@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from mpq.config import Recipe, sections
+from mpq.config.recipe import Recipe, sections
 
 
 def describe() -> Iterable[tuple[str, str, list[tuple[str, str, str, str]]]]:

@@ -1,48 +1,13 @@
-"""The schema of recipes: TOML files that describe a model, its training and its compression.
-
-Its classes hold the keys, their types, defaults and descriptions; `mpq.training_config` has those of training loops,
-and all are imported from here. `mpq.schema_docs` makes the tables of docs/recipes.md and the help of options from them,
-`mpq.pipeline.read` reads the files. Relative paths start at the folder of the recipe.
-"""
+"""A recipe and its sections, but for those of training loops. Relative paths start at the folder of the recipe."""
 
 from pathlib import Path
 from typing import Annotated, Literal, get_args
 
 from pydantic import BaseModel, Field
 
+from mpq.config.training import AugmentConfig, FinetuneAugmentConfig, FinetuneConfig, SearchConfig, TrainConfig
+from mpq.config.types import Count, Fraction, Name, PerBlock, Positive, Ranks, Section, Seed, Share, Whole
 from mpq.quantization.spec import RoundingName, SchemeName
-from mpq.schema_types import Count, Fraction, Name, PerBlock, Positive, Ranks, Section, Seed, Share, Whole
-from mpq.training_config import (
-    SYNTHETIC_NOISE,
-    AugmentConfig,
-    FinetuneAugmentConfig,
-    FinetuneConfig,
-    LoopConfig,
-    SearchConfig,
-    TrainConfig,
-)
-
-__all__ = [
-    "STAGES",
-    "SYNTHETIC_NOISE",
-    "AllocateConfig",
-    "AugmentConfig",
-    "CompareConfig",
-    "DataConfig",
-    "DecodeConfig",
-    "FeaturesConfig",
-    "FinetuneAugmentConfig",
-    "FinetuneConfig",
-    "LoopConfig",
-    "ModelConfig",
-    "Recipe",
-    "SearchConfig",
-    "SensitivityConfig",
-    "Stage",
-    "TokensConfig",
-    "TrainConfig",
-    "sections",
-]
 
 Stage = Literal["train", "search", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare"]
 STAGES: tuple[Stage, ...] = get_args(Stage)

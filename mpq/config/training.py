@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from mpq.schema_types import Candidates, Count, Fraction, Name, NonNegative, Positive, Section, Seed, Share, Whole
+from mpq.config.types import Candidates, Count, Fraction, Name, NonNegative, Positive, Section, Seed, Share, Whole
 
 SYNTHETIC_NOISE = ("white", "babble")
 """Noises that are made, not read from files."""
