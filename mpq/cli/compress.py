@@ -1,7 +1,7 @@
 """The commands that compress: sensitivity, allocate, pack."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
@@ -18,6 +18,7 @@ from mpq.cli.options import (
     quantizer_options,
     seconds_or_all,
 )
+from mpq.config.types import Output, ScoreMethod
 from mpq.errors import MpqError
 
 
@@ -31,14 +32,14 @@ from mpq.errors import MpqError
     "--output",
     default="ctc",
     show_default=True,
-    type=click.Choice(["ctc", "encoder", "decoder"]),
+    type=click.Choice(get_args(Output)),
     help="The output whose divergence is measured.",
 )
 @click.option(
     "--method",
     default="fisher",
     show_default=True,
-    type=click.Choice(["fisher", "kl"]),
+    type=click.Choice(get_args(ScoreMethod)),
     help="fisher: second order, fast; kl: one layer at a time, exact (Li et al. 2023, Eq. 7).",
 )
 @click.option(

@@ -5,7 +5,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 from click.core import ParameterSource
@@ -13,6 +13,7 @@ from pydantic import BaseModel
 
 from mpq.cli.messages import show_warnings_only
 from mpq.config.describe import describe_section
+from mpq.config.types import DecodeMethod
 from mpq.errors import MpqError
 from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
 
@@ -69,7 +70,7 @@ decode_options = _together(
         "--decode",
         default="greedy",
         show_default=True,
-        type=click.Choice(["greedy", "prefix", "joint"]),
+        type=click.Choice(get_args(DecodeMethod)),
         help="How to search: greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
     ),
     click.option("--beam-size", default=10, show_default=True, help="How many hypotheses a beam search keeps."),

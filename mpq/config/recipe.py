@@ -6,7 +6,21 @@ from typing import Annotated, Literal, get_args
 from pydantic import BaseModel, Field
 
 from mpq.config.training import AugmentConfig, FinetuneAugmentConfig, FinetuneConfig, SearchConfig, TrainConfig
-from mpq.config.types import Count, Fraction, Name, PerBlock, Positive, Ranks, Section, Seed, Share, Whole
+from mpq.config.types import (
+    Count,
+    DecodeMethod,
+    Fraction,
+    Name,
+    Output,
+    PerBlock,
+    Positive,
+    Ranks,
+    ScoreMethod,
+    Section,
+    Seed,
+    Share,
+    Whole,
+)
 from mpq.quantization.spec import RoundingName, SchemeName
 
 Stage = Literal["train", "search", "evaluate", "sensitivity", "allocate", "pack", "finetune", "compare"]
@@ -99,7 +113,7 @@ class ModelConfig(Section):
 class DecodeConfig(Section):
     """The search for transcripts (`mpq evaluate --decode ...`)."""
 
-    method: Literal["greedy", "prefix", "joint"] = Field(
+    method: DecodeMethod = Field(
         "greedy", description="Greedy CTC, CTC prefix beam search, or joint CTC/attention beam search."
     )
     beam_size: Whole = Field(10, description="Hypotheses that a beam search keeps.")
@@ -111,10 +125,10 @@ class SensitivityConfig(Section):
     """Sensitivity of each layer at each bit-width (`mpq sensitivity`)."""
 
     bits: list[Annotated[int, Field(ge=1, le=8)]] = Field([2, 3, 4, 5, 6, 8], description="Bit-widths to measure.")
-    method: Literal["fisher", "kl"] = Field(
+    method: ScoreMethod = Field(
         "fisher", description="Score: to second order, all layers at once (fisher), or exact, one layer at a time (kl)."
     )
-    output: Literal["ctc", "encoder", "decoder"] | None = Field(
+    output: Output | None = Field(
         None,
         description="Output whose divergence is measured; default: decoder for a model that has one, otherwise ctc.",
     )

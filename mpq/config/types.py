@@ -1,6 +1,6 @@
 """The types of values that keys of a recipe have, and what all sections of a recipe have in common."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -15,6 +15,12 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 PerBlock = Whole | list[Whole]
 Ranks = Count | list[Count]
 Candidates = list[Whole] | list[list[Whole]]
+Output = Literal["ctc", "encoder", "decoder"]
+"""The distributions whose divergence is measured: those of a head (`mpq.models.heads`), or softmax of the encoder."""
+ScoreMethod = Literal["fisher", "kl"]
+"""How sensitivities are measured (`mpq.sensitivity.measure`)."""
+DecodeMethod = Literal["greedy", "prefix", "joint"]
+"""How transcripts are searched for (`mpq.speech.decoding`)."""
 
 
 class Section(BaseModel):

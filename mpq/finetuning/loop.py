@@ -27,8 +27,8 @@ from mpq.errors import MpqError
 from mpq.files import atomic_path, write_json
 from mpq.finetuning.averages import follow, mean_weights, swapped
 from mpq.finetuning.fake_quant import QuantizedWeights
-from mpq.finetuning.faults import overflow, overflow_on
 from mpq.finetuning.learning_curve import draw_learning_curve
+from mpq.finetuning.overflow import overflow, overflow_on
 from mpq.finetuning.record import FinetunedSize, FinetuneResult
 from mpq.models.base import AsrModel, is_counter
 from mpq.models.checkpoint import write_checkpoint

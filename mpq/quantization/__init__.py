@@ -1,7 +1,8 @@
 """Weights to codes and back: pure functions of tensors.
 
-`spec` says how, `quantizers` does it, `grids` and `mu_law` choose the levels, `gptq` rounds by what a layer sees,
-`soft_assignment` is the General Quantizer (Zhen et al. 2022). It may use the modules at the top of `mpq`.
+`spec` has the options and the tables of schemes and roundings, `quantizers` does it. `levels` is what a scheme says,
+`uniform` and `mu_law` are the schemes, `grids` and `scales` choose a group's levels; `gptq` rounds by what a layer
+sees, `soft_assignment` is the General Quantizer (Zhen et al. 2022). It may use `errors` alone.
 """
 
 from typing import TYPE_CHECKING

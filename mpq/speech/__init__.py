@@ -2,5 +2,6 @@
 
 `audio` reads files, `features` and `pitch` are what a model hears, `augment` disturbs training audio, `manifests` and
 `data` say which utterances there are and whether they can be used, `text` has the vocabularies, `trn` the transcript
-files, `decoding` the searches. It may use the modules at the top of `mpq`.
+files; `ctc_search` and `joint_search` find transcripts as `decoding` says. It may use `config` and the modules at the
+top of `mpq`.
 """

@@ -10,17 +10,19 @@ Legend: N utterances, T encoder frames, V classes (the tokens and the blank), M 
 
 import math
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from mpq.config.types import DecodeMethod
 from mpq.errors import MpqError
 
 TIE_DECIMALS = 9
 """Scores are equal when they are after rounding to so many decimals; float64 noise is below 1e-10 at a score of 1e4."""
 INF = float("inf")
 
-METHODS = ("greedy", "prefix", "joint")
+METHODS: tuple[str, ...] = get_args(DecodeMethod)
 
 
 @dataclass(frozen=True)
