@@ -38,7 +38,7 @@ def test_faults_of_the_command_line(speech: Path, tmp_path: Path) -> None:
     assert refusal(path, "--out", out) == f"{path}: {where} none"
     both = ["--eta", 1, "--target-millions", 1]
     assert refusal(path, *both, "--out", out) == f"{path}: {where} eta and target_millions"
-    assert refusal(path, "--eta", -1, "--out", out) == f"{path}: [search] eta: expected 0.0 or more, got -1"
+    assert refusal(path, "--eta", -1, "--out", out) == f"{path}: [search] eta: expected 0 or more, got -1"
     line = f"--train, --dev, --channel, --skip-bad: {path} is a recipe, whose [data] say that; leave them out"
     assert refusal(path, "--eta", 1, "--train", train, "--out", out) == line
     assert refusal(path, "--eta", 1, "--channel", "mix", "--out", out) == line
