@@ -8,7 +8,7 @@ option that the record does not know, because it is new, counts only where it do
 Corpora are large, so the digest of a file is remembered: within the process, and in `files.sqlite` in the cache folder
 (`cache_folder`). What is remembered holds for the same path as long as the file's size, times of change (mtime and
 ctime) and inode are the same: this trusts the file system that changed bytes change one of these. A file that was
-written in the last tenth of a second is read again, because its next change might not be seen in its times.
+changed in the last tenth of a second is read again, because its next change might not be seen in its times.
 """
 
 import functools
@@ -35,7 +35,7 @@ from mpq.files import digest, make_folder, sha256_file
 NEUTRAL = ("save_minutes", "workers", "tensorboard")
 """Options that change no result: how a training is saved, read and shown."""
 UNSETTLED_SECONDS = 0.1
-"""File systems count time in steps of some milliseconds."""
+"""How long after a change a digest is not remembered: file systems count time in steps of some milliseconds."""
 
 _log = logging.getLogger(__name__)
 
@@ -117,9 +117,9 @@ def _difference(then: Any, now: Any, place: tuple[str, ...]) -> str | None:
     """Returns the first difference between two JSON values, "train.epochs: 3 there, 4 now"; None where there is none.
 
     Args:
-        then: What the record says, or `_MISSING`.
-        now: What holds now, or `_MISSING`.
-        place: The keys that lead there.
+        then: The value on record, or `_MISSING`.
+        now: The present value, or `_MISSING`.
+        place: The keys that lead to the value.
     """
     if isinstance(now, dict) and (isinstance(then, dict) or then is _MISSING):
         before: dict[str, Any] = then if isinstance(then, dict) else {}
@@ -170,9 +170,9 @@ def data_identity(utterances: Iterable[Spoken]) -> str:
 def _noise(name: str) -> str:
     """Returns what tells a source of noise from others: a synthetic one's name, or a digest of recordings."""
     path = Path(name)
-    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     if not path.exists():  # synthetic, or missing, which the training says
         return name
+    files = sorted(one for one in path.rglob("*") if one.is_file()) if path.is_dir() else [path]
     contents = _contents(set(files))
     return digest([contents[one] for one in files])
 
@@ -199,11 +199,17 @@ def cache_folder() -> Path:
 
 @dataclass(frozen=True)
 class _State:
-    """A file as it was when it was looked at: its absolute path, and what would change with its bytes."""
+    """A file as it was when it was looked at.
+
+    Attributes:
+        path: Its absolute path.
+        signs: Its size, times of change and inode, one of which changes with its bytes.
+        changed: When it was changed last, seconds since 1970. This is the ctime, which nobody can set.
+    """
 
     path: bytes
     signs: str
-    seconds: float
+    changed: float
 
     @classmethod
     def of(cls, path: Path) -> "_State | None":
@@ -212,7 +218,7 @@ class _State:
         except (OSError, ValueError):
             return None
         signs = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
-        return cls(os.fsencode(os.path.abspath(path)), signs, max(stat.st_mtime, stat.st_ctime))
+        return cls(os.fsencode(os.path.abspath(path)), signs, stat.st_ctime)
 
 
 _remembered: dict[_State, str] = {}
@@ -222,15 +228,13 @@ def _contents(paths: Collection[Path]) -> dict[Path, str | None]:
     """Returns the SHA-256 of each file; None for one that cannot be read."""
     now = time.time()
     states = {path: _State.of(path) for path in paths}
-    unknown = [state for state in states.values() if state and state not in _remembered]
-    if unknown:
-        _remembered.update(_recalled(unknown))
+    _remembered.update(_recalled([state for state in states.values() if state and state not in _remembered]))
     todo = [path for path, state in states.items() if state and state not in _remembered]
     read = _all_read(todo)
     fresh = {
         state: found
         for path, found in read.items()
-        if found and (state := states[path]) and now - state.seconds > UNSETTLED_SECONDS
+        if found and (state := states[path]) and now - state.changed > UNSETTLED_SECONDS
     }
     _remembered.update(fresh)
     _record(fresh)
@@ -251,7 +255,7 @@ def _read(path: Path) -> str | None:
         return None
 
 
-def _recalled(states: Iterable[_State]) -> dict[_State, str]:
+def _recalled(states: Collection[_State]) -> dict[_State, str]:
     """Returns what the cache folder has of these files."""
     found = {}
 
@@ -261,7 +265,7 @@ def _recalled(states: Iterable[_State]) -> dict[_State, str]:
             if known := row.fetchone():
                 found[state] = str(known[0])
 
-    if _store_path().exists():
+    if states and os.path.exists(_store_path()):
         _use_store(look)
     return found
 
@@ -270,7 +274,6 @@ def _record(found: Mapping[_State, str]) -> None:
     """Puts digests into the cache folder."""
 
     def write(store: sqlite3.Connection) -> None:
-        store.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, signs TEXT, sha256 TEXT)")
         rows = [(state.path, state.signs, sha256) for state, sha256 in found.items()]
         store.executemany("INSERT OR REPLACE INTO files VALUES (?, ?, ?)", rows)
 
@@ -288,11 +291,13 @@ def _use_store(work: Callable[[sqlite3.Connection], None]) -> None:
     try:
         make_folder(path.parent)
         with closing(sqlite3.connect(path, timeout=20)) as store, store:
+            # always, as another process may have made the file a moment ago, and no table in it yet
+            store.execute("CREATE TABLE IF NOT EXISTS files (path BLOB PRIMARY KEY, signs TEXT, sha256 TEXT)")
             work(store)
     except (sqlite3.Error, MpqError) as error:
         _complain(str(path), str(error))
 
 
-@functools.cache  # once is enough
+@functools.cache  # so that each reason is told once
 def _complain(path: str, reason: str) -> None:
     _log.warning("%s: digests of files are not kept there: %s", path, reason)

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tiny_training import write_speech
 
 from mpq import identity
 from mpq.config import AugmentConfig, Recipe, TrainConfig
+from mpq.errors import MpqError
 from mpq.files import sha256_file
 from mpq.identity import Inputs, data_identity, file_sha256, options_of
 from mpq.speech.manifests import read_data
@@ -94,8 +96,61 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path: Path, cache: P
     assert len(read) == 2 and not cache.exists()
 
 
+def test_a_time_in_the_future_is_no_reason_to_read_again(tmp_path: Path, cache: Path, read: list[Path]) -> None:
+    """Corpora come with the times that another machine gave them."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    os.utime(path, (2**32, 2**32))
+    time.sleep(identity.UNSETTLED_SECONDS + 0.05)
+    assert file_sha256(path) == file_sha256(path) == hashlib.sha256(b"x").hexdigest() and read == [path]
+
+
+def test_a_database_without_its_table_is_another_process_that_begins(
+    tmp_path: Path, cache: Path, read: list[Path], settled: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "file").write_bytes(b"x")
+    cache.mkdir()
+    (cache / "files.sqlite").touch()
+    file_sha256(tmp_path / "file")
+    identity._remembered.clear()
+    file_sha256(tmp_path / "file")
+    assert read == [tmp_path / "file"] and not caplog.messages
+
+
+def test_a_database_that_cannot_be_written_to_is_read(
+    tmp_path: Path, cache: Path, read: list[Path], settled: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As root may write to any file, the database is opened read-only here."""
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    file_sha256(path)
+    identity._remembered.clear()
+    connect = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, **options: connect(f"file:{path}?mode=ro", uri=True))
+    assert file_sha256(path) == hashlib.sha256(b"x").hexdigest() and read == [path]
+    (tmp_path / "other").write_bytes(b"y")
+    assert file_sha256(tmp_path / "other") == hashlib.sha256(b"y").hexdigest()
+
+
+def test_a_file_that_vanishes_has_no_digest(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"x")
+    whole, read = sha256_file(path), sha256_file
+
+    def vanishing(path: Path) -> str:
+        path.unlink(missing_ok=True)
+        return read(path)
+
+    monkeypatch.setattr(identity, "sha256_file", vanishing)
+    with pytest.raises(MpqError, match="file: no such file"):
+        file_sha256(path)
+    path.write_bytes(b"x")
+    monkeypatch.setattr(identity, "sha256_file", read)
+    assert file_sha256(path) == whole
+
+
 def test_a_cache_that_cannot_be_used_is_told_once_and_not_used(
-    tmp_path: Path, cache: Path, settled: None, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, cache: Path, settled: None, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_bytes(b"x")
     (tmp_path / "other").write_bytes(b"y")
@@ -110,6 +165,9 @@ def test_a_cache_that_cannot_be_used_is_told_once_and_not_used(
     (cache / "files.sqlite").write_bytes(b"no database" * 100)
     identity._remembered.clear()
     assert file_sha256(tmp_path / "file") == digests[0] and "not a database" in caplog.messages[-1]
+    monkeypatch.setenv("MPQ_CACHE", str(cache / ("x" * 300)))
+    identity._remembered.clear()
+    assert file_sha256(tmp_path / "file") == digests[0] and "File name too long" in caplog.messages[-1]
 
 
 def test_several_processes_may_write_to_the_cache_at_once(tmp_path: Path, cache: Path) -> None:
