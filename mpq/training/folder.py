@@ -1,6 +1,5 @@
 """Whose training a checkpoint folder holds: claimed at the start, checked before any other, tidied at the end."""
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from mpq.identity import Inputs, data_identity, options_of
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.training.data import TrainingSet
 from mpq.training.record import TRAINING_FORMAT, TrainingResult
+from mpq.training.state import remove_candidates
 
 STARTED_FORMAT = "mpq.started/1"
 
@@ -45,17 +45,17 @@ def check_folder(
     models: Sequence[str] = (MODEL_FILE,),
     remedy: str = "choose another --out, or delete the folder",
 ) -> None:
-    """Raises MpqError if a folder holds a training of other data or with other options, or something else.
+    """Raises MpqError if a folder holds a training of other data or with other options, or files of other origin.
 
     Args:
         out: The folder.
-        inputs: What the training depends on that is to use the folder.
-        result, format: The file that a finished training leaves, and its format.
-        models: Files that the folder will have, or that would be taken for them: the weights above all.
-        remedy: What can be done where the folder holds another training.
+        inputs: The inputs of the training that is to use the folder.
+        result, format: The name of the file that a finished training leaves, and its format.
+        models: The weights that the folder will have, and files that would be taken for them.
+        remedy: The part of the message that says what can be done where the folder holds another training.
     """
     ours = any((out / name).exists() for name in (result, "started.json"))
-    for name in (*models, "log.jsonl", "state.pt", "recipe.json"):
+    for name in (*models, "log.jsonl", "state.pt", "recipe.json", "epochs"):
         if not ours and (out / name).exists():
             raise MpqError(f"{out / name}: is in the way, and not of a training; choose another --out")
     for name in (result, "started.json"):
@@ -69,10 +69,10 @@ def check_folder(
 
 
 def clean_up(out: Path) -> None:
-    """Removes what only an unfinished training needs."""
+    """Removes what only an unfinished training needs; what somebody else put beside it stays."""
     for name in ("state.pt", "started.json"):
         (out / name).unlink(missing_ok=True)
-    shutil.rmtree(out / "epochs", ignore_errors=True)
+    remove_candidates(out, but=())
 
 
 def finished_training(out: Path, rank: int) -> TrainingResult | None:

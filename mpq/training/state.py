@@ -17,7 +17,8 @@ def write_state(out: Path, state: dict[str, Any]) -> None:
 
     Args:
         out: The folder.
-        state: It has the keys "batch" (the next one of its epoch) and "processes" (that share the batches).
+        state: A dictionary with at least "batch", the place of the next batch in its epoch, and "processes", the number
+            of processes that share the batches.
     """
     with atomic_path(out / STATE_FILE) as temporary:
         torch.save(state, temporary)
@@ -28,8 +29,8 @@ def read_state(out: Path, device: torch.device, processes: int) -> dict[str, Any
 
     Args:
         out: The folder.
-        device: Where its tensors go.
-        processes: How many share the batches now.
+        device: The device for its tensors.
+        processes: The number of processes that share the batches now.
 
     Raises:
         MpqError: A file that cannot be read, or an epoch under way that another number of processes shared.
@@ -50,12 +51,16 @@ def read_state(out: Path, device: torch.device, processes: int) -> dict[str, Any
 
 
 def candidate_path(out: Path, epoch: int) -> Path:
-    """Returns where the weights of an epoch are."""
+    """Returns the path of an epoch's weights."""
     return out / "epochs" / f"{epoch:04}.safetensors"
 
 
 def remove_candidates(out: Path, but: Sequence[int]) -> None:
-    """Removes the weights of all epochs but some."""
-    for path in (out / "epochs").glob("*.safetensors"):
-        if int(path.stem) not in but:
+    """Removes the weights of all epochs but some, and their folder where that leaves it empty."""
+    folder = out / "epochs"
+    for path in folder.glob("*.safetensors*"):
+        epoch, _, ending = path.name.partition(".")
+        if epoch.isdecimal() and (ending != "safetensors" or int(epoch) not in but):  # or one that a kill left unfinished
             path.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

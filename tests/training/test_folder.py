@@ -1,4 +1,4 @@
-"""A checkpoint folder is never taken for another"s, never lost to a kill, and not overwritten."""
+"""A checkpoint folder is never taken for another's, never lost to a kill, and not overwritten."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
     return recipe(folder, train__average=1, train__epochs=3)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl", "state.pt", "recipe.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl", "state.pt", "recipe.json", "epochs"])
 def test_files_of_somebody_else_are_left_alone(tiny: Recipe, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"somebody's")
     with pytest.raises(MpqError, match=f"{name}: is in the way, and not of a training; choose another --out"):
@@ -70,6 +70,20 @@ def test_an_option_that_is_new_and_not_used_goes_on(tiny: Recipe, tmp_path: Path
     record.write_text(json.dumps({"format": "mpq.training/1", "fingerprint": result.fingerprint}))
     with pytest.raises(MpqError, match="an older version of mpq wrote it, which did not put its inputs on record"):
         train(tiny, out, quiet=True)
+
+
+def test_what_somebody_put_beside_a_finished_training_stays(tiny: Recipe, tmp_path: Path) -> None:
+    """What a kill at the very end left is removed by the next run; a folder `epochs` with other files is not."""
+    train(tiny, tmp_path, quiet=True)
+    (tmp_path / "epochs").mkdir()
+    for name in ("0002.safetensors", "0003.safetensors.partial"):
+        (tmp_path / "epochs" / name).touch()
+    train(tiny, tmp_path, quiet=True)
+    assert not (tmp_path / "epochs").exists()
+    (tmp_path / "epochs").mkdir()
+    (tmp_path / "epochs/best.safetensors").touch()
+    train(tiny, tmp_path, quiet=True)
+    assert [path.name for path in (tmp_path / "epochs").iterdir()] == ["best.safetensors"]
 
 
 def test_a_finished_training_is_not_done_again(whole: Path, dropping: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
