@@ -1,4 +1,4 @@
-"""What became of the stages of a recipe: now (`RunResult`), and in the run folder's `run.json` (`RunRecord`)."""
+"""The result of `mpq run` (`RunResult`), and the record of all stages in the run folder's `run.json` (`RunRecord`)."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +12,12 @@ RUN_FORMAT = "mpq.run/1"
 
 @dataclass(frozen=True)
 class StageReport:
-    """What became of a stage.
+    """The report on a stage.
 
     Attributes:
-        name: The stage.
-        action: "skipped", "run" or "resumed"; in a dry run what would become of it.
-        reason: Why.
+        name: The name of the stage.
+        action: "skipped", "run" or "resumed"; in a dry run, the one that would be.
+        reason: The reason for that, in words.
         seconds: Wall-clock time that the stage has taken, in earlier runs too if it was skipped or resumed; None if its
             result is not there.
         result: Its figures.
@@ -36,8 +36,8 @@ class RunResult:
 
     Attributes:
         out: The run folder.
-        stages: What became of each.
-        is_dry: Whether nothing was done.
+        stages: A report on each stage.
+        is_dry: Whether nothing was done, as this was a dry run.
     """
 
     out: Path
@@ -56,11 +56,12 @@ class RunResult:
 
 
 class RunRecord:
-    """`run.json`: what is known of each stage.
+    """`run.json`: an entry for each stage that was begun.
 
-    Of a stage that is done: "fingerprint" and "inputs" (as `mpq.identity.Inputs`), "seconds", "outputs" (the digest of
-    each file) and "result" (its figures). Of one that is not: "started", with its inputs, the seconds so far, and why
-    it stopped where that was an error. "kept" has the inputs of the folders that a change may leave in place.
+    The entry of a stage that is done has "fingerprint" and "inputs" (of `mpq.identity.Inputs`), "seconds", "outputs"
+    (the digest of each file) and "result" (its figures). The entry of a stage that is not done has "started", with
+    inputs, the seconds so far, and "stopped" if it ended in an error. "kept" has the inputs of the folders that may
+    stay where other inputs of the stage change.
 
     Args:
         path: The file.
@@ -83,11 +84,11 @@ class RunRecord:
                 ) from None
 
     def of(self, stage: str) -> dict[str, Any]:
-        """Returns what is known of a stage; nothing where it was never begun."""
+        """Returns the entry of a stage; an empty one if it was never begun."""
         return self._stages.get(stage, {})
 
     def write(self, stage: str, known: dict[str, Any]) -> None:
-        """Puts on record what is known of a stage; nothing is as if it had never been begun."""
+        """Writes the entry of a stage; an empty one is removed, as if the stage had never been begun."""
         self._stages[stage] = known
         stages = {name: one for name, one in self._stages.items() if one}
         make_folder(self.path.parent)
@@ -95,7 +96,7 @@ class RunRecord:
 
 
 def _check(known: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError where what is known of a stage is not as `RunRecord` writes it."""
+    """Raises KeyError, TypeError or ValueError if an entry is not as `RunRecord` writes it."""
     dict(known.get("kept", {}))
     if "started" in known:
         float(known["started"]["seconds"]), str(known["started"]["fingerprint"])

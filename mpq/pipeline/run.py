@@ -1,10 +1,10 @@
 """The whole pipeline from one recipe, in one run folder (`mpq run`).
 
-A stage has inputs, all that its result depends on: its options, the files of the stages before it and the data (all by
-their contents, see `mpq.identity`), and, but for trainings, the version of mpq. A stage whose inputs and results are
-as recorded in `run.json` is skipped; one that was cut off goes on where its own journal or state says; another one is
-done anew, and what it wrote before is moved to `replaced-N/` first. Each stage says which of these it is. Nothing here
-computes: stages are the functions behind the commands.
+The inputs of a stage are all that its result depends on: its options, the files of the stages before it and the data
+(all by their contents, see `mpq.identity`), and, but for trainings, the version of mpq. A stage whose inputs and
+results are as recorded in `run.json` is skipped; one that was cut off goes on where its own journal or state says;
+another one is done anew, and what lay in its place is moved to `replaced-N/` first. A message says which of these
+became of each stage. Nothing here computes: stages call the functions behind the commands.
 
 The folder: `train/` (checkpoint), `search/` (the checkpoint folder of the model found), `float/SET/`, `searched/SET/`,
 `packed/SET/` and `finetuned/SET/` (evaluations), `sensitivity.json`, `allocation.json`, `packed.safetensors`,
@@ -36,12 +36,12 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
     Args:
         recipe: As `load_recipe` returned it.
         out: The run folder.
-        dry_run: Do nothing, say what would be done.
-        device: As in `mpq.runtime.choose_device`.
-        quiet: Say and show nothing on the way.
+        dry_run: Do nothing, and say what would be done.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
+        quiet: Log no messages and show no progress.
 
     Raises:
-        MpqError: What the recipe lacks, or what a stage's command refuses.
+        MpqError: The recipe lacks something, or a stage's command refuses its input.
     """
     out = Path(out)
     check_run(recipe, device)
@@ -64,14 +64,14 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
 
 @dataclass(frozen=True)
 class _Todo:
-    """What is to become of a stage.
+    """The decision about a stage.
 
     Attributes:
         stage: The stage.
-        inputs: What its result depends on now.
-        known: What is on record of it.
+        inputs: Its inputs as they are now.
+        known: Its entry in `run.json`; empty if there is none.
         action: "skipped", "run" or "resumed".
-        reason: Why.
+        reason: The reason for that, in words.
     """
 
     stage: Stage
@@ -82,7 +82,7 @@ class _Todo:
 
 
 def _decide(stage: Stage, known: dict[str, Any]) -> _Todo:
-    """Returns what is to become of a stage.
+    """Returns the decision about a stage, from its entry in `run.json`.
 
     Raises:
         MpqError: The trained model is another one than the training has written.
@@ -93,7 +93,7 @@ def _decide(stage: Stage, known: dict[str, Any]) -> _Todo:
 
 
 def _decided(stage: Stage, known: dict[str, Any], inputs: Inputs) -> tuple[str, str]:
-    """Returns the action and the reason of `_decide`."""
+    """Returns the action and the reason that make up the decision."""
     change = inputs.change(known) if "fingerprint" in known else None
     spoilt = ""
     if "fingerprint" in known and change is None:
@@ -117,7 +117,7 @@ def _changed(whose: str, change: str) -> str:
 
 
 def _spoilt(stage: Stage, known: dict[str, Any]) -> str:
-    """Returns which result is not as it was written, in words; "" where all are.
+    """Returns, in words, the first result that is not as it was written; "" if there is none.
 
     Raises:
         MpqError: It is the trained model.
@@ -136,7 +136,7 @@ def _spoilt(stage: Stage, known: dict[str, Any]) -> str:
 
 
 def _reported(todo: _Todo) -> StageReport:
-    """Returns the report of a stage that is not done now."""
+    """Returns the report of a stage that is skipped, or of one before it is begun."""
     if todo.action == "skipped":
         return StageReport(todo.stage.name, todo.action, todo.reason, todo.known["seconds"], todo.known["result"])
     return StageReport(todo.stage.name, todo.action, todo.reason, None, {})
@@ -148,12 +148,12 @@ def _say(report: StageReport, quiet: bool) -> None:
 
 
 def _do(todo: _Todo, record: RunRecord, aside: Aside, quiet: bool) -> StageReport:
-    """Does a stage and puts it on record, while it is under way and when it is done."""
+    """Does a stage; its entry in `run.json` is written when it begins and when it ends."""
     stage, known = todo.stage, todo.known
     kept = stage.kept()
     moved = _make_room(todo, kept, aside)
     if moved.pairs:
-        todo = replace(todo, reason=f"{todo.reason}; what it wrote before is now in {aside.folder}")
+        todo = replace(todo, reason=f"{todo.reason}; what was there before is now in {aside.folder}")
     _say(_reported(todo), quiet)
     noted = {"kept": {path.name: inputs.to_json() for path, inputs in kept.items()}} if kept else {}
     before = known["started"]["seconds"] if todo.action == "resumed" else 0.0
@@ -180,14 +180,15 @@ def _do(todo: _Todo, record: RunRecord, aside: Aside, quiet: bool) -> StageRepor
 
 
 def _stopped(started: dict[str, Any], start: float) -> dict[str, Any]:
-    """Returns what is on record of a stage that was begun, with the time that it has taken since `start`."""
+    """Returns the entry of a stage that was begun, with the time since `start` added to its seconds."""
     return started | {"seconds": round(started["seconds"] + time.monotonic() - start, 1)}
 
 
 def _make_room(todo: _Todo, kept: dict[Path, Inputs], aside: Aside) -> Moved:
-    """Sets aside what a stage wrote with other inputs, or what was spoilt, but for what has unchanged inputs."""
+    """Sets aside what lies where a stage is going to write, but for the folders whose own inputs are unchanged."""
     stage, known = todo.stage, todo.known
-    if todo.action == "resumed" or not known or not stage.is_replaced:
+    is_left = not stage.is_replaced if known else stage.is_adopted
+    if todo.action == "resumed" or is_left:
         return Moved(())
     were = known.get("kept", {})
     staying = [path for path, inputs in kept.items() if inputs.change(were.get(path.name, {})) is None]

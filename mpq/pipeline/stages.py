@@ -1,7 +1,7 @@
 """The stages of a recipe: what each depends on, what it writes, and what it does, in the folder of `mpq run`.
 
-A stage is a class here: to add one, write its class, put it into `STAGES`, and its name into `mpq.config.STAGES`. All
-of them work on one `Setting`, which knows the paths of the run folder and the models.
+To add a stage, write its class, put it into `STAGES`, and its name into `mpq.config.STAGES`. All of them work on one
+`Setting`, which knows the paths of the run folder and the models.
 """
 
 from abc import ABC, abstractmethod
@@ -16,7 +16,7 @@ from mpq.finetuning.loop import RESULT_FILE
 from mpq.finetuning.run import finetune
 from mpq.identity import Inputs, file_sha256, options_of
 from mpq.loading import PACKED_FILE, model_file
-from mpq.models.checkpoint import MODEL_FILE, checkpoint_family
+from mpq.models.checkpoint import MODEL_FILE
 from mpq.pipeline.figures import evaluation_figures, search_figures
 from mpq.pipeline.setting import Setting
 from mpq.scoring.compare import compare, read_evaluations
@@ -24,6 +24,7 @@ from mpq.scoring.evaluate import evaluate
 from mpq.search.record import SEARCH_FORMAT
 from mpq.search.run import RESULT_FILE as SEARCH_FILE
 from mpq.search.run import search
+from mpq.search.start import imitates
 from mpq.sensitivity.measure import METHODS, measure_sensitivity
 from mpq.sensitivity.records import SensitivityTable
 from mpq.training.objectives import IMITATION_OPTIONS
@@ -40,12 +41,15 @@ class Stage(ABC):
     Attributes:
         name: Its name in a recipe.
         is_replaced: Whether it is done anew where its inputs have changed; else the command that it calls refuses that.
+        is_adopted: Whether a result that is not on record is left to the command, which takes it as its own where its
+            inputs are the same and refuses it otherwise; else it is set aside.
         after: The stages whose files it reads.
         outputs: The files that are there when it is complete.
     """
 
     name: ClassVar[str]
     is_replaced: ClassVar[bool] = True
+    is_adopted: ClassVar[bool] = False
     after: tuple[str, ...]
     outputs: tuple[Path, ...]
 
@@ -54,18 +58,18 @@ class Stage(ABC):
 
     @abstractmethod
     def inputs(self) -> Inputs:
-        """Returns all that its result depends on; files of earlier stages have to be there."""
+        """Returns all that its result depends on; the files of earlier stages have to be there."""
 
     @abstractmethod
     def act(self) -> dict[str, Any]:
-        """Does it, and returns its figures."""
+        """Does the work of the stage, and returns its figures."""
 
     def places(self) -> list[Path]:
-        """Returns the files and folders that it writes; folders are its own."""
+        """Returns the files and folders that it writes; nothing else is in these folders."""
         return list(self.outputs)
 
     def kept(self) -> dict[Path, Inputs]:
-        """Returns the folders inside its own that have inputs of their own, and stay where these are unchanged."""
+        """Returns {folder inside its own: the folder's inputs}; it stays where these are unchanged."""
         return {}
 
 
@@ -74,6 +78,7 @@ class Train(Stage):
 
     name = "train"
     is_replaced = False  # it may have taken a week
+    is_adopted = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -95,6 +100,7 @@ class Search(Stage):
     """The search for a smaller architecture, from scratch or from a trained model."""
 
     name = "search"
+    is_adopted = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -109,20 +115,14 @@ class Search(Stage):
     def _supernet_inputs(self) -> Inputs:
         start, recipe = self.setting.start, self.recipe
         trained = {
-            "start": start and file_sha256(model_file(start)),
+            "start": start and model_sha256(start),
             "calibration": start and self.setting.calibration_identity(),
-            "finetune": options_of(recipe.finetune, only=IMITATION_OPTIONS) if self._is_imitating() else {},
+            "finetune": options_of(recipe.finetune, only=IMITATION_OPTIONS) if imitates(recipe.search, start) else {},
         }
         options = options_of(recipe.search, only=SUPERNET_OPTIONS)
         return Inputs.of(
             **self.setting.training_inputs() | {"search_format": SEARCH_FORMAT, "search": options} | trained
         )
-
-    def _is_imitating(self) -> bool:
-        """Returns whether the trained model's outputs are the goal, not the transcripts."""
-        if self.recipe.search.loss is not None or self.recipe.checkpoint is None:
-            return self.recipe.search.loss == "distillation"
-        return checkpoint_family(model_file(self.recipe.checkpoint)) != "mpq"
 
     def places(self) -> list[Path]:
         return [self.setting.found]
@@ -148,7 +148,7 @@ class Evaluate(Stage):
         self.outputs = evaluation_files(setting, "float")
 
     def inputs(self) -> Inputs:
-        model = file_sha256(model_file(self.setting.reference))
+        model = model_sha256(self.setting.reference)
         return Inputs.of(mpq=__version__, model=model, **self.setting.test_inputs())
 
     def places(self) -> list[Path]:
@@ -170,7 +170,7 @@ class Sensitivity(Stage):
     def inputs(self) -> Inputs:
         return Inputs.of(
             mpq=__version__,
-            model=file_sha256(model_file(self.setting.checkpoint)),
+            model=model_sha256(self.setting.checkpoint),
             seed=self.recipe.seed,
             data=self.setting.reading() | {"calibration": self.setting.calibration_identity()},
             sensitivity=options_of(self.recipe.sensitivity),
@@ -228,7 +228,7 @@ class Pack(Stage):
         self.after, self.outputs = (setting.maker, "allocate"), (setting.packed,)
 
     def inputs(self) -> Inputs:
-        model = file_sha256(model_file(self.setting.checkpoint))
+        model = model_sha256(self.setting.checkpoint)
         return Inputs.of(mpq=__version__, model=model, allocation=file_sha256(self.setting.allocation))
 
     def act(self) -> dict[str, Any]:
@@ -244,6 +244,7 @@ class Finetune(Stage):
     """The packed file whose rounded weights were trained."""
 
     name = "finetune"
+    is_adopted = True
 
     def __init__(self, setting: Setting) -> None:
         super().__init__(setting)
@@ -252,7 +253,7 @@ class Finetune(Stage):
 
     def inputs(self) -> Inputs:
         return Inputs.of(
-            model=file_sha256(model_file(self.setting.checkpoint)),
+            model=model_sha256(self.setting.checkpoint),
             allocation=file_sha256(self.setting.allocation),
             seed=self.recipe.seed,
             data=self.setting.training_data(),
@@ -344,6 +345,11 @@ STAGES: tuple[type[Stage], ...] = (Train, Search, Evaluate, Sensitivity, Allocat
 def stages_of(setting: Setting) -> list[Stage]:
     """Returns the stages that the recipe names."""
     return [stage(setting) for stage in STAGES if stage.name in setting.recipe.stages]
+
+
+def model_sha256(checkpoint: Path) -> str:
+    """Returns the digest of the model in a checkpoint file or folder."""
+    return file_sha256(model_file(checkpoint))
 
 
 def evaluation_files(setting: Setting, what: str) -> tuple[Path, ...]:

@@ -1,4 +1,4 @@
-"""What an architecture search begins with: a model, its candidates, and, of a trained one, its units in order."""
+"""The start of an architecture search: a model and its candidates; a trained model's hidden units are put in order."""
 
 import copy
 from dataclasses import dataclass
@@ -6,10 +6,12 @@ from pathlib import Path
 
 import torch
 
-from mpq.config import Recipe
+from mpq.config import Recipe, SearchConfig
 from mpq.errors import MpqError
-from mpq.loading import open_float_model
+from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
+from mpq.models.checkpoint import checkpoint_family
+from mpq.models.hybrid import HybridConformer
 from mpq.models.reshaping import FfnShapes, conformer, sliced
 from mpq.search.importance import order_units, unit_importance
 from mpq.search.low_rank import factored
@@ -22,19 +24,19 @@ from mpq.training.building import build_model, encoder_options
 from mpq.training.data import read_transcripts
 
 STATISTICS_SECONDS = 60.0
-"""How much audio (`statistics_source`) the importance of units and the ranks of a trained model are measured on."""
+"""Length of the audio (`statistics_source`) on which units and ranks of a trained model are measured, seconds."""
 
 
 @dataclass(frozen=True)
 class Start:
-    """What the search begins with.
+    """The start of a search.
 
     Attributes:
         model: The recipe's model, untrained, or the trained one.
-        checkpoint: {"path", "sha256"} of the trained one; None: from scratch.
+        checkpoint: {"path", "sha256"} of the trained model; None for a search from scratch.
         space: The candidates.
         is_imitating: Whether the trained model is the teacher.
-        most_parameters: How many parameters the architecture may have; None: any number.
+        most_parameters: The largest number of parameters that the architecture may have; None for any number.
     """
 
     model: AsrModel
@@ -52,6 +54,18 @@ class Start:
 def largest_shapes(space: SearchSpace) -> FfnShapes:
     """Returns the largest (width, rank) of each block's first and second module."""
     return [(first.largest, second.largest) for first, second in space]
+
+
+def imitates(options: SearchConfig, checkpoint: Path | None) -> bool:
+    """Returns whether a search goes by the outputs of a trained model, not by transcripts.
+
+    Args:
+        options: The options of the search. Unless they say which, a model that mpq did not train is imitated.
+        checkpoint: The trained model that the search begins with; None: it begins from scratch.
+    """
+    if options.loss is not None or checkpoint is None:
+        return options.loss == "distillation"
+    return checkpoint_family(model_file(checkpoint)) != HybridConformer.family
 
 
 def search_start(recipe: Recipe, where: torch.device) -> Start:
@@ -74,14 +88,14 @@ def _untrained(recipe: Recipe, where: torch.device) -> Start:
     keys = ("ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank")
     widened = recipe.model.model_copy(update={key: getattr(largest, key) for key in keys})
     model = build_model(recipe.model_copy(update={"model": widened}), tokenizer).to(where)
-    return Start(model, None, space, options.loss == "distillation", _most(recipe, model, space))
+    return Start(model, None, space, imitates(options, None), _most(recipe, model, space))
 
 
 def _trained(recipe: Recipe, checkpoint: Path, where: torch.device) -> Start:
     """Returns the start of a search from a trained checkpoint."""
     options, opened = recipe.search, open_float_model(checkpoint, where, "search")
     path, model, sha256 = opened.path, opened.model, opened.sha256
-    is_imitating = model.family != "mpq" if options.loss is None else options.loss == "distillation"
+    is_imitating = imitates(options, path)
     if len(model.heads) > 1 and not is_imitating and recipe.train.ctc_weight == 1:
         raise MpqError("[train] ctc_weight: 1 would leave the decoder untrained; give less, as with --set")
     own = conformer(model).options
@@ -93,7 +107,7 @@ def _trained(recipe: Recipe, checkpoint: Path, where: torch.device) -> Start:
 
 
 def _most(recipe: Recipe, model: AsrModel, space: SearchSpace) -> int | None:
-    """Returns how many parameters the architecture may have; None: any number."""
+    """Returns the largest number of parameters that the architecture may have; None for any number."""
     millions = recipe.search.target_millions
     return None if millions is None else budget(model, space, millions)
 

@@ -60,7 +60,8 @@ def remove_candidates(out: Path, but: Sequence[int]) -> None:
     folder = out / "epochs"
     for path in folder.glob("*.safetensors*"):
         epoch, _, ending = path.name.partition(".")
-        if epoch.isdecimal() and (ending != "safetensors" or int(epoch) not in but):  # or one that a kill left unfinished
+        is_whole = ending == "safetensors"  # a kill may have left another
+        if epoch.isdecimal() and not (is_whole and int(epoch) in but):
             path.unlink()
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()

@@ -148,7 +148,7 @@ def test_what_is_replaced_is_set_aside_and_named(tiny: Path, finished: Path) -> 
         (line,) = (line for line in said(done) if line.startswith("compare: "))
         before = 0.05 if number == 1 else 0.01
         assert f"its inputs have changed (compare.alpha: {before} there, {alpha} now)" in line
-        assert line.endswith(f"what it wrote before is now in {finished / f'replaced-{number}'}")
+        assert line.endswith(f"what was there before is now in {finished / f'replaced-{number}'}")
         kept = {name: one for name, one in old.items() if name.startswith(("packed/", "comparison-"))}
         assert contents(finished / f"replaced-{number}") == kept
         old = contents(finished)
@@ -371,6 +371,21 @@ def test_run_json_that_is_no_record_is_refused(tiny: Path, finished: Path) -> No
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(weight_loop.WeightTrainer, "run", None)
         assert actions(tiny, finished) == dict.fromkeys(STAGES, "run")
+
+
+def test_results_that_are_not_on_record_are_set_aside(tiny: Path, finished: Path) -> None:
+    """Somebody may have worked in the folder with the other commands, or deleted the record."""
+    (finished / "run.json").unlink()
+    (finished / "allocation.json").write_text("of a refinement of hours")
+    before = contents(finished)
+    done = mpq_run(tiny, finished)
+    assert done.exit_code == 0
+    for line in said(done):
+        assert line.startswith("train: ") or line.endswith(f"what was there before is now in {finished}/replaced-1")
+    assert contents(finished / "replaced-1") == {
+        name: content for name, content in before.items() if not name.startswith("train/")
+    }
+    assert actions(tiny, finished) == SKIPPED
 
 
 def test_only_the_stages_that_are_asked_for(tiny: Path, whole: Path, tmp_path: Path) -> None:
