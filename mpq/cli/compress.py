@@ -6,9 +6,11 @@ from typing import Any, get_args
 import click
 
 from mpq.cli.options import (
+    BUDGETS,
     PATH,
     PatternBits,
     Widths,
+    budget_options,
     channel_options,
     common_options,
     data_options,
@@ -95,14 +97,7 @@ def sensitivity(
 
 @click.command()
 @click.argument("sensitivity", type=PATH)
-@click.option("--target-mb", type=float, help="Upper bound of the packed file's size; 1 MB is 2^20 bytes.")
-@click.option("--target-ratio", type=float, help="How many times smaller to be than with every layer at 32 bits.")
-@click.option("--average-bits", type=float, help="Upper bound of the average code bits per weight.")
-@click.option(
-    "--max-divergence",
-    type=float,
-    help="Make the smallest file with at most this divergence; with --measure, the measured one counts.",
-)
+@budget_options
 @click.option("--keep", multiple=True, type=PatternBits(), help="Give the layers that match at least BITS.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="Leave the layers that match unquantized.")
 @click.option(
@@ -120,14 +115,6 @@ def sensitivity(
 @common_options
 def allocate(
     sensitivity: Path,
-    target_mb: float | None,
-    target_ratio: float | None,
-    average_bits: float | None,
-    max_divergence: float | None,
-    keep: tuple[tuple[str, int], ...],
-    exclude: tuple[str, ...],
-    tie: tuple[str, ...],
-    whole_frontier: bool,
     measure: Path | None,
     refine: Path | None,
     minutes: float | None,
@@ -137,7 +124,7 @@ def allocate(
     device: str,
     quiet: bool,
     as_json: bool,
-    **_: Any,
+    **options: Any,
 ) -> None:
     """Choose the bit-width of every layer: the least divergence within the size, exactly (Li et al. 2023, Eq. 8).
 
@@ -159,24 +146,13 @@ def allocate(
     from mpq.files import check_output
     from mpq.sensitivity.records import SensitivityTable
 
-    if (data or points is not None or minutes is not None) and not (measure or refine):
-        raise MpqError("--data, --points, --minutes: nothing is measured; give --measure or --refine CKPT with them")
-    if measure and refine:
-        raise MpqError("--measure and --refine: give one of them; --refine measures too")
+    checkpoint = _measured(measure, refine, has_options=bool(data or points is not None or minutes is not None))
     check_output(out, sensitivity)
-    budgets = {
-        "target_mb": target_mb,
-        "target_ratio": target_ratio,
-        "average_bits": average_bits,
-        "max_divergence": max_divergence,
-    }
-    constraints = Constraints(
-        keep={pattern: max(bits for other, bits in keep if other == pattern) for pattern, _ in keep},
-        exclude=exclude,
-        tie=tie,
-    )
+    budgets = {name: options[name] for name in BUDGETS}
+    highest = dict(sorted(options["keep"]))  # of the floors that are given for one pattern
+    constraints = Constraints(highest, options["exclude"], options["tie"])
     table = SensitivityTable.load(sensitivity)
-    if checkpoint := measure or refine:
+    if checkpoint:
         from mpq.allocation.moves import Effort
         from mpq.allocation.refine import allocate_measured
 
@@ -186,7 +162,7 @@ def allocate(
             out,
             budgets,
             constraints,
-            whole_frontier=whole_frontier,
+            whole_frontier=options["whole_frontier"],
             points=5 if points is None else points,
             effort=Effort(seconds=60 * (minutes or 10.0)) if refine else None,
             data=data,
@@ -194,9 +170,22 @@ def allocate(
             quiet=quiet,
         )
     else:
-        allocation = solve(table, one_budget(budgets), constraints, whole_frontier)
+        allocation = solve(table, one_budget(budgets), constraints, options["whole_frontier"])
         allocation.save(out)
     print_result(allocation, as_json, allocation_view(allocation))
+
+
+def _measured(measure: Path | None, refine: Path | None, has_options: bool) -> Path | None:
+    """Returns the checkpoint that an allocation is measured on; None where it is not measured.
+
+    Raises:
+        MpqError: Both options are given, or neither while there are other options of a measurement.
+    """
+    if has_options and not (measure or refine):
+        raise MpqError("--data, --points, --minutes: nothing is measured; give --measure or --refine CKPT with them")
+    if measure and refine:
+        raise MpqError("--measure and --refine: give one of them; --refine measures too")
+    return measure or refine
 
 
 @click.command()

@@ -79,6 +79,16 @@ decode_options = _together(
         "--length-bonus", default=0.0, show_default=True, help="The joint search's bonus for each token, nats."
     ),
 )
+BUDGETS = {
+    "target_mb": "Upper bound of the packed file's size; 1 MB is 2^20 bytes.",
+    "target_ratio": "How many times smaller to be than with every layer at 32 bits.",
+    "average_bits": "Upper bound of the average code bits per weight.",
+    "max_divergence": "Make the smallest file with at most this divergence; with --measure, the measured one counts.",
+}
+"""The budgets of an allocation, of which one is given, with their help."""
+budget_options = _together(
+    *(click.option(f"--{name.replace('_', '-')}", type=float, help=text) for name, text in BUDGETS.items())
+)
 quantizer_options = _together(
     click.option("--scheme", type=click.Choice(list(SCHEMES)), help=f"Levels. Default: {QuantSpec.scheme}."),
     click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
