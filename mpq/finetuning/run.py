@@ -1,7 +1,7 @@
 """Quantization-aware fine-tuning of a trained model at the bit-widths of an allocation (`mpq finetune`).
 
-The folder holds `packed.safetensors` (the packed artifact; of several allocations one each, `packed-NAME.safetensors`),
-`float.safetensors` (the weights before rounding, a float checkpoint), `recipe.json` (all options, the seed),
+The folder holds `packed.safetensors` (the packed artifact; with several allocations, a `packed-NAME.safetensors` for
+each), `float.safetensors` (the weights before rounding, a float checkpoint), `recipe.json` (all options, the seed),
 `log.jsonl` (a line for each update and epoch), `learning_curve.svg` (where matplotlib is installed) and
 `finetune.json` (the result). While it runs, `state.pt` is where it goes on after an interruption, and `epochs/` has
 what may be kept; epoch 0 is the start. The weights that are trained are the weights in the file, bit for bit.
@@ -26,7 +26,7 @@ from mpq.finetuning.fake_quant import OPTIONS, QuantizedWeights
 from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
 from mpq.identity import Inputs, options_of
-from mpq.loading import PACKED_FILE, open_float_model
+from mpq.loading import PACKED_FILE, OpenedModel, open_float_model
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.quantization.spec import FLOAT_BITS
@@ -52,10 +52,10 @@ def finetune(
     Args:
         checkpoint: The float model.
         allocations: Files of `mpq.allocation/1`.
-        recipe: Says the data (train and dev), the options, the augmentation and the seed.
+        recipe: The recipe with the data (train and dev), the options, the augmentation and the seed.
         out: The folder.
-        calibration: Where the audio that the allocations were made with is now, if not where it was.
-        device: As in `mpq.runtime.choose_device`.
+        calibration: The audio that the allocations were made with, if it was moved since.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         quiet: Show no progress.
 
     Raises:
@@ -64,25 +64,22 @@ def finetune(
     """
     out, where = Path(out), choose_device(device)
     opened = open_float_model(checkpoint, where, "fine-tune")
-    checkpoint, teacher, sha256 = opened.path, opened.model, opened.sha256
-    if len(teacher.heads) == 1 and recipe.finetune.ctc_weight != 1:
+    if len(opened.model.heads) == 1:  # nothing else has a loss
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
     loaded = _allocations(allocations)
-    targets = _targets(teacher, checkpoint, sha256, loaded, recipe, out)
-    _check_options(recipe, teacher, targets[0].assigned.weight_format)
-    data, dev = _data(recipe, teacher)
-    inputs = _inputs(recipe, sha256, targets, data, dev)
+    targets = _targets(opened, loaded, out)
+    _check_options(recipe, opened.model, targets[0].assigned.weight_format)
+    data, dev = _data(recipe, opened.model)
+    inputs = _inputs(recipe, opened.sha256, targets, data, dev)
     make_folder(out)
     models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
     check_folder(out, inputs, RESULT_FILE, FINETUNE_FORMAT, models)
     with processes(where) as workers:
-        if (out / RESULT_FILE).exists() and all(target.path.exists() for target in targets):
-            if workers.rank == 0:
-                clean_up(out)  # in case it was killed before it did so
-            return FinetuneResult.load(out / RESULT_FILE)
-        weights = _weights(teacher, sha256, targets, loaded, recipe, calibration, out, quiet or workers.rank > 0)
+        if done := _finished(out, targets, workers.rank):
+            return done
+        grams = _statistics(opened, targets, loaded, recipe, calibration, out, quiet or workers.rank > 0)
         job = Job(
-            model=copy.deepcopy(teacher),
+            model=copy.deepcopy(opened.model),
             data=data,
             options=recipe.finetune,
             augment=recipe.finetune_augment,
@@ -93,17 +90,32 @@ def finetune(
             workers=workers,
             quiet=quiet,
         )
-        tuner = Finetuner(job, recipe, teacher, weights.to(where), targets, dev)
+        weights = _weights(opened.model, targets, grams, recipe).to(where)
+        tuner = Finetuner(job, recipe, opened.model, weights, targets, dev)
         try:
             tuner.run()
         except NotFiniteError as error:
-            kept = tuner.keep_best()
-            raise MpqError(f"{error}; {kept}") from None
-        return tuner.finish({"path": str(checkpoint), "sha256": sha256}, _transcribed(data))
+            raise MpqError(f"{error}; {tuner.keep_best()}") from None
+        return tuner.finish({"path": str(opened.path), "sha256": opened.sha256}, _transcribed(data))
+
+
+def _finished(out: Path, targets: Sequence[Target], rank: int) -> FinetuneResult | None:
+    """Returns the result of the fine-tuning that a folder holds, None where it is not finished.
+
+    Args:
+        out: The folder, as `check_folder` has checked it.
+        targets: The artifacts that have to be there.
+        rank: The number of this process; process 0 removes what a kill at the very end has left.
+    """
+    if not ((out / RESULT_FILE).exists() and all(target.path.exists() for target in targets)):
+        return None
+    if rank == 0:
+        clean_up(out)
+    return FinetuneResult.load(out / RESULT_FILE)
 
 
 def _allocations(paths: Sequence[Path]) -> dict[Path, Allocation]:
-    """Returns what is in the allocation files, whose names have to differ: the artifacts are named after them."""
+    """Returns the allocations in files, whose names have to differ: the artifacts are named after them."""
     names = [path.stem for path in paths]
     for path in paths:
         if names.count(path.stem) > 1:
@@ -149,25 +161,22 @@ def _data(recipe: Recipe, teacher: AsrModel) -> tuple[TrainingSet, TrainingSet]:
 
 
 def _transcribed(data: TrainingSet) -> int:
-    """Returns how many utterances have a transcript."""
+    """Returns the number of utterances with a transcript."""
     return sum(item.text is not None for item in data.utterances)
 
 
-def _targets(
-    teacher: AsrModel,
-    checkpoint: Path,
-    sha256: str,
-    loaded: dict[Path, Allocation],
-    recipe: Recipe,
-    out: Path,
-) -> list[Target]:
-    """Returns what the allocations say, the largest first."""
+def _targets(opened: OpenedModel, loaded: dict[Path, Allocation], out: Path) -> list[Target]:
+    """Returns a target for each allocation, the largest first.
+
+    Raises:
+        MpqError: An allocation that does not fit the model or quantizes nothing; several that do not go together.
+    """
     found = []
     for path, allocation in loaded.items():
         weight_format = WeightFormat.from_json(allocation.quantizer)
         packed = out / (PACKED_FILE if len(loaded) == 1 else f"packed-{path.stem}.safetensors")
         try:
-            assigned = assign(teacher, checkpoint, sha256, allocation, weight_format, packed)
+            assigned = assign(opened.model, opened.path, opened.sha256, allocation, weight_format, packed)
         except MpqError as error:
             raise MpqError(f"{path}: {str(error).removeprefix(f'{packed}: ')}") from None
         if all(bits in FLOAT_BITS for bits in assigned.bits.values()):
@@ -189,38 +198,47 @@ def _targets(
     return sorted(found, key=lambda target: -target.assigned.size_bytes)
 
 
-def _weights(
-    teacher: AsrModel,
-    sha256: str,
+def _statistics(
+    opened: OpenedModel,
     targets: Sequence[Target],
     loaded: dict[Path, Allocation],
     recipe: Recipe,
     calibration: Path | None,
     out: Path,
     quiet: bool,
+) -> dict[str, Tensor]:
+    """Returns the statistics that the rounding at the start needs; none where it needs none.
+
+    Raises:
+        MpqError: Audio that is not needed, or not the audio that the allocations were made with.
+    """
+    is_needed = any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed"
+    if not is_needed:
+        if calibration is not None:
+            raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
+        return {}
+    model, allocation = opened.model, next(iter(loaded.values()))
+    drawn: CalibrationData | None
+    if calibration is not None and "sha256" not in allocation.data:  # written by hand or by another tool
+        note, drawn = "", draw(model, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel)
+    else:
+        drawn, note = recall(model, allocation, calibration)
+    weight_format = targets[0].assigned.weight_format
+    return recalled_statistics(model, opened.sha256, drawn, allocation, weight_format, note, out, quiet)
+
+
+def _weights(
+    teacher: AsrModel, targets: Sequence[Target], grams: dict[str, Tensor], recipe: Recipe
 ) -> QuantizedWeights:
     """Returns the weights at the start of the training."""
-    weight_format = targets[0].assigned.weight_format
-    grams: dict[str, Tensor] = {}
-    needed = any(target.assigned.needs_statistics for target in targets) and recipe.finetune.scales != "recomputed"
-    if calibration is not None and not needed:
-        raise MpqError(f"--data {calibration}: the start is rounded to nearest, which needs no audio; leave it out")
-    if needed:
-        allocation = next(iter(loaded.values()))
-        drawn: CalibrationData | None
-        if calibration is not None and "sha256" not in allocation.data:  # written by hand or by another tool
-            note, drawn = "", draw(teacher, calibration, CALIBRATION_SECONDS, recipe.seed, recipe.data.channel)
-        else:
-            drawn, note = recall(teacher, allocation, calibration)
-        grams = recalled_statistics(teacher, sha256, drawn, allocation, weight_format, note, out, quiet)
     state = teacher.state_dict()
     trained = {ref.name: state[ref.name].cpu() for ref in teacher.weights()}
     allocations = [target.assigned.bits for target in targets]
-    return QuantizedWeights(trained, allocations, weight_format, grams, recipe.finetune.scales)
+    return QuantizedWeights(trained, allocations, targets[0].assigned.weight_format, grams, recipe.finetune.scales)
 
 
 def _inputs(recipe: Recipe, sha256: str, targets: Sequence[Target], data: TrainingSet, dev: TrainingSet) -> Inputs:
-    """Returns all that the weights depend on."""
+    """Returns all that the trained weights depend on."""
     return Inputs.of(
         format=FINETUNE_FORMAT,
         checkpoint=sha256,
