@@ -60,7 +60,7 @@ def inspect(path: Path, device: str = "auto", overrides: Sequence[str] = ()) -> 
 
     Args:
         path: The file, or a checkpoint folder.
-        device: As in `mpq.runtime.choose_device`.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         overrides: Values that replace a recipe's, as in `mpq.pipeline.read.load_recipe`.
 
     Raises:

@@ -14,8 +14,8 @@ def follow(averages: Sequence[Tensor], tensors: Sequence[Tensor], decay: float, 
     """Moves running averages, in place, towards the tensors after an update.
 
     Args:
-        averages, tensors: They belong together in this order.
-        decay: What stays of an average; less in the first updates, so that the start does not linger.
+        averages, tensors: The averages and the tensors that they follow, in one order.
+        decay: The share of an average that stays; it is less in the first updates, so that the start does not linger.
         step: The number of the update, from 0.
     """
     decay = min(decay, (step + 1) / (step + 10))

@@ -79,12 +79,12 @@ class QuantizedWeights(nn.Module):
     Args:
         weights: {name: trained weight}, of every weight of the model.
         allocations: {name: bits} each; 16 and 32 leave a weight as it is. The first one's grids give the units.
-        weight_format: How the weights are stored.
+        weight_format: The format in which the weights are stored.
         grams: Statistics for the rounding at the start, as in `mpq.artifact.weights.quantize_layer`.
-        scales: What becomes of the scales, as in `StraightThrough`.
+        scales: "learned", "recomputed" or "frozen" (`mpq.finetuning.straight_through`).
 
     Raises:
-        MpqError: The scheme cannot be trained so, or a weight cannot be quantized; the message names it.
+        MpqError: The scheme cannot be trained with such scales, or a weight, which is named, cannot be quantized.
     """
 
     def __init__(
@@ -157,7 +157,7 @@ class QuantizedWeights(nn.Module):
         """Returns {name: what is stored} of all weights that the allocation quantizes.
 
         Raises:
-            MpqError: As `forward`.
+            MpqError: A weight or scale went astray; the message names the weight.
         """
         found = {}
         for index, (name, bits) in enumerate(self._widths(allocation)):

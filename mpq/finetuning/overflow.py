@@ -1,4 +1,4 @@
-"""Where a model in training breaks down: the first layer whose output is not finite."""
+"""The first layer of a model whose output is not finite, to tell where a training broke down."""
 
 from collections.abc import Sequence
 
@@ -30,12 +30,12 @@ def overflow(model: AsrModel, features: Tensor, frames: Tensor) -> str:
 
 @torch.no_grad()
 def overflow_on(utterances: Sequence[Utterance], model: AsrModel, channel: str) -> str:
-    """Returns the same of the first utterance with such an output.
+    """Returns the same part of a message for the first of some utterances that has such an output.
 
     Args:
         utterances: They are read one after another.
         model: The model, in eval mode.
-        channel: As in `mpq.speech.audio.read_audio`.
+        channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
     """
     device = next(model.parameters()).device
     for item in utterances:

@@ -1,4 +1,4 @@
-"""What a fine-tuning says of itself when it is finished."""
+"""The result of a finished fine-tuning."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,16 +12,17 @@ FINETUNE_FORMAT = "mpq.finetune/1"
 
 @dataclass(frozen=True)
 class FinetunedSize:
-    """What became of one allocation.
+    """The result for one allocation.
 
     Attributes:
         name: The name of the allocation's file.
         path: The packed artifact.
         size_bytes, average_bits: The artifact's size, and its code bits a weight.
-        ratio: How many times smaller than the float32 parameters the artifact is.
-        start_divergence, start_wer: On the held-out data before the training: bounded divergence from the float model,
-            nats per frame (or token of an attention decoder), and WER of greedy CTC, a fraction (None: no transcripts).
-        divergence, wer: The same of the artifact.
+        ratio: The size of the float32 parameters divided by that of the artifact.
+        start_divergence, start_wer: Results on the held-out data before the training: bounded divergence from the float
+            model, nats per frame (or token of an attention decoder), and WER of greedy CTC, a fraction (None without
+            transcripts).
+        divergence, wer: The same results for the artifact.
         dev: ((divergence, wer), ...) after each epoch, the starting weights first.
     """
 
@@ -39,20 +40,20 @@ class FinetunedSize:
 
 @dataclass(frozen=True)
 class FinetuneResult:
-    """`mpq.finetune/1`: what a finished fine-tuning says of itself.
+    """`mpq.finetune/1`: the result of a finished fine-tuning.
 
     Attributes:
-        fingerprint: A digest of all that the weights depend on: model, allocations, options and data.
+        fingerprint: The digest of the inputs: model, allocations, options and data.
         checkpoint: {"path", "sha256"} of the float model.
         sizes: One for each allocation, the largest first.
         epochs: The epochs trained, after the starting weights as epoch 0; dev figures are means over the allocations.
         averaged: The epochs whose weights the artifacts have.
-        utterances, hours, transcribed, skipped, too_long: The size of the training data, how many utterances have a
-            text, and how many were left out as faulty or too long.
-        seed: What all random choices were keyed by.
+        utterances, hours, transcribed: The size of the training data, and the number of utterances with a transcript.
+        skipped, too_long: The numbers of utterances that were left out as faulty, and as longer than `max_seconds`.
+        seed: The key of all random choices.
         seconds: Wall-clock time of all epochs.
-        device, processes: Where the work ran, and how many processes shared it.
-        inputs: All that the result depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
+        device, processes: The device that was used, and the number of processes.
+        inputs: All that the result depends on, as in `mpq.identity.Inputs`.
     """
 
     fingerprint: str

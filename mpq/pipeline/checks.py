@@ -16,8 +16,8 @@ def check_run(recipe: Recipe, device: str) -> None:
     """Raises MpqError for whatever stands in the way of a stage, a line for each fault.
 
     Args:
-        recipe: As `load_recipe` returned it.
-        device: As in `mpq.runtime.choose_device`.
+        recipe: The recipe, as `load_recipe` returns it.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
     """
     choose_device(device)
     if int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ:

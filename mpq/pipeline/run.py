@@ -34,7 +34,7 @@ def run(recipe: Recipe, out: Path, *, dry_run: bool = False, device: str = "auto
     """Does the stages of a recipe that are not done yet.
 
     Args:
-        recipe: As `load_recipe` returned it.
+        recipe: The recipe, as `load_recipe` returns it.
         out: The run folder.
         dry_run: Do nothing, and say what would be done.
         device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).

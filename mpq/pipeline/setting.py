@@ -29,7 +29,7 @@ class Setting:
     Attributes:
         recipe: The recipe.
         out: The run folder.
-        device: As in `mpq.runtime.choose_device`.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         quiet: Show no progress.
     """
 

@@ -67,7 +67,7 @@ class ArchitectureSearch(TrainingLoop):
         search: The options of the search.
         objective: What the supernet's model is judged by.
         supernet: The trained supernet, whose weights are frozen.
-        most_parameters: The most that the architecture may have; None: any number.
+        most_parameters: The largest number of parameters that the architecture may have; None for any number.
     """
 
     def __init__(

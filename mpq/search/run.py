@@ -80,7 +80,7 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     Args:
         recipe: Says data, model (or checkpoint), training and search.
         out: The folder.
-        device: As in `mpq.runtime.choose_device`.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         quiet: Show no progress.
 
     Raises:

@@ -60,9 +60,9 @@ def masked_features(
     Args:
         features, frames: (N, T, F) features and (N,) numbers of valid frames.
         utt_ids: The names of the N utterances.
-        bands: How many of the F features are Mel bands, which come first.
+        bands: The number of Mel bands, which are the first of the F features.
         augment: The numbers and widths of the masks.
-        seed, epoch: What the random choices are keyed by, besides the utterance.
+        seed, epoch: The keys of the random choices, besides the utterance.
     """
     masks = torch.zeros(features.shape, dtype=torch.bool)
     for row, count, utt_id in zip(masks, frames.tolist(), utt_ids, strict=True):

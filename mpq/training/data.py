@@ -36,10 +36,10 @@ class TrainingSet:
 
     Attributes:
         utterances: The utterances.
-        durations: How long each of them is, seconds.
+        durations: The duration of each of them, seconds.
         tokens: The tokens of each; none for an utterance without a transcript.
-        skipped: How many utterances were left out because they are faulty.
-        too_long: How many were left out because they are longer than the recipe's `max_seconds`.
+        skipped: The number of utterances that were left out because they are faulty.
+        too_long: The number of utterances that were left out because they are longer than the recipe's `max_seconds`.
     """
 
     utterances: tuple[Utterance, ...]
@@ -74,12 +74,12 @@ def read_set(
 
     Args:
         names: The names of the manifests.
-        config: Where the manifests are, and what to leave out.
-        model: The model to train; it says the sample rate, the vocabulary and the frames.
+        config: The recipe's [data]: the folder of the manifests, and the utterances to leave out.
+        model: The model to train, with its sample rate, vocabulary and frames.
         fastest: The highest speed factor that the utterances will be played at.
         is_training: Whether `max_seconds` counts.
-        texts: Whether each utterance needs a transcript; those that there are may be used all the same, or ignored
-            (no tokens are made of them).
+        texts: "needed" if each utterance needs a transcript, "used" if those that there are are used, or "ignored" if
+            no tokens are made of them.
 
     Raises:
         MpqError: All faults, unless they may be skipped.
@@ -141,7 +141,7 @@ def plan_epoch(
         durations: The utterances' durations, seconds.
         hop_seconds: The time from one feature frame to the next.
         batch_frames: The most frames of a batch.
-        seed, epoch: What the random choices are keyed by.
+        seed, epoch: The keys of the random choices.
         least: The fewest utterances of a batch: the number of processes.
 
     Raises:
@@ -202,10 +202,10 @@ class BatchReader:
 
     Args:
         data: The utterances.
-        config: How the audio is augmented.
-        model: The model to train; it says the sample rate.
-        channel: As in `mpq.speech.audio.read_audio`.
-        seed: What the augmentation's random choices are keyed by.
+        config: The augmentation of the audio.
+        model: The model to train, with its sample rate.
+        channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
+        seed: The key of the augmentation's random choices.
         workers: The number of processes that read ahead; 0 for none.
 
     Raises:

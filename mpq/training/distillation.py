@@ -1,4 +1,4 @@
-"""What a fine-tuning goes by: the trained model as teacher, and the transcripts where there are some.
+"""The losses of a distillation: distances from the trained model, and the loss on transcripts if there are some.
 
 The teacher's output distributions are what the quantized model is to give (knowledge distillation, Hinton et al. 2015),
 those of all of its heads. A head that needs tokens, such as an attention decoder, is given the transcript, or without
@@ -29,10 +29,10 @@ class DistillationLosses(NamedTuple):
 
     Attributes:
         kl: {head: saturating divergences from the teacher}.
-        rows: {head: how many rows these are sums over}.
+        rows: {head: numbers of rows that these are sums over}.
         hidden: Relative squared errors of the encoder's hidden states, means over the segments, times the frames; 0
             where they are not wanted.
-        frames: How many encoder frames there are.
+        frames: The numbers of encoder frames.
         transcripts: {head: losses of the transcripts}; empty where they are not wanted.
     """
 

@@ -1,4 +1,4 @@
-"""Whose training a checkpoint folder holds: claimed at the start, checked before any other, tidied at the end."""
+"""The training that a checkpoint folder holds: the folder is checked and claimed at the start, tidied at the end."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ def training_inputs(recipe: Recipe, data: TrainingSet, dev: TrainingSet | None) 
 
 
 def used_data(recipe: Recipe, train: TrainingSet, dev: TrainingSet | None) -> dict[str, Any]:
-    """Returns what tells the utterances that a training uses from others."""
+    """Returns the identity of the utterances that a training uses (`mpq.identity`), as a part of its inputs."""
     return {
         "channel": recipe.data.channel,
         "train": data_identity(train.utterances),
@@ -90,5 +90,5 @@ def finished_training(out: Path, rank: int) -> TrainingResult | None:
 
 
 def claim_folder(out: Path, inputs: Inputs) -> None:
-    """Writes down whose training a folder is about to hold."""
+    """Puts on record the inputs of the training that a folder is going to hold."""
     write_json(out / "started.json", {"format": STARTED_FORMAT} | inputs.to_json())

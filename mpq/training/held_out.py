@@ -29,7 +29,7 @@ def held_out_errors(
         loss: The model and its loss.
         data: The utterances; the processes share them.
         ctc_weight: The share of CTC in the joint loss.
-        channel: Which channel to read, as `mpq.speech.audio.read_audio` takes it.
+        channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
         workers: The processes.
     """
     model = loss.model.eval()
@@ -67,9 +67,9 @@ def changed_errors(
 
     Args:
         model: The trained model, in eval mode.
-        changed: In eval mode.
+        changed: The changed model, in eval mode.
         data: The utterances; the processes share them.
-        channel: Which channel to read, as `mpq.speech.audio.read_audio` takes it.
+        channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
         workers: The processes.
     """
     device = next(model.parameters()).device
@@ -99,9 +99,9 @@ def _word_errors(model: AsrModel, items: Sequence[Utterance], found: Sequence[Se
     """Returns word errors and words of the utterances that have a transcript.
 
     Args:
-        model: Has the tokenizer.
+        model: The model, for its tokenizer.
         items: The utterances.
-        found: The tokens that were recognised in each.
+        found: The tokens that were recognised in each of them.
     """
     letters = "".join(
         align(split_words(item.text), split_words(model.tokenizer.decode(tokens)))

@@ -4,7 +4,7 @@ The state is saved at the end of the update that is under way (SIGINT, SIGTERM),
 taken up. All random choices are keyed by seed, epoch, update and utterance, so the losses are the same as without the
 interruption. Under `torchrun`, each process takes its share of every batch (PyTorch's DistributedDataParallel).
 
-What is trained, and what it costs, is the business of the subclasses: `mpq.training.weights`, `mpq.search.loop` and
+The subclasses say what is trained and what its loss is: `mpq.training.weights`, `mpq.search.loop` and
 `mpq.finetuning.loop`.
 
 Legend: N utterances, S samples, T feature frames, F features.
@@ -48,15 +48,15 @@ class NotFiniteError(MpqError):
 
 @dataclass(frozen=True)
 class Job:
-    """What a loop works on, and where.
+    """The work of a training loop.
 
     Attributes:
-        model: The model; it says sample rate, frames and where the work runs.
+        model: The model, with its sample rate, its frames and its device.
         data: The utterances to train on.
         options: The options of the loop.
-        augment: How the audio is augmented.
-        channel: As in `mpq.speech.audio.read_audio`.
-        seed: What all random choices are keyed by.
+        augment: The augmentation of the audio.
+        channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
+        seed: The key of all random choices.
         out: The folder to write.
         inputs: All that the weights depend on.
         workers: The processes that share the work.
@@ -79,9 +79,9 @@ class TrainingLoop(ABC):
     """The loop. How far it has got: `epoch` (under way, from 0), `batch` (the next one), `step` (updates finished).
 
     Args:
-        job: What to work on.
-        loss: The module whose forward pass gives the loss; its parameters are what is trained.
-        optimizer: As in `mpq.training.optimization.Stepper`.
+        job: The work.
+        loss: The module whose forward pass gives the loss; its parameters are trained.
+        optimizer: The optimizer; its groups may have a "share" of the learning rate.
         logged: The names of the values that `losses` returns beside the loss.
     """
 
@@ -102,7 +102,7 @@ class TrainingLoop(ABC):
         self.total_steps = self.options.epochs * math.ceil(len(self._plan(0)) / self.options.accumulate)
         self.stepper = Stepper(optimizer, self.options, self.total_steps, self.device)
 
-    # ---- what the subclasses say
+    # ---- the part of the subclasses
 
     @abstractmethod
     def begin(self) -> None:
@@ -118,11 +118,12 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns the loss of pass `index` on a batch: this process's share of it, values to log, and by utterance.
+        """Returns the loss of pass `index` on a batch, its parts and the losses of single utterances.
 
         Returns:
-            The loss to go down, a share such that all processes' add up to the whole; (len(logged),) values that add
-            up in the same way over processes, batches and passes; (N,) losses by which a fault can be told.
+            This process's share of the loss: the shares of all processes add up to the whole; (len(logged),) parts of
+            the loss, which add up in the same way over processes, batches and passes; (N,) losses of the utterances,
+            to find one that is at fault.
         """
 
     @abstractmethod
@@ -135,7 +136,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def blame(self, batch: Batch | None) -> str:
-        """Returns what is known of where a loss, or without a batch a gradient, became not finite; "" if nothing."""
+        """Returns the place where a loss (or, without a batch, a gradient) became not finite, for a message, or ""."""
 
     @abstractmethod
     def evaluate(self) -> tuple[float | None, float | None]:
@@ -160,7 +161,7 @@ class TrainingLoop(ABC):
 
         Raises:
             NotFiniteError: The loss or its gradient is not finite.
-            MpqError: Audio that cannot be read, too little memory, a state of another training.
+            MpqError: Audio that cannot be read, too little memory, a saved state that does not fit.
         """
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -282,7 +283,7 @@ class TrainingLoop(ABC):
             batch: The batch.
             number: Its place in the epoch.
             is_last: Whether it is the last one of the update: the processes exchange gradients after it.
-            what: What a message calls the batch.
+            what: The name of the batch in messages.
             sums: (len(logged),) sums, which are changed in place.
         """
         passes = self.passes()

@@ -1,4 +1,4 @@
-"""What the weights of a model, or its architecture, are judged by: transcripts, or a trained model as teacher.
+"""The objectives of a training: the loss on transcripts, or the distance from a trained model.
 
 Legend: N utterances.
 """
@@ -40,12 +40,12 @@ class Objective(ABC):
 
     @abstractmethod
     def losses(self, module: nn.Module, batch: Batch, data: TrainingSet) -> tuple[Tensor, Tensor, Tensor]:
-        """Returns what `TrainingLoop.losses` does.
+        """Returns the loss of a batch, its parts and the losses of its utterances, as `TrainingLoop.losses` describes.
 
         Args:
-            module: `self.module`, or what wraps it.
-            batch: This process's share.
-            data: What the batch's indices count in.
+            module: `self.module`, or the module that wraps it.
+            batch: This process's share of the batch.
+            data: The utterances that the batch's indices refer to.
         """
 
     @abstractmethod

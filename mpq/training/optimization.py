@@ -63,7 +63,7 @@ class Stepper:
         optimizer: Its parameter groups may have a "share" of the learning rate (1 without).
         options: The options of the loop.
         total_steps: The updates of the whole training.
-        device: Where the work runs.
+        device: The device that computes.
     """
 
     def __init__(

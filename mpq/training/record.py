@@ -1,4 +1,4 @@
-"""What a training says of itself: its epochs, its result, and the weights that come out of several epochs."""
+"""The record of a training: its epochs and its result; and the average of the weights of several epochs."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,14 +15,14 @@ TRAINING_FORMAT = "mpq.training/1"
 
 @dataclass(frozen=True)
 class EpochResult:
-    """One epoch.
+    """The result of an epoch.
 
     Attributes:
-        epoch: From 1; in a fine-tuning 0 is the start.
-        step: Updates so far.
-        train_loss: Mean of the losses of its updates, nats a token (of a fine-tuning a mixture); None for epoch 0.
-        dev_loss: Nats a token (of a fine-tuning: divergence); None without held-out data, as the next one.
-        dev_wer: Greedy CTC, a fraction.
+        epoch: The number of the epoch, from 1; epoch 0 of a fine-tuning is the starting weights.
+        step: The number of updates so far.
+        train_loss: Mean of the losses of its updates, nats a token (in a fine-tuning a mixture); None for epoch 0.
+        dev_loss: Loss on the held-out data, nats a token (in a fine-tuning, the divergence); None without such data.
+        dev_wer: WER of greedy search on the held-out data, a fraction; None without such data or their transcripts.
         seconds: Wall-clock time, evaluation included.
     """
 
@@ -36,18 +36,19 @@ class EpochResult:
 
 @dataclass(frozen=True)
 class TrainingResult:
-    """`mpq.training/1`: what a finished training says of itself.
+    """`mpq.training/1`: the result of a finished training.
 
     Attributes:
-        fingerprint: The digest of recipe and data.
-        epochs: All that were trained.
-        averaged: The epochs whose weights the model has.
-        dev_loss, dev_wer: Of the model; None without held-out data.
-        parameters: As `AsrModel.parameter_counts`.
-        utterances, hours, skipped, too_long: Of the training data; the last two are counts of what was left out.
+        fingerprint: The digest of the inputs.
+        epochs: All epochs that were trained.
+        averaged: The epochs whose weights were averaged to make the model.
+        dev_loss, dev_wer: The model's loss and WER on the held-out data; None without such data.
+        parameters: The numbers of parameters that `AsrModel.parameter_counts` returns.
+        utterances, hours: The size of the training data.
+        skipped, too_long: The numbers of utterances that were left out as faulty, and as longer than `max_seconds`.
         seconds: Wall-clock time of all epochs.
-        device, processes: Where.
-        inputs: All that it depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
+        device, processes: The device that was used, and the number of processes.
+        inputs: All that the weights depend on, as in `mpq.identity.Inputs`.
     """
 
     fingerprint: str
@@ -82,8 +83,8 @@ def rank_epochs(epochs: Sequence[EpochResult], select: str) -> list[EpochResult]
     """Returns the epochs, the best first.
 
     Args:
-        epochs: All so far.
-        select: "wer" or "loss" of the held-out data, or "last": the latest is the best.
+        epochs: All epochs so far.
+        select: The measure of the best: "wer" or "loss" on the held-out data, or "last", by which it is the latest.
     """
     if select == "last":
         return sorted(epochs, key=lambda one: -one.epoch)

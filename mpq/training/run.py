@@ -30,9 +30,9 @@ def train(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fals
     """Trains the model of a recipe and writes the checkpoint folder `out`; an interrupted training goes on.
 
     Args:
-        recipe: As `load_recipe` returned it.
+        recipe: The recipe, as `load_recipe` returns it.
         out: The folder.
-        device: As in `mpq.runtime.choose_device`.
+        device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         quiet: Show no progress.
 
     Raises:

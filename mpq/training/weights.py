@@ -25,11 +25,11 @@ class WeightTrainer(TrainingLoop):
 
     Args:
         job: The model, its data and where the work runs.
-        recipe: How the model is trained; it is put on record.
-        objective: What the weights are judged by.
-        dev: Held-out data; None for none.
-        sample: Called before each update with its number (from 0), and before held-out data are scored with None: has
-            the model compute as a path of a supernet, or as the whole; None for a model that is no supernet.
+        recipe: The recipe of the training; it is put on record.
+        objective: The loss.
+        dev: The held-out data, if there are any.
+        sample: For a supernet, a function that chooses the path that it computes as. It is called with the number of
+            each update (from 0), and with None, for the whole network, before held-out data are scored.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class WeightTrainer(TrainingLoop):
         return ""
 
     def evaluate(self) -> tuple[float | None, float | None]:
-        """Returns loss and WER of dev; None without one."""
+        """Returns loss and WER on the held-out data; None without such data."""
         if self.dev is None:
             return None, None
         if self.sample:
