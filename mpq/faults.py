@@ -1,4 +1,4 @@
-"""What is wrong with a recipe, or with JSON that others wrote: where, what was expected, and what was got.
+"""The faults of a recipe, or of JSON that others wrote, in words: the place, the expected value and the present one.
 
 pydantic finds the faults; here they are put into the words of this project.
 """
@@ -108,8 +108,8 @@ def fault(entries: Sequence[ErrorDetails], words: Mapping[str, str] = WORDS) -> 
     """Returns "expected ..., got ..." of the errors at one place, or that a key is missing.
 
     Args:
-        entries: As `by_place` returns them.
-        words: What was expected, by the type of the error.
+        entries: The errors at that place, as `by_place` returns them.
+        words: Names of expected values, by the type of the error.
     """
     if _lacks_key(entries[0]):
         return "this key is missing"

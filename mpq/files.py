@@ -1,6 +1,6 @@
 """Files that are whole or not there: atomic writes, JSON with a named format, checksums.
 
-Whatever mpq writes goes to `NAME.partial` in the same folder first and is renamed when it is complete. The name is
+A file that mpq writes goes to `NAME.partial` in the same folder first and is renamed when it is complete. The name is
 fixed, not random, so a run that was killed leaves at most one such file, and the same command run again replaces it.
 """
 
@@ -26,7 +26,7 @@ def check_output(out: Path, *inputs: Path | None) -> None:
 
     Args:
         out: The file that a command will write.
-        inputs: The files that the command reads; None is passed over.
+        inputs: The files that the command reads; those that are None are passed over.
 
     Raises:
         MpqError: `out` is a folder, lies in no folder that can be written to, or is one of the inputs.

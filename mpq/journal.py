@@ -35,7 +35,7 @@ class Journal:
         return self._read()[0]
 
     def begin(self) -> None:
-        """Makes the journal ready for `append`: it has a header, and what was cut off at its end is gone."""
+        """Makes the journal ready for `append`: writes its header, or removes a line that was cut off at its end."""
         entries, size = self._read()
         if entries:
             os.truncate(self.path, size)

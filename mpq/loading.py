@@ -81,24 +81,27 @@ def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel
 
 
 def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedModel:
-    """Returns the model in a checkpoint or artifact together with its file's fingerprint; arguments as `load_model`.
+    """Returns the model in a checkpoint or artifact together with its file and the digest of that.
+
+    Args:
+        path, device: The arguments of `load_model`.
 
     Raises:
-        MpqError: As `load_model`.
+        MpqError: A file that `load_model` refuses.
     """
     path = model_file(path)
     return OpenedModel(path, load_model(path, device), file_sha256(path))
 
 
 def open_float_model(path: Path | str, device: str | torch.device, purpose: str) -> OpenedModel:
-    """Returns a float model together with its file's fingerprint; one that is packed already is refused.
+    """Returns a float model together with its file and the digest of that; one that is packed already is refused.
 
     Args:
         path, device: The arguments of `load_model`.
-        purpose: What the caller does with it, for the message, such as "measure".
+        purpose: A verb for the message: the use that the caller makes of the model, such as "measure".
 
     Raises:
-        MpqError: As `load_model`, or a model that is packed already.
+        MpqError: A file that `load_model` refuses, or a model that is packed already.
     """
     opened = open_model(path, device)
     if opened.model.quantized_bits:

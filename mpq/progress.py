@@ -1,6 +1,6 @@
-"""How far long work has got: the library reports it here, and whoever runs the library decides how it is shown.
+"""The progress of long work: the library reports it here, and the program that uses the library shows it.
 
-From Python nothing is shown; the command line shows a bar (`mpq.cli.messages`).
+Nothing is shown unless that program says how; the command line shows a bar (`mpq.cli.messages`).
 """
 
 from collections.abc import Callable, Iterator
@@ -27,11 +27,11 @@ def progress_shown_by(display: Display) -> Iterator[None]:
 
 @contextmanager
 def progress(description: str, total: float, quiet: bool = False, unit: str = "") -> Iterator[Advance]:
-    """Yields a function that is told how much more is done.
+    """Yields a function to call with each amount of work that is done.
 
     Args:
-        description: What is being done.
-        total: How much there is to do.
+        description: The name of the work.
+        total: The amount of work.
         quiet: Show nothing.
         unit: The unit of `total`.
     """

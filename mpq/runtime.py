@@ -1,4 +1,4 @@
-"""Where and how the work runs: device, several processes, memory, requests to stop."""
+"""The machine that the work runs on: device, processes, memory, requests to stop."""
 
 import ctypes
 import logging
@@ -19,7 +19,9 @@ _log = logging.getLogger(__name__)
 
 
 def choose_device(name: str) -> torch.device:
-    """Returns the device that "auto", "cpu", "cuda" or "cuda:N" names; under torchrun "auto" and "cuda" are one each.
+    """Returns the device that "auto", "cpu", "cuda" or "cuda:N" names.
+
+    Under torchrun, "auto" and "cuda" give each process a CUDA device of its own.
 
     Raises:
         MpqError: Another name, or a CUDA device that is not there.
@@ -58,8 +60,8 @@ class Processes:
 
     Attributes:
         rank: This one's number, from 0.
-        count: How many there are.
-        device: Where they exchange tensors.
+        count: The number of processes.
+        device: The device on which they exchange tensors.
     """
 
     rank: int = 0
@@ -84,7 +86,7 @@ def processes(device: torch.device | None = None) -> Iterator[Processes]:
     """Yields the processes that `torchrun` started, or the one that there is without it.
 
     Args:
-        device: Where tensors are exchanged: over NCCL between CUDA devices, else over gloo.
+        device: The device on which tensors are exchanged: over NCCL between CUDA devices, else over gloo.
     """
     if "TORCHELASTIC_RUN_ID" not in os.environ:  # other launchers set RANK and WORLD_SIZE for their own ends
         yield Processes()
@@ -92,7 +94,6 @@ def processes(device: torch.device | None = None) -> Iterator[Processes]:
     where = device or torch.device("cpu")
     if where.type == "cuda":
         torch.cuda.set_device(where)
-    if where.type == "cuda":
         torch.distributed.init_process_group("nccl", device_id=where)
     else:
         torch.distributed.init_process_group("gloo")
@@ -104,7 +105,7 @@ def processes(device: torch.device | None = None) -> Iterator[Processes]:
 
 @contextmanager
 def memory_for(what: str) -> Iterator[None]:
-    """Turns torch's failures to get memory into an error that says what needed it.
+    """Turns torch's failures to get memory within the block into an error that names the work.
 
     Raises:
         MpqError: The block ran out of memory.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint or packed file: layers, shapes, bits, bytes, totals."""
+"""The contents of a checkpoint or packed file, or of a model that a recipe describes: layers, shapes, bits, bytes."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +20,7 @@ class LayerInspection:
     """One quantizable weight.
 
     Attributes:
-        name, kind, shape, numel: As in `mpq.models.base.WeightRef`.
+        name, kind, shape, numel: The fields of `mpq.models.base.WeightRef`.
         bits: The width of its codes in a packed file (16 or 32: stored as floats); None in a float checkpoint.
         bytes: The bytes that it takes in a packed file, scales and zero points included; 4 a weight where it is float.
     """
@@ -39,7 +39,7 @@ class Inspection:
 
     Attributes:
         family: The framework that wrote the checkpoint; "mpq" for a packed file.
-        architecture: Such as "conformer-ctc".
+        architecture: The kind of model, such as "conformer-ctc".
         parameters: {"total", "encoder_blocks"}, BatchNorm running mean and variance included.
         file_bytes: The size of the file; None for a recipe, whose model is not there yet.
         layers: The quantizable weights in the model's order.
@@ -56,15 +56,15 @@ class Inspection:
 
 
 def inspect(path: Path, device: str = "auto", overrides: Sequence[str] = ()) -> Inspection:
-    """Returns what is in a checkpoint or packed file, or what a recipe (`.toml`) describes.
+    """Returns the contents of a checkpoint or packed file, or of the model that a recipe (`.toml`) describes.
 
     Args:
         path: The file, or a checkpoint folder.
         device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
-        overrides: Values that replace a recipe's, as in `mpq.pipeline.read.load_recipe`.
+        overrides: "section.key=value" for each value that replaces a recipe's.
 
     Raises:
-        MpqError: As for `mpq.loading.load_model` and `mpq.pipeline.read.load_recipe`.
+        MpqError: A file that cannot be read, a faulty recipe, or overrides without a recipe.
     """
     is_recipe = path.suffix == ".toml"
     if overrides and not is_recipe:

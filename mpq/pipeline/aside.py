@@ -11,7 +11,7 @@ from mpq.files import make_folder
 
 @dataclass(frozen=True)
 class Moved:
-    """What was set aside together: where each file or folder was, and where it is now."""
+    """The files and folders that were set aside together, as pairs: the old path and the new one of each."""
 
     pairs: tuple[tuple[Path, Path], ...]
 
@@ -39,7 +39,7 @@ class Aside:
         """Moves files and folders of the run folder to the same paths below `replaced-N`, on the same disk.
 
         Args:
-            places: What to move; what is not there is passed over.
+            places: Files and folders to move; those that are not there are passed over.
             staying: Folders inside these that stay.
 
         Raises:
@@ -58,7 +58,7 @@ class Aside:
 
 
 def _parts(places: Iterable[Path], staying: Collection[Path]) -> Iterable[Path]:
-    """Yields what there is of some places: each whole, or, where something in it stays, what is beside that."""
+    """Yields the places that there are; of a folder in which something stays, the other things that are in it."""
     for place in dict.fromkeys(places):
         if any(place in one.parents and one.exists() for one in staying):
             yield from (path for path in sorted(place.iterdir()) if path not in staying)

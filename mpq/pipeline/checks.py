@@ -1,4 +1,4 @@
-"""What would come to light only after the training: told by `mpq run` before anything starts, all of it at once."""
+"""Faults that would come to light only after the training: `mpq run` tells all of them before anything starts."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from mpq.training.building import encoder_options
 
 
 def check_run(recipe: Recipe, device: str) -> None:
-    """Raises MpqError for whatever stands in the way of a stage, a line for each fault.
+    """Raises MpqError if something stands in the way of a stage, with a line for each fault.
 
     Args:
         recipe: The recipe, as `load_recipe` returns it.

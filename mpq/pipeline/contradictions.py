@@ -1,4 +1,4 @@
-"""What is wrong with a recipe that no single key shows: missing files, options that contradict each other."""
+"""Faults of a recipe that no single key shows: missing files, options that contradict each other."""
 
 import json
 import os
@@ -48,7 +48,7 @@ def missing_files(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns (keys that it is about, fault) for what no single key shows."""
+    """Returns (keys that it is about, fault) for each fault that no single key shows."""
     faults: list[tuple[str, str]] = []
     stages = list(recipe.stages)
     if stages != [stage for stage in STAGES if stage in stages]:
@@ -69,7 +69,7 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _training_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns what is wrong with the stage train, or without it."""
+    """Returns the faults of the stage train, or of a recipe without it."""
     faults: list[tuple[str, str]] = []
     stages, data, train = recipe.stages, recipe.data, recipe.train
     if "train" in stages:
@@ -89,7 +89,7 @@ def _training_faults(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _augmentation_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns what is wrong with [augment] and [finetune_augment]."""
+    """Returns the faults of [augment] and [finetune_augment]."""
     faults: list[tuple[str, str]] = []
     for section in ("augment", "finetune_augment"):
         config = getattr(recipe, section)
@@ -106,7 +106,7 @@ def _augmentation_faults(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _finetuning_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns what is wrong with [finetune], and what the stage lacks."""
+    """Returns the faults of [finetune], and of its stage if the recipe names it."""
     faults: list[tuple[str, str]] = []
     stages, data = recipe.stages, recipe.data
     tuning = recipe.finetune
@@ -126,7 +126,7 @@ def _finetuning_faults(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _budget_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns whether the stage allocate has other than one budget."""
+    """Returns a fault if the stage allocate does not have exactly one budget."""
     budgets = ALTERNATIVES["allocate"]
     given = [key for key in budgets if getattr(recipe.allocate, key) is not None]
     if "allocate" not in recipe.stages or len(given) == 1:
@@ -136,7 +136,7 @@ def _budget_faults(recipe: Recipe) -> list[tuple[str, str]]:
 
 
 def _data_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns which data the stages after the training lack, and what is wrong with the names of test sets."""
+    """Returns the faults of test sets, of calibration audio and of bit-widths, for the stages after the training."""
     faults: list[tuple[str, str]] = []
     stages, data = recipe.stages, recipe.data
     if {"evaluate", "compare"} & set(stages) and not data.test:
@@ -165,7 +165,7 @@ _NEEDS = (
 
 
 def _model_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns (keys, fault) of a model that is to be trained."""
+    """Returns the faults of a model that is to be trained."""
     model, train = recipe.model, recipe.train
     faults = []
 
@@ -214,7 +214,7 @@ def _largest_rank(model: ModelConfig) -> int:
 
 
 def _search_faults(recipe: Recipe) -> list[tuple[str, str]]:
-    """Returns (keys, fault) of an architecture search."""
+    """Returns the faults of an architecture search."""
     search, data = recipe.search, recipe.data
     faults = []
 

@@ -29,7 +29,7 @@ def load_recipe(
     Args:
         path: The file.
         overrides: "section.key=value", the value as TOML (a bare word is a string).
-        stages: Instead of the recipe's own.
+        stages: Stages that replace the recipe's own.
         need_files: Whether a file that the stages read and that is not there is a fault.
 
     Raises:
@@ -53,10 +53,10 @@ def make_recipe(
 
     Args:
         table: {section: {key: value}}.
-        overrides: As in `load_recipe`; they win.
-        command: For messages.
-        known: The sections and keys that the command reads; None: all.
-        stages: What the recipe has to be complete for.
+        overrides: "section.key=value" for each value that replaces one of the table.
+        command: The name of the command, for messages.
+        known: The sections and keys that the command reads; None for all.
+        stages: The stages that the recipe has to be complete for.
 
     Raises:
         MpqError: All faults, a line each; an override of what the command does not read.

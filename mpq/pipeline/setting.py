@@ -1,4 +1,4 @@
-"""What the stages of a recipe share: the paths of the run folder, the models, and what the data are.
+"""The setting of a recipe's stages: the paths of the run folder, the models, and the identity of the data.
 
 The *baseline* is the trained float model: that of the stage train, or the recipe's checkpoint. What is quantized is the
 model that the stage search has found, if there is one, else the baseline. A search from scratch without a baseline is
@@ -53,22 +53,22 @@ class Setting:
 
     @property
     def checkpoint(self) -> Path:
-        """What is quantized."""
+        """The float model that is quantized."""
         return self.found if self.is_searched else self.baseline or Path()
 
     @property
     def maker(self) -> str:
-        """The stage that writes what is quantized."""
+        """The stage that writes the model that is quantized."""
         return "search" if self.is_searched else "train"
 
     @property
     def reference(self) -> Path:
-        """What the packed models are compared with."""
+        """The float model that the packed ones are compared with."""
         return self.baseline or self.checkpoint
 
     @property
     def start(self) -> Path | None:
-        """The trained model that the search begins with; None: from scratch."""
+        """The trained model that the search begins with; None for a search from scratch."""
         if self.recipe.search.trained:
             return self.out / "train" / MODEL_FILE
         return Path(self.recipe.checkpoint) if self.recipe.checkpoint else None
@@ -126,7 +126,7 @@ class Setting:
         return {}
 
     def identity(self, name: str) -> str:
-        """Returns what tells the data of a manifest or Kaldi directory of the recipe from others."""
+        """Returns the identity of the data in a manifest or Kaldi directory of the recipe (`mpq.identity`)."""
         path = self.recipe.path(name)
         if path not in self._identities:
             self._identities[path] = data_identity(read_data(path))
@@ -137,11 +137,11 @@ class Setting:
         return self.identity(data.calibration or (data.train or [""])[0])
 
     def reading(self) -> dict[str, Any]:
-        """Returns how audio is read, and what is left out."""
+        """Returns the options by which audio is read and faulty utterances are left out."""
         return {"channel": self.recipe.data.channel, "skip_bad": self.recipe.data.skip_bad}
 
     def training_data(self) -> dict[str, Any]:
-        """Returns what tells the data of a training from others."""
+        """Returns the identity of the data of a training, as a part of its inputs."""
         data = self.recipe.data
         return self.reading() | {
             "max_seconds": data.max_seconds,

@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def draw_architecture(path: Path, architecture: Architecture, quiet: bool) -> None:
-    """Writes a figure (`mpq.figures`): each block's width (and rank) of first and second module, among the candidates.
+    """Writes a figure: the width (and rank) of each block's first and second module, among the candidates.
 
     Args:
         path: The file to write.
-        architecture: What was chosen.
+        architecture: The architecture.
         quiet: Log no message.
     """
     pairs = architecture.modules[::2], architecture.modules[1::2]

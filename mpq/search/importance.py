@@ -1,4 +1,4 @@
-"""Which hidden units of a feed-forward module matter most, and the model with its units in that order.
+"""The importance of a feed-forward module's hidden units, and the model with its units in that order.
 
 The candidates of an architecture search are nested (Li et al. 2023, section 3): one of width d has the first d units.
 An untrained supernet learns to make those the useful ones; a trained model has its units in any order, so they are put
@@ -55,7 +55,7 @@ def unit_importance(model: AsrModel, grams: Mapping[str, Tensor]) -> list[tuple[
 
     Args:
         model: A float model.
-        grams: `mpq.sensitivity.calibration.input_grams` of it, in which padding does not count.
+        grams: `mpq.sensitivity.statistics.input_grams` of it, in which padding does not count.
 
     Raises:
         MpqError: Weights that are not finite, or statistics that are missing, misshapen or not finite; it names them.

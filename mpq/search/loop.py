@@ -49,7 +49,7 @@ def loop_options(search: SearchConfig, train: TrainConfig) -> LoopConfig:
 
 
 class _Relaxed(nn.Module):
-    """The supernet with its logits, and what judges it; what DistributedDataParallel wraps."""
+    """The supernet with its logits, and the module of its loss, as one module for DistributedDataParallel to wrap."""
 
     def __init__(self, supernet: Supernet, judge: nn.Module) -> None:
         super().__init__()
@@ -63,9 +63,9 @@ class ArchitectureSearch(TrainingLoop):
     """The second phase of a search: the training of the logits.
 
     Args:
-        job: Its data are the held-out data, its model the supernet's.
+        job: The work; its data are the held-out data, its model is the supernet's.
         search: The options of the search.
-        objective: What the supernet's model is judged by.
+        objective: The loss of the supernet's model.
         supernet: The trained supernet, whose weights are frozen.
         most_parameters: The largest number of parameters that the architecture may have; None for any number.
     """
@@ -127,7 +127,7 @@ class ArchitectureSearch(TrainingLoop):
         return ""
 
     def evaluate(self) -> tuple[None, None]:
-        """Returns nothing: these data are what the logits are trained on; `choose` judges the architecture."""
+        """Returns None twice: the logits are trained on the held-out data, and `choose` judges the architecture."""
         return None, None
 
     def write_candidate(self, path: Any) -> None:
@@ -146,7 +146,7 @@ class ArchitectureSearch(TrainingLoop):
         """Trains what is left, and writes and returns the architecture.
 
         Raises:
-            MpqError: As `TrainingLoop.run`.
+            MpqError: The loss is not finite, or anything else that `TrainingLoop.run` refuses.
         """
         if self.logits:
             self.run()

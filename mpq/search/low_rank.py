@@ -4,9 +4,9 @@ A is (outputs, R), B is (R, inputs). The singular value decomposition gives the 
 are in order, the first R' of them are the best of rank R': the factors are nested, as the candidates of an architecture
 search are. Each factor gets the square roots of the singular values, so that both are of one size.
 
-Best for what? Without data: W itself changes least. With the Gram matrix H = L L' of the inputs, the *output* on those
-data changes least: ||(W - A B) X||^2 = ||(W - A B) L||^2, so it is W L that is decomposed, and B takes L back. That
-is far better. NVIDIA's 13 M Conformer, all 64 feed-forward matrices (704 x 176) factored and nothing trained after it,
+Without data, the factors are those by which W itself changes least. With the Gram matrix H = L L' of the inputs, the
+*output* on those data changes least: ||(W - A B) X||^2 = ||(W - A B) L||^2, so it is W L that is decomposed, and B
+takes L back. That is far better. NVIDIA's 13 M Conformer, all 64 feed-forward matrices (704 x 176) factored and nothing trained after it,
 Gram matrices of 60 s of training audio, bounded divergence of the CTC output on 120 s of other audio, nats a frame:
 
     rank                          70     105    140 (as many weights as before)
@@ -41,7 +41,8 @@ def factored(model: AsrModel, ranks: Sequence[tuple[int, int]], grams: Mapping[s
     Args:
         model: A float model.
         ranks: For each block the rank of its first and of its second module; 0 leaves a module as it is.
-        grams: `mpq.sensitivity.statistics.input_grams`: what the outputs are to be kept for. None: the weights are.
+        grams: Gram matrices of the inputs (`mpq.sensitivity.statistics.input_grams`), for which the outputs change
+            least; None: the weights change least.
 
     Raises:
         MpqError: Not one pair of ranks for each block, a rank below 0 or above the matrices' smaller side, a weight
@@ -88,8 +89,8 @@ def low_rank_factors(weight: Tensor, rank: int, gram: Tensor | None = None) -> t
     Args:
         weight: (outputs, inputs).
         rank: R, at most the smaller of the two.
-        gram: (1, inputs, inputs) sum of the outer products of the inputs, of which the output is to change least; it is
-            damped as in `mpq.quantization.gptq`. None: the weight is to.
+        gram: (1, inputs, inputs) sum of the outer products of the inputs, damped as in `mpq.quantization.gptq`: the
+            product is nearest in the outputs for these inputs. None: it is nearest in the weights.
 
     Raises:
         MpqError: The weight is not finite, or the Gram matrix is misshapen, not finite or zero.

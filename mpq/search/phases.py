@@ -30,9 +30,9 @@ class Phases:
 
     Args:
         recipe: The user's recipe.
-        start: What the search begins with.
-        job: The first phase's job.
-        quiet: Say nothing.
+        start: The model and the candidates at the start.
+        job: The job of the first phase.
+        quiet: Log no messages.
     """
 
     def __init__(self, recipe: Recipe, start: Start, job: Job, quiet: bool) -> None:

@@ -1,4 +1,4 @@
-"""What an architecture search says of itself: the architecture it chose, and the whole search."""
+"""The results of an architecture search: the architecture that was chosen, and the whole search."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +17,7 @@ class SearchedModule:
 
     Attributes:
         name: The module's name in the model.
-        width, rank: What was chosen; rank 0 is a module that is not factored.
+        width, rank: The width and the rank that were chosen; rank 0 is a module that is not factored.
         widths, ranks: The candidates, ascending.
         width_probabilities, rank_probabilities: softmax(alpha) of the candidates at the end of the second phase.
     """
@@ -33,19 +33,19 @@ class SearchedModule:
 
 @dataclass(frozen=True)
 class Architecture:
-    """`mpq.architecture/1`: what the second phase of a search chose.
+    """`mpq.architecture/1`: the choice that the second phase of a search made.
 
     Attributes:
-        fingerprint: A digest of supernet, options and held-out data.
+        fingerprint: The digest of the inputs: supernet, options and held-out data.
         modules: Each block's first module, then its second.
         millions: Parameters of the whole model, BatchNorm's running statistics included.
         largest_millions, expected_millions: Parameters of the supernet, and their mean over the probabilities.
         largest_loss, largest_wer: The loss of the supernet as a whole on the held-out data, nats a token (in a
             distillation: its divergence), and its WER, a fraction; None without transcripts.
-        loss, wer: The same of the architecture, with the supernet's weights.
+        loss, wer: The same loss and WER for the architecture, with the supernet's weights.
         epochs: The epochs of the second phase; their losses have the penalty in them.
         seconds: Wall-clock time of the second phase.
-        inputs: All that the choice depends on, as `mpq.identity.Inputs` has it; the fingerprint is their digest.
+        inputs: All that the choice depends on, as in `mpq.identity.Inputs`.
     """
 
     fingerprint: str
@@ -92,11 +92,12 @@ class SearchResult:
 
     Attributes:
         checkpoint: {"path", "sha256"} of the trained model that the search began with; None: it began from scratch.
-        space, method: "widths", "ranks" or "both"; "gumbel" or "softmax".
+        space: The quantities that were searched: "widths", "ranks" or "both".
+        method: The weights of the candidates: "gumbel" or "softmax".
         eta, target_millions: The penalty, or the target that replaces it; one of them is None.
         supernet: The folder of the supernet.
         supernet_seconds: Wall-clock time of the first phase, whichever search did it.
-        architecture: What the second phase chose.
+        architecture: The choice of the second phase.
         training: The result of the third phase, the training of the model found.
     """
 

@@ -58,9 +58,9 @@ class _Plan:
     """Recipe (or options), folder and inputs of each phase.
 
     Attributes:
-        first, loop, last: How the supernet, the logits and the model found are trained.
-        supernet, architecture, out: The folders.
-        supernet_inputs, architecture_inputs, final_inputs: What each result depends on.
+        first, loop, last: Recipes (or options) of the training of the supernet, of the logits and of the model found.
+        supernet, architecture, out: The folders of these three.
+        supernet_inputs, architecture_inputs, final_inputs: The inputs of these three.
     """
 
     first: Recipe
@@ -78,13 +78,13 @@ def search(recipe: Recipe, out: Path, *, device: str = "auto", quiet: bool = Fal
     """Searches the architecture that a recipe's [search] asks for, and trains it; an interrupted search goes on.
 
     Args:
-        recipe: Says data, model (or checkpoint), training and search.
+        recipe: The recipe with data, model (or checkpoint), training and search.
         out: The folder.
         device: The device to compute on, such as "auto" (`mpq.runtime.choose_device`).
         quiet: Show no progress.
 
     Raises:
-        MpqError: Bad data or options; a folder that holds something else; a loss that is not finite, with the batch.
+        MpqError: Bad data or options; a folder that holds something else; a loss that is not finite (with the batch).
     """
     out, where = Path(out), choose_device(device)
     start = search_start(recipe, where)
@@ -141,7 +141,7 @@ def _read_data(recipe: Recipe, start: Start) -> _Data:
 
 
 def _plan(recipe: Recipe, start: Start, data: _Data, out: Path) -> _Plan:
-    """Returns what each phase is to do."""
+    """Returns the plan of the three phases."""
     train, options = recipe.train, recipe.search
     epochs = options.supernet_epochs or (train.epochs if start.checkpoint is None else max(1, train.epochs // 3))
     first = recipe.model_copy(update={"train": train.model_copy(update={"epochs": epochs})})
@@ -183,7 +183,7 @@ def _plan(recipe: Recipe, start: Start, data: _Data, out: Path) -> _Plan:
 
 
 def _statistics_identity(recipe: Recipe) -> str | None:
-    """Returns what tells the audio of a trained model's statistics from other; None for a search from scratch."""
+    """Returns the identity of the audio for a trained model's statistics; None for a search from scratch."""
     return None if recipe.checkpoint is None else data_identity(read_data(statistics_source(recipe)))
 
 

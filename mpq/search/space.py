@@ -46,10 +46,10 @@ def search_space(
 ) -> SearchSpace:
     """Returns the candidates of each module.
 
-    What is not searched is as in the model. By default, an untrained model's candidates are the paper's; a trained
-    model's go from a quarter of its width to all of it in 25 steps, and from a third of the rank at which the factors
-    have as many weights as the matrix to all of that rank in 9 (with both, in 7, and from half of it in 4), which is
-    the same for the paper's sizes.
+    A width or rank that is not searched is the model's own. By default, an untrained model's candidates are the
+    paper's; a trained model's go from a quarter of its width to all of it in 25 steps, and from a third of the rank at
+    which the factors have as many weights as the matrix to all of that rank in 9 (with both, in 7, and from half of it
+    in 4), which is the same for the paper's sizes.
 
     Args:
         config: The options of the search.
@@ -102,7 +102,7 @@ def candidate_faults(config: SearchConfig, layers: int | None) -> list[tuple[str
 
 
 def _widths(config: SearchConfig, named: Sequence[int] | None, width: int, is_trained: bool) -> Sequence[int]:
-    """Returns the candidate widths of a module of a width: its own, those that the user names, or the default ones."""
+    """Returns the candidate widths of a module: its own, those that the user names, or the default ones."""
     if config.space == "ranks":
         return (width,)
     if named:
@@ -115,7 +115,7 @@ def _widths(config: SearchConfig, named: Sequence[int] | None, width: int, is_tr
 def _ranks(
     config: SearchConfig, named: Sequence[int] | None, width: int, rank: int, inputs: int, is_trained: bool
 ) -> Sequence[int]:
-    """Returns the candidate ranks of a module in the same way."""
+    """Returns the candidate ranks of a module: its own, those that the user names, or the default ones."""
     if config.space == "widths":
         return (rank,)
     if named:

@@ -60,7 +60,7 @@ def other_parameters(model: AsrModel) -> int:
 
 
 def budget(model: AsrModel, space: SearchSpace, target_millions: float) -> int:
-    """Returns how many parameters a model of a target size may have.
+    """Returns the largest number of parameters of a model of a target size.
 
     Args:
         model: A model whose feed-forward modules may have any shapes.
@@ -139,7 +139,7 @@ class NestedFeedForward(nn.Module):
         return self._linear(self.linear2, hidden, self._width, None)
 
     def _linear(self, linear: FactoredLinear | nn.Linear, x: Tensor, inputs: int | None, outputs: int | None) -> Tensor:
-        """Returns what the first `inputs` columns and `outputs` rows make of x; None: all of them."""
+        """Returns the product of x and the first `inputs` columns and `outputs` rows of a matrix; None for all."""
         if not isinstance(linear, FactoredLinear):
             return F.linear(x, linear.weight[:outputs, :inputs], _first(linear.bias, outputs))
         x = F.linear(x, linear.inner.weight[: self._rank, :inputs])  # (N, T', R)
@@ -170,7 +170,7 @@ class Supernet(nn.Module):
         space: The candidates.
 
     Raises:
-        MpqError: Candidates that the model's modules are not the largest of.
+        MpqError: The sizes of the model's modules are not the largest candidates.
     """
 
     def __init__(self, model: AsrModel, space: SearchSpace) -> None:
@@ -194,7 +194,7 @@ class Supernet(nn.Module):
         """Parameters of all else, BatchNorm's running means and variances included."""
 
     def arch_logits(self) -> list[nn.Parameter]:
-        """Returns the logits of the choices that there are: those of one candidate are no choice."""
+        """Returns the logits of all choices; where there is one candidate, there is no choice."""
         return [one for one in (*self.width_logits, *self.rank_logits) if len(one) > 1]
 
     def be_whole(self) -> None:
@@ -255,7 +255,7 @@ class Supernet(nn.Module):
         the dynamic programme of the allocation finds it (`mpq.allocation.knapsack`).
 
         Args:
-            most_parameters: The most that the whole model may have, as `budget` returns it; None: any number.
+            most_parameters: The largest number of parameters of the whole model, as `budget` returns it; None for any.
 
         Raises:
             MpqError: No architecture is as small as that.
