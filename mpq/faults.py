@@ -61,7 +61,7 @@ WORDS = {
     "missing": "an item more",
     "too_long": "{max_length} items",
 }
-"""What was expected, by the type of pydantic's error."""
+"""Names of expected values, by the type of pydantic's error."""
 
 Model = TypeVar("Model", bound=BaseModel)
 

@@ -35,13 +35,13 @@ from mpq.files import digest, make_folder, sha256_file
 NEUTRAL = ("save_minutes", "workers", "tensorboard")
 """Options that change no result: how a training is saved, read and shown."""
 UNSETTLED_SECONDS = 0.1
-"""How long after a change a digest is not remembered: file systems count time in steps of some milliseconds."""
+"""The time after a change for which a digest is not remembered: file systems count time in steps of milliseconds."""
 
 _log = logging.getLogger(__name__)
 
 
 class Spoken(Protocol):
-    """What tells an utterance from others, as in `mpq.speech.manifests.Utterance`."""
+    """The fields of an utterance (`mpq.speech.manifests.Utterance`) that tell it from others."""
 
     @property
     def utt_id(self) -> str: ...

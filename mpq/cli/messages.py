@@ -1,4 +1,4 @@
-"""What a command says on stderr while it works: the library's log messages, and a bar with the time that is left."""
+"""Messages of a running command on stderr: the library's log messages, and a bar with the time that is left."""
 
 import logging
 import sys
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from mpq.progress import Advance, progress_shown_by
 
 _COMMANDS = {"mpq.pipeline.run": "mpq run", "mpq.search.phases": "mpq search"}
-"""What a message begins with, by the module that logs it; others begin with "mpq"."""
+"""The first words of a message, by the module that logs it; other messages begin with "mpq"."""
 _SECONDS_BETWEEN_LINES = 30
 
 
@@ -29,14 +29,14 @@ def shown_on_stderr() -> Iterator[None]:
 
 
 def show_warnings_only() -> None:
-    """Leaves out what is no warning, until the end of the block of `shown_on_stderr`."""
+    """Shows warnings only, until the end of the block of `shown_on_stderr`."""
     for handler in logging.getLogger("mpq").handlers:
         if isinstance(handler, _Stderr):
             handler.setLevel(logging.WARNING)
 
 
 class _Stderr(logging.Handler):
-    """Prints each message as a line on what `sys.stderr` is at that time: rich puts it above its bar."""
+    """Prints each message as a line on the present `sys.stderr`, which rich replaces to put lines above its bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         command = _COMMANDS.get(record.name, "mpq")

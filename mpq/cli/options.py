@@ -1,4 +1,4 @@
-"""What several commands share: options that mean the same wherever a command takes them, and printing of results."""
+"""The options that several commands share, which mean the same wherever a command takes them; printing of results."""
 
 import json
 import os

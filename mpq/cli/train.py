@@ -1,4 +1,4 @@
-"""The commands that follow a recipe, or whose options make one up: train, search, run, finetune."""
+"""The commands that follow a recipe, or make one up from their options: train, search, run, finetune."""
 
 import copy
 from pathlib import Path
@@ -57,7 +57,7 @@ SEARCH_FROM_CHECKPOINT = {
     },
     "augment": {"frequency_masks": 0, "time_masks": 0},
 }
-"""How `mpq search CHECKPOINT` trains, unless --set says otherwise: the model is trained already."""
+"""The options of `mpq search CHECKPOINT`, unless --set says otherwise: the model is trained already."""
 
 
 @click.command()
@@ -102,7 +102,7 @@ def search(
     from mpq.pipeline.read import load_recipe, make_recipe
     from mpq.search.run import search as step
 
-    for key in ("supernet", "held_out"):  # as all paths of a command line, from the working directory on
+    for key in ("supernet", "held_out"):  # paths of a command line start at the working directory
         if (path := options[key]) is not None:
             options[key] = str(Path(path).absolute())
     given = [f"search.{key}={value}" for key, value in options.items() if value is not None]

@@ -18,9 +18,9 @@ Candidates = list[Whole] | list[list[Whole]]
 Output = Literal["ctc", "encoder", "decoder"]
 """The distributions whose divergence is measured: those of a head (`mpq.models.heads`), or softmax of the encoder."""
 ScoreMethod = Literal["fisher", "kl"]
-"""How sensitivities are measured (`mpq.sensitivity.measure`)."""
+"""The methods of measuring sensitivities (`mpq.sensitivity.measure`)."""
 DecodeMethod = Literal["greedy", "prefix", "joint"]
-"""How transcripts are searched for (`mpq.speech.decoding`)."""
+"""The searches for transcripts (`mpq.speech.decoding`)."""
 
 
 class Section(BaseModel):

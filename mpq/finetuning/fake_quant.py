@@ -1,9 +1,9 @@
 """Weights that are rounded in every forward pass of a training, so that the training makes up for the rounding.
 
-What is trained are *latent* weights; the model sees their rounding, bit for bit what the packed file will give back.
+The training changes *latent* weights; the model sees their rounding, bit for bit what the packed file will give back.
 Schemes of evenly spaced levels are trained with the straight-through estimator (`mpq.finetuning.straight_through`),
-schemes of centroids by the General Quantizer (`mpq.quantization.soft_assignment`): from soft to hard. Which scheme is
-trained how is said by its record in `mpq.quantization.spec`.
+schemes of centroids by the General Quantizer (`mpq.quantization.soft_assignment`), from soft to hard. The record of a
+scheme in `mpq.quantization.spec` says which of these trains it.
 
 Legend: C rows (output channels), K columns, as in `mpq.quantization.grids`.
 """

@@ -1,6 +1,6 @@
 """The rounding of one weight in a forward pass, and the gradient that passes it.
 
-What is trained is a *latent* weight; the model sees its rounding (Li et al. 2023, section 6: quantization-aware
+The training changes a *latent* weight; the model sees its rounding (Li et al. 2023, section 6: quantization-aware
 training with the straight-through estimator, Bengio et al. 2013). The gradient passes the rounding as if it were the
 identity inside the clipping range, and is 0 outside. What the model sees is `dequantize` of the codes that `quantized`
 gives, bit for bit, so the weights that were trained are the weights in the packed file.
@@ -29,7 +29,7 @@ from mpq.quantization.scales import storable_scale
 from mpq.quantization.spec import QuantSpec, Scales
 
 MARGIN = 0.1
-"""How far from the border of its code's interval a latent starts at least, in rounding steps."""
+"""The least distance of a latent, at the start, from the border of its code's interval, in rounding steps."""
 
 
 class StraightThrough(nn.Module):

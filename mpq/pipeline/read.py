@@ -178,7 +178,7 @@ def _with_tuples(table: Any, section: type[BaseModel]) -> Any:
 
 
 _WORDS = WORDS | {"string_type": "text in quotes", "dict_type": "a table", "model_type": "a section"}
-"""What was expected of a recipe, which is TOML."""
+"""Names of expected values, by the type of pydantic's error, in the words of TOML."""
 
 
 def _faults(table: dict[str, Any], error: ValidationError) -> dict[Place, str]:

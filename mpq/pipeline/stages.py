@@ -1,4 +1,4 @@
-"""The stages of a recipe: what each depends on, what it writes, and what it does, in the folder of `mpq run`.
+"""The stages of a recipe, each with its inputs, its outputs and its work in the folder of `mpq run`.
 
 To add a stage, write its class, put it into `STAGES`, and its name into `mpq.config.STAGES`. All of them work on one
 `Setting`, which knows the paths of the run folder and the models.
@@ -159,7 +159,7 @@ class Evaluate(Stage):
 
 
 class Sensitivity(Stage):
-    """How much each layer's rounding changes the model's output."""
+    """The change of the model's output that the rounding of each layer makes."""
 
     name = "sensitivity"
 

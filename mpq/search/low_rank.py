@@ -6,8 +6,9 @@ search are. Each factor gets the square roots of the singular values, so that bo
 
 Without data, the factors are those by which W itself changes least. With the Gram matrix H = L L' of the inputs, the
 *output* on those data changes least: ||(W - A B) X||^2 = ||(W - A B) L||^2, so it is W L that is decomposed, and B
-takes L back. That is far better. NVIDIA's 13 M Conformer, all 64 feed-forward matrices (704 x 176) factored and nothing trained after it,
-Gram matrices of 60 s of training audio, bounded divergence of the CTC output on 120 s of other audio, nats a frame:
+takes L back. That is far better. NVIDIA's 13 M Conformer, all 64 feed-forward matrices (704 x 176) factored and nothing
+trained after it, Gram matrices of 60 s of training audio, bounded divergence of the CTC output on 120 s of other audio,
+nats a frame:
 
     rank                          70     105    140 (as many weights as before)
     of the weights                0.320  0.254  0.254

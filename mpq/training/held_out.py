@@ -1,4 +1,4 @@
-"""How a model in training does on held-out data."""
+"""Losses and word errors of a model in training on held-out data."""
 
 from collections.abc import Sequence
 

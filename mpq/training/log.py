@@ -16,7 +16,7 @@ _log = logging.getLogger(__name__)
 
 
 class TrainingLog:
-    """What one training writes while it runs.
+    """The log of one training.
 
     Args:
         out: The checkpoint folder.

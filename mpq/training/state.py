@@ -1,4 +1,4 @@
-"""What an unfinished training keeps in its folder: `state.pt`, and the weights of the epochs that may be averaged."""
+"""The files of an unfinished training: `state.pt`, and the weights of the epochs that may be averaged."""
 
 from collections.abc import Sequence
 from pathlib import Path
