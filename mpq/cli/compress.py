@@ -108,9 +108,9 @@ def sensitivity(
     "--measure", type=PATH, metavar="CKPT", help="Measure the answer with all layers of this model quantized."
 )
 @click.option("--refine", type=PATH, metavar="CKPT", help="Measure the answer too, and look for moves to better it.")
-@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="How long to look for moves. Default: 10.")
-@click.option("--points", type=click.IntRange(0, 1000), help="How many sizes of the frontier to measure. Default: 5.")
-@click.option("--data", type=PATH, help="Where the calibration data are now, if not where SENSITIVITY says.")
+@click.option("--minutes", type=click.FloatRange(0, min_open=True), help="Minutes to look for moves. Default: 10.")
+@click.option("--points", type=click.IntRange(0, 1000), help="Number of sizes of the frontier to measure. Default: 5.")
+@click.option("--data", type=PATH, help="The calibration data, if they were moved since.")
 @click.option("--out", required=True, type=PATH, help="The mpq.allocation/1 file to write.")
 @common_options
 def allocate(

@@ -128,7 +128,7 @@ def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, 
 @click.option("--b", "b_path", type=PATH, help="The transcripts of the compressed system (trn).")
 @click.option("--alpha", default=0.05, show_default=True, help="The significance level of the tests.")
 @click.option("--resamples", default=10_000, show_default=True, help="The number of resamples of the bootstrap.")
-@click.option("--changes", default=5, show_default=True, help="How many of the changed outputs to show.")
+@click.option("--changes", default=5, show_default=True, help="The number of changed outputs to show.")
 @click.option("--out", type=PATH, help="The mpq.comparison/1 file to write, with all changed outputs.")
 @common_options
 def compare(

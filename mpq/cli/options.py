@@ -41,7 +41,7 @@ channel_options = _together(
         default="error",
         show_default=True,
         metavar="error|mix|N",
-        help="How to read files with several channels: error refuses them, mix takes their mean, a number picks one.",
+        help="The channel of files with several: error refuses such files, mix takes the mean, a number picks one.",
     ),
     click.option("--skip-bad", is_flag=True, help="Leave faulty utterances out and count them."),
 )
@@ -50,7 +50,9 @@ data_options = _together(
     channel_options,
 )
 common_options = _together(
-    click.option("--device", default="auto", show_default=True, help="Where to compute: auto, cpu or cuda[:N]."),
+    click.option(
+        "--device", default="auto", show_default=True, help="The device to compute on: auto, cpu or cuda[:N]."
+    ),
     click.option("--seed", default=0, show_default=True, help="The seed of all random choices."),
     click.option(
         "--quiet", is_flag=True, callback=_quiet, help="Show no progress and no messages, except for warnings."
@@ -71,9 +73,11 @@ decode_options = _together(
         default="greedy",
         show_default=True,
         type=click.Choice(get_args(DecodeMethod)),
-        help="How to search: greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
+        help="The search: greedy CTC, CTC prefix beam search, or joint CTC/attention beam search.",
     ),
-    click.option("--beam-size", default=10, show_default=True, help="How many hypotheses a beam search keeps."),
+    click.option(
+        "--beam-size", default=10, show_default=True, help="The number of hypotheses that a beam search keeps."
+    ),
     click.option("--ctc-weight", default=0.3, show_default=True, help="The weight of the CTC in the joint search."),
     click.option(
         "--length-bonus", default=0.0, show_default=True, help="The joint search's bonus for each token, nats."
@@ -90,9 +94,15 @@ budget_options = _together(
     *(click.option(f"--{name.replace('_', '-')}", type=float, help=text) for name, text in BUDGETS.items())
 )
 quantizer_options = _together(
-    click.option("--scheme", type=click.Choice(list(SCHEMES)), help=f"Levels. Default: {QuantSpec.scheme}."),
-    click.option("--granularity", metavar="tensor|channel|group:G", help="What shares a scale. Default: group:64."),
-    click.option("--clip", metavar="none|mse|mae|percentile:P", help="How the range is chosen. Default: mse."),
+    click.option(
+        "--scheme", type=click.Choice(list(SCHEMES)), help=f"Kind of the levels. Default: {QuantSpec.scheme}."
+    ),
+    click.option(
+        "--granularity", metavar="tensor|channel|group:G", help="Weights that share a scale. Default: group:64."
+    ),
+    click.option(
+        "--clip", metavar="none|mse|mae|percentile:P", help="Choice of the range of the levels. Default: mse."
+    ),
     click.option(
         "--rounding",
         type=click.Choice(list(ROUNDINGS)),

@@ -173,7 +173,7 @@ def run(
 )
 @click.option("--dev", required=True, type=PATH, help="Held-out data, on which the epoch that is kept is chosen.")
 @click.option("--out", required=True, type=PATH, help="The folder to write.")
-@click.option("--data", type=PATH, help="Where the allocation's calibration audio is now, if it was moved.")
+@click.option("--data", type=PATH, help="The allocation's calibration audio, if it was moved since.")
 @section_options(FinetuneConfig)
 @channel_options
 @set_option

@@ -10,7 +10,7 @@ order is greedy: the next unit is the one without which that sum, over all units
 unit counts for what it adds to those before it, and two that cancel each other are kept or left together.
 `mpq.quantization.gptq` uses the same Gram matrices.
 
-Its worth, measured: NVIDIA's 13 M Conformer, all 32 modules cut from 704 units, nothing trained after it, Gram matrices of
+Its worth: NVIDIA's 13 M Conformer, all 32 modules cut from 704 units, nothing trained after it, Gram matrices of
 60 s of training audio; bounded divergence of the CTC output on 120 s of other audio, nats a frame. "Refit": the second
 matrix solved anew for the units that are left, a stand-in for training.
 

@@ -7,9 +7,9 @@ one the tokens that the teacher recognises by greedy search. So untranscribed au
 The divergence of one row saturates, KL / (1 + KL / bound): a mean of plain KL divergences is decided by the few frames
 in which the spike of a token has moved by one, and training on it made the typical frame worse (docs/finetune.md).
 
-The outputs alone say too little where there is little audio, as most frames are blank. So the hidden states after each segment of the
-encoder are to be those of the teacher too (hints, Romero et al. 2015): their squared error, relative to the variance of
-the teacher's states in the utterance.
+The outputs alone say too little where there is little audio, as most frames are blank. So the hidden states after each
+segment of the encoder are to be those of the teacher too (hints, Romero et al. 2015): their squared error, relative to
+the variance of the teacher's states in the utterance.
 
 Legend: N utterances, T feature frames, F features, T' encoder frames, D width, C classes.
 """
