@@ -33,7 +33,7 @@ from mpq.quantization.spec import FLOAT_BITS
 from mpq.runtime import choose_device, processes
 from mpq.sensitivity.calibration import CALIBRATION_SECONDS, CalibrationData, draw
 from mpq.training.data import TrainingSet, read_set
-from mpq.training.folder import check_folder, clean_up, used_data
+from mpq.training.folder import check_folder, is_finished, used_data
 from mpq.training.loop import Job, NotFiniteError
 
 
@@ -72,11 +72,11 @@ def finetune(
     data, dev = _data(recipe, opened.model)
     inputs = _inputs(recipe, opened.sha256, targets, data, dev)
     make_folder(out)
-    models = [MODEL_FILE, FLOAT_FILE, *(target.path.name for target in targets)]
-    check_folder(out, inputs, RESULT_FILE, FINETUNE_FORMAT, models)
+    packed = [target.path.name for target in targets]
+    check_folder(out, inputs, RESULT_FILE, FINETUNE_FORMAT, [MODEL_FILE, FLOAT_FILE, *packed])
     with processes(where) as workers:
-        if done := _finished(out, targets, workers.rank):
-            return done
+        if is_finished(out, [RESULT_FILE, *packed], workers.rank):
+            return FinetuneResult.load(out / RESULT_FILE)
         grams = _statistics(opened, targets, loaded, recipe, calibration, out, quiet or workers.rank > 0)
         job = Job(
             model=copy.deepcopy(opened.model),
@@ -97,21 +97,6 @@ def finetune(
         except NotFiniteError as error:
             raise MpqError(f"{error}; {tuner.keep_best()}") from None
         return tuner.finish({"path": str(opened.path), "sha256": opened.sha256}, _transcribed(data))
-
-
-def _finished(out: Path, targets: Sequence[Target], rank: int) -> FinetuneResult | None:
-    """Returns the result of the fine-tuning that a folder holds, None where it is not finished.
-
-    Args:
-        out: The folder, as `check_folder` has checked it.
-        targets: The artifacts that have to be there.
-        rank: The number of this process; process 0 removes what a kill at the very end has left.
-    """
-    if not ((out / RESULT_FILE).exists() and all(target.path.exists() for target in targets)):
-        return None
-    if rank == 0:
-        clean_up(out)
-    return FinetuneResult.load(out / RESULT_FILE)
 
 
 def _allocations(paths: Sequence[Path]) -> dict[Path, Allocation]:

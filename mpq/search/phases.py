@@ -16,7 +16,7 @@ from mpq.search.record import Architecture
 from mpq.search.start import Start, largest_model
 from mpq.search.supernet import Supernet
 from mpq.training.data import TrainingSet
-from mpq.training.folder import clean_up, finished_training
+from mpq.training.folder import finished_training, is_finished
 from mpq.training.loop import Job
 from mpq.training.objectives import Imitation, Objective, Transcripts
 from mpq.training.record import TrainingResult
@@ -60,10 +60,8 @@ class Phases:
 
     def choose(self, out: Path, inputs: Inputs, held_out: TrainingSet, options: LoopConfig) -> Architecture:
         """Returns the result of the second phase."""
-        if (out / ARCHITECTURE_FILE).exists():
+        if is_finished(out, [ARCHITECTURE_FILE], self.job.workers.rank):
             self._say("2 of 3, the architecture: done")
-            if self.job.workers.rank == 0:
-                clean_up(out)
             return Architecture.load(out / ARCHITECTURE_FILE)
         self._say("2 of 3, the architecture")
         model = read_checkpoint(self.supernet_file).to(self._device())

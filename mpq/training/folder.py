@@ -75,18 +75,29 @@ def clean_up(out: Path) -> None:
     remove_candidates(out, but=())
 
 
+def is_finished(out: Path, names: Sequence[str], rank: int) -> bool:
+    """Returns whether the files of a finished training are all there.
+
+    Args:
+        out: The folder, as `check_folder` has checked it.
+        names: The names of the files.
+        rank: The number of this process; process 0 removes what a kill at the very end has left.
+    """
+    if not all((out / name).exists() for name in names):
+        return False
+    if rank == 0:
+        clean_up(out)
+    return True
+
+
 def finished_training(out: Path, rank: int) -> TrainingResult | None:
     """Returns the result of the training that a folder holds, None where it is not finished.
 
     Args:
-        out: The folder, as `check_folder` has checked it.
-        rank: The number of this process; process 0 removes what a kill at the very end has left.
+        out, rank: The arguments of `is_finished`.
     """
-    if not ((out / "training.json").exists() and (out / MODEL_FILE).exists()):
-        return None
-    if rank == 0:
-        clean_up(out)
-    return TrainingResult.load(out / "training.json")
+    is_whole = is_finished(out, ("training.json", MODEL_FILE), rank)
+    return TrainingResult.load(out / "training.json") if is_whole else None
 
 
 def claim_folder(out: Path, inputs: Inputs) -> None:

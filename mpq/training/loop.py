@@ -371,7 +371,6 @@ class TrainingLoop(ABC):
         if not self.is_chief:
             return
         state = {
-            "fingerprint": self.job.inputs.fingerprint,
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.step,
