@@ -12,8 +12,6 @@ from typing import Any
 
 from mpq.errors import MpqError
 
-_FORMAT = "mpq.journal/1"
-
 
 class Journal:
     """Finished results of one piece of work.
@@ -24,7 +22,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, fingerprint: str) -> None:
-        self.path, self.fingerprint = Path(path), fingerprint
+        self.path, self._header = Path(path), {"format": "mpq.journal/1", "fingerprint": fingerprint}
 
     def read(self) -> list[dict[str, Any]]:
         """Returns the finished results of an earlier run of the same work; none when there was no such run.
@@ -41,23 +39,22 @@ class Journal:
             os.truncate(self.path, size)
         else:
             self.remove()
-            self.append({"format": _FORMAT, "fingerprint": self.fingerprint})
+            self.append(self._header)
 
     def _read(self) -> tuple[list[dict[str, Any]], int]:
         """Returns the results and the size of the whole lines that hold them."""
         lines, size = [], 0
         for line in self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else ():
+            if not line.endswith(b"\n"):
+                break
             try:
                 lines.append(json.loads(line))
             except ValueError:
                 break
-            if not line.endswith(b"\n"):
-                lines.pop()
-                break
             size += len(line)
-        if len(lines) == 1 and lines[0] != {"format": _FORMAT, "fingerprint": self.fingerprint}:
+        if len(lines) == 1 and lines[0] != self._header:
             return [], 0  # nothing was finished, so nothing is lost
-        if lines and lines[0] != {"format": _FORMAT, "fingerprint": self.fingerprint}:
+        if lines and lines[0] != self._header:
             raise MpqError(
                 f"{self.path}: unfinished results of other input (model, data or options differ); "
                 "repeat the command that began them, delete the file, or choose another --out"

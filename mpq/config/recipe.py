@@ -193,8 +193,12 @@ class Recipe(Section):
     compare: CompareConfig = CompareConfig()
 
     def path(self, name: str) -> Path:
-        """Returns where a data path of this recipe leads, from the recipe's folder on."""
+        """Returns the path of data that this recipe names, from the recipe's folder on."""
         return Path(self.data.root) / name
+
+    def calibration(self) -> str:
+        """Returns the name of the audio for sensitivities and for statistics of a trained model."""
+        return self.data.calibration or self.data.train[0]
 
 
 def sections() -> dict[str, type[BaseModel]]:

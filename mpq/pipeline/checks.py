@@ -51,7 +51,7 @@ def _manifest_faults(recipe: Recipe) -> list[str]:
     data, stages, faults = recipe.data, set(recipe.stages), []
     names: list[str | None] = [*data.train, data.dev] if {"train", "search", "finetune"} & stages else []
     names += data.test.values() if {"evaluate", "compare"} & stages else []
-    names += [data.calibration or data.train[0]] if "sensitivity" in stages else []
+    names += [recipe.calibration()] if "sensitivity" in stages else []
     names += [recipe.search.held_out] if "search" in stages else []
     names += [data.calibration] if "search" in stages and (recipe.search.trained or recipe.checkpoint) else []
     for name in dict.fromkeys(name for name in names if name):

@@ -104,8 +104,7 @@ class Setting:
     @property
     def calibration(self) -> Path:
         """The audio that sensitivities are measured on."""
-        data = self.recipe.data
-        return self.recipe.path(data.calibration or (data.train or [""])[0])
+        return self.recipe.path(self.recipe.calibration())
 
     @property
     def decode(self) -> DecodeOptions:
@@ -133,8 +132,7 @@ class Setting:
         return self._identities[path]
 
     def calibration_identity(self) -> str:
-        data = self.recipe.data
-        return self.identity(data.calibration or (data.train or [""])[0])
+        return self.identity(self.recipe.calibration())
 
     def reading(self) -> dict[str, Any]:
         """Returns the options by which audio is read and faulty utterances are left out."""

@@ -29,7 +29,7 @@ from mpq.search.figure import draw_architecture
 from mpq.search.loop import ARCHITECTURE_FILE, loop_options
 from mpq.search.phases import Phases
 from mpq.search.record import ARCHITECTURE_FORMAT, SEARCH_FORMAT, SearchResult
-from mpq.search.start import Start, search_start, statistics_source
+from mpq.search.start import Start, search_start
 from mpq.speech.manifests import read_data
 from mpq.training.data import TrainingSet, read_set
 from mpq.training.folder import check_folder, used_data, weight_options
@@ -184,7 +184,7 @@ def _plan(recipe: Recipe, start: Start, data: _Data, out: Path) -> _Plan:
 
 def _statistics_identity(recipe: Recipe) -> str | None:
     """Returns the identity of the audio for a trained model's statistics; None for a search from scratch."""
-    return None if recipe.checkpoint is None else data_identity(read_data(statistics_source(recipe)))
+    return None if recipe.checkpoint is None else data_identity(read_data(recipe.path(recipe.calibration())))
 
 
 def _check_folders(plan: _Plan) -> None:

@@ -24,7 +24,7 @@ from mpq.training.building import build_model, encoder_options
 from mpq.training.data import read_transcripts
 
 STATISTICS_SECONDS = 60.0
-"""Length of the audio (`statistics_source`) on which units and ranks of a trained model are measured, seconds."""
+"""Length of the calibration audio on which units and ranks of a trained model are measured, seconds."""
 
 
 @dataclass(frozen=True)
@@ -112,17 +112,12 @@ def _most(recipe: Recipe, model: AsrModel, space: SearchSpace) -> int | None:
     return None if millions is None else budget(model, space, millions)
 
 
-def statistics_source(recipe: Recipe) -> Path:
-    """Returns the audio that importance and ranks of a trained model are measured on."""
-    return recipe.path(recipe.data.calibration or recipe.data.train[0])
-
-
 def largest_model(recipe: Recipe, start: Start) -> AsrModel:
     """Returns the model of the largest candidates: untrained, or cut out of the trained one."""
     if start.checkpoint is None:
         return start.model
     model, data = copy.deepcopy(start.model), recipe.data
-    source = statistics_source(recipe)
+    source = recipe.path(recipe.calibration())
     audio = draw(model, source, STATISTICS_SECONDS, recipe.seed, data.channel, skip_bad=data.skip_bad)
     features = one_by_one(model, audio)
     order_units(model, unit_importance(model, input_grams(model, features)))
