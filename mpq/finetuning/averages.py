@@ -43,7 +43,7 @@ def _copy(sources: Sequence[Tensor], targets: Sequence[Tensor]) -> None:
 
 
 def mean_weights(paths: Sequence[Path], is_averaged: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Returns the mean of the tensors of files, by name; what is not averaged is that of the first file.
+    """Returns the mean of the tensors of files, by name; a tensor that is not averaged is that of the first file.
 
     Args:
         paths: safetensors files of the same names.

@@ -154,7 +154,7 @@ class QuantizedWeights(nn.Module):
         return {name: self._seen(index, bits) for index, (name, bits) in enumerate(self._widths(allocation))}
 
     def quantized(self, allocation: int = 0) -> dict[str, Quantized]:
-        """Returns {name: what is stored} of all weights that the allocation quantizes.
+        """Returns {name: codes, scales and zero points} of all weights that the allocation quantizes.
 
         Raises:
             MpqError: A weight or scale went astray; the message names the weight.
@@ -177,18 +177,18 @@ class QuantizedWeights(nn.Module):
         }
 
     def anneal(self, alpha: float, is_hard: bool) -> None:
-        """Sets how hard the assignment of the General Quantizer is."""
+        """Sets the sharpness of the General Quantizer's assignment, and whether it is hard."""
         for quantizer in self.quantizers.values():
             if isinstance(quantizer, Annealed):
                 quantizer.kernel.alpha, quantizer.kernel.is_hard = alpha, is_hard
 
     def search(self) -> None:
-        """Searches anew: the clip ratios where scales are recomputed, those and mu of the General Quantizer."""
+        """Searches anew for clip ratios of recomputed scales, and for clip ratios and mu of the General Quantizer."""
         for index, quantizer in self._all():
             quantizer.search(self.latents[index])
 
     def floats(self) -> dict[str, Tensor]:
-        """Returns {name: the latent as a weight}: what the codes are rounded from."""
+        """Returns {name: latent as a weight}, from which the codes are rounded."""
         found = {}
         for index, name in enumerate(self.names):
             latent, quantizer = self.latents[index].detach(), self._quantizer(index)

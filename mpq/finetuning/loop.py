@@ -51,7 +51,7 @@ CURVE_FILE = "learning_curve.svg"
 
 @dataclass(frozen=True)
 class Target:
-    """One allocation: its name, what it says of the model, and where its artifact goes."""
+    """An allocation: its name, its assignment to the model, and the path of its artifact."""
 
     name: str
     assigned: Assignment
@@ -59,7 +59,7 @@ class Target:
 
 
 class Finetuner(TrainingLoop):
-    """The training of latent weights, scales and whatever is not quantized, against the teacher."""
+    """The training of latent weights, scales and unquantized weights against the teacher."""
 
     def __init__(
         self,
@@ -268,7 +268,7 @@ class Finetuner(TrainingLoop):
     # ---- the end
 
     def _load_average(self, epochs: Sequence[int]) -> None:
-        """Takes the mean of the weights of some epochs; what is not trained is that of the first of them."""
+        """Takes the mean of the weights of some epochs; a tensor that is not trained is that of the first epoch."""
         trained = {f"weights.{name}" for name, _ in self.weights.named_parameters()}
         paths = [self.candidate_path(epoch) for epoch in epochs]
         self._take(mean_weights(paths, lambda name: name in trained or name.startswith("rest.")))
@@ -306,7 +306,7 @@ class Finetuner(TrainingLoop):
             )
 
     def keep_best(self) -> str:
-        """Packs the best weights so far; returns what was kept."""
+        """Packs the best weights so far; returns the part of a message that says where they are."""
         if not self.epochs:
             return "nothing was trained before"
         best = self.candidates()[0]
@@ -320,7 +320,7 @@ class Finetuner(TrainingLoop):
         return f"the best weights until then (epoch {best}{wer}) are in {kept}"
 
     def _sizes(self, history: Sequence[Sequence[tuple[float, float | None]]]) -> tuple[FinetunedSize, ...]:
-        """Returns what became of each allocation, judged by the packed artifact on the held-out data.
+        """Returns the result for each allocation: its packed artifact's size, and its errors on the held-out data.
 
         Args:
             history: Divergence and WER of each allocation after each epoch, the starting weights first.

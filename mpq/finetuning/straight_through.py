@@ -66,7 +66,7 @@ class StraightThrough(nn.Module):
 
     @torch.no_grad()
     def search(self, latent: Tensor) -> None:
-        """Searches the clip ratio for the latent as it is, where scales are recomputed."""
+        """Searches the clip ratios for the present latent, if scales are recomputed."""
         if self.scales == "recomputed":
             for groups, part in _groups(self._exact(latent), self.spec):
                 self.clip_ratio[:, part] = choose_clip(groups, self.spec)
@@ -74,7 +74,7 @@ class StraightThrough(nn.Module):
 
     @torch.no_grad()
     def quantized(self, latent: Tensor) -> Quantized:
-        """Returns the codes, scales and zero points of what `forward` returns."""
+        """Returns the codes, scales and zero points of the weight that `forward` returns."""
         if self.scales == "recomputed":
             self._recompute(latent)
         scale = self.current_scale()
@@ -149,7 +149,7 @@ class _RoundThrough(torch.autograd.Function):
 
 
 def start_latent(weight: Tensor, spec: QuantSpec, start: Quantized, unit: Tensor, keep_codes: bool) -> Tensor:
-    """Returns the (C, K) latent in units: the weight, moved into the interval of its code where it has to keep it."""
+    """Returns the (C, K) latent in units: the weight, moved into the interval of its code if codes are kept."""
     rows, columns = matrix_shape(tuple(weight.shape), spec)
     levels = start.codes.reshape(rows, columns).to(torch.float32)
     latent = weight.detach().to(torch.float32).reshape(rows, columns).clone()

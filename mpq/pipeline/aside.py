@@ -16,7 +16,7 @@ class Moved:
     pairs: tuple[tuple[Path, Path], ...]
 
     def put_back(self) -> None:
-        """Moves all of it back, where there is nothing now but empty folders."""
+        """Moves all of it back; only empty folders may be in its old place."""
         for was, now in reversed(self.pairs):
             _remove_empty(was)
             os.rename(now, was)

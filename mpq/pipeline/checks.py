@@ -47,7 +47,7 @@ def _has_own_search(recipe: Recipe) -> bool:
 
 
 def _manifest_faults(recipe: Recipe) -> list[str]:
-    """Returns what is wrong with the manifests that the stages read."""
+    """Returns the faults of the manifests that the stages read."""
     data, stages, faults = recipe.data, set(recipe.stages), []
     names: list[str | None] = [*data.train, data.dev] if {"train", "search", "finetune"} & stages else []
     names += data.test.values() if {"evaluate", "compare"} & stages else []
@@ -63,7 +63,7 @@ def _manifest_faults(recipe: Recipe) -> list[str]:
 
 
 def _transcript_faults(recipe: Recipe) -> list[str]:
-    """Returns which options need transcripts that the data do not have."""
+    """Returns a fault for each option that needs transcripts which the data do not have."""
     data, search, finetune = recipe.data, recipe.search, recipe.finetune
     wanted: list[tuple[str, str, object, list[str]]] = []
     if "finetune" in recipe.stages:

@@ -143,7 +143,7 @@ class ArchitectureSearch(TrainingLoop):
             one.copy_(state[str(index)])
 
     def choose(self) -> Architecture:
-        """Trains what is left, and writes and returns the architecture.
+        """Trains the logits for the epochs that are left; writes and returns the architecture.
 
         Raises:
             MpqError: The loss is not finite, or anything else that `TrainingLoop.run` refuses.

@@ -76,7 +76,7 @@ class Architecture:
 
     @classmethod
     def of(cls, raw: dict[str, Any]) -> "Architecture":
-        """Returns what `to_json` returned."""
+        """Returns the architecture from the JSON that `to_json` returned."""
         rest = {key: value for key, value in raw.items() if key != "format"}
         modules = tuple(SearchedModule(**{key: _frozen(value) for key, value in one.items()}) for one in raw["modules"])
         return cls(**rest | {"modules": modules, "epochs": tuple(EpochResult(**one) for one in raw["epochs"])})

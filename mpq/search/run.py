@@ -188,7 +188,7 @@ def _statistics_identity(recipe: Recipe) -> str | None:
 
 
 def _check_folders(plan: _Plan) -> None:
-    """Raises MpqError where a phase's folder holds something else; makes the folders."""
+    """Makes the folders of the phases; raises MpqError if one of them holds something else."""
     for folder in (plan.out, plan.supernet, plan.architecture):
         make_folder(folder)
     shared = f"choose another --out, and --supernet {plan.supernet} to share the supernet; or delete the folder"

@@ -86,7 +86,12 @@ def search_space(
 
 
 def candidate_faults(config: SearchConfig, layers: int | None) -> list[tuple[str, str]]:
-    """Returns (key, fault) of candidates that are no candidates, whatever the model's shape; layers None: unknown."""
+    """Returns (key, fault) for each faulty list of candidates.
+
+    Args:
+        config: The options of the search.
+        layers: The number of the model's blocks; None where it is not known yet.
+    """
     faults = []
     for key in ("ffn_width", "ffn2_width", "ffn_rank", "ffn2_rank"):
         value = getattr(config, key)
@@ -128,7 +133,7 @@ def _ranks(
 
 
 def _each(config: SearchConfig, key: str, layers: int) -> list[list[int]] | None:
-    """Returns the candidates of each block, None where the user names none."""
+    """Returns the candidates of each block; None if the user names none."""
     value = getattr(config, key)
     if value is None:
         return None

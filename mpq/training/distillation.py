@@ -48,7 +48,7 @@ class DistillationLosses(NamedTuple):
 
 
 class Distillation(nn.Module):
-    """A student, with quantized weights or without, and its losses; what DistributedDataParallel wraps.
+    """A student, with quantized weights or without, and its losses, as one module for DistributedDataParallel to wrap.
 
     Args:
         student: The model; where there are `weights`, its quantizable weights are taken from them.
@@ -131,7 +131,7 @@ class Distillation(nn.Module):
 
 
 def _relative_error(given: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
-    """Returns the (N,) squared errors of (N, T', D) states in units of the variance of what is wanted."""
+    """Returns the (N,) squared errors of (N, T', D) states in units of the variance of the wanted states."""
     given, wanted, mask = given.float(), wanted.float(), valid[..., None]
     counts = valid.sum(dim=1) * wanted.shape[2]
     mean = (wanted * mask).sum(dim=(1, 2)) / counts
@@ -141,7 +141,7 @@ def _relative_error(given: Tensor, wanted: Tensor, valid: Tensor) -> Tensor:
 
 
 def _filled(targets: Targets, is_transcribed: Tensor, found: list[list[int]]) -> Targets:
-    """Returns the transcripts, and for utterances without one (those where (N,) bool is false) what was recognised."""
+    """Returns the transcripts; for utterances without one (where the (N,) bool is false), the recognised tokens."""
     pairs = zip(targets.tokens.tolist(), targets.lengths.tolist(), strict=True)
     rows = [row[:count] for row, count in pairs]
     return Targets.of(
@@ -159,7 +159,7 @@ class _Outputs(nn.Module):
     def forward(
         self, features: Tensor, frames: Tensor, contexts: Mapping[str, HeadContext]
     ) -> tuple[list[Tensor], dict[str, Tensor]]:
-        """Returns what `states` and `log_probs` return."""
+        """Returns the hidden states and the log-probabilities of all heads."""
         states = self.states(features, frames)
         return states, self.log_probs(states[-1], contexts)
 

@@ -69,7 +69,7 @@ def check_folder(
 
 
 def clean_up(out: Path) -> None:
-    """Removes what only an unfinished training needs; what somebody else put beside it stays."""
+    """Removes the files that only an unfinished training needs; files of other origin stay."""
     for name in ("state.pt", "started.json"):
         (out / name).unlink(missing_ok=True)
     remove_candidates(out, but=())

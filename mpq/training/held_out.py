@@ -61,7 +61,7 @@ def held_out_errors(
 def changed_errors(
     model: AsrModel, changed: AsrModel, data: TrainingSet, channel: str, workers: Processes
 ) -> tuple[float, float | None]:
-    """Returns how far a changed model's output is from the model's (as `output_divergence`), and its WER.
+    """Returns the divergence of a changed model's output from the model's (as `output_divergence`), and its WER.
 
     The WER is that of greedy search over the utterances with a transcript, a fraction; None without any.
 

@@ -76,7 +76,7 @@ class Job:
 
 
 class TrainingLoop(ABC):
-    """The loop. How far it has got: `epoch` (under way, from 0), `batch` (the next one), `step` (updates finished).
+    """The loop. Its position is `epoch` (the present one, from 0), `batch` (the next one), `step` (finished updates).
 
     Args:
         job: The work.
@@ -106,7 +106,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def begin(self) -> None:
-        """Called before the first update: the first process puts on record whose training it is."""
+        """Called before the first update: the first process puts the training on record."""
 
     @abstractmethod
     def prepare_update(self) -> None:
@@ -114,7 +114,7 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def passes(self) -> int:
-        """Returns how many losses are computed on each batch of the coming update; their gradients add up."""
+        """Returns the number of losses for each batch of the coming update; their gradients add up."""
 
     @abstractmethod
     def losses(self, batch: Batch, index: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,11 +148,11 @@ class TrainingLoop(ABC):
 
     @abstractmethod
     def state(self) -> dict[str, Any]:
-        """Returns what an interrupted training needs of the weights: tensors, numbers and text."""
+        """Returns the weights for a training to go on from: tensors, numbers and text."""
 
     @abstractmethod
     def load_state(self, state: dict[str, Any]) -> None:
-        """Takes back what `state` returned."""
+        """Takes back the weights that `state` returned."""
 
     # ---- the loop
 
@@ -184,7 +184,7 @@ class TrainingLoop(ABC):
         return plan_epoch(slowest, hop, self.options.batch_frames, self.job.seed, epoch, least=self.workers.count)
 
     def _train_epoch(self, stopped: Callable[[], bool]) -> None:
-        """Does what is left of an epoch: its updates, the held-out data, the weights as a candidate."""
+        """Does the rest of an epoch: its updates, the held-out data, the weights as a candidate."""
         start = time.monotonic() - self.seconds
         self._train_batches(self._plan(self.epoch), start, stopped)
         self._save()  # so that a kill while the held-out data are scored costs no update
@@ -353,7 +353,7 @@ class TrainingLoop(ABC):
         return [one.epoch for one in rank_epochs(self.epochs, self.options.select)[: self.options.average]]
 
     def candidate_path(self, epoch: int) -> Path:
-        """Returns where the weights of an epoch are, if it is among the best."""
+        """Returns the path of an epoch's weights, which are there if it is among the best."""
         return candidate_path(self.out, epoch)
 
     def _write_candidate(self) -> list[int]:

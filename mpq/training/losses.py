@@ -13,7 +13,7 @@ from mpq.models.heads import Targets
 
 
 class JointLoss(nn.Module):
-    """A model and the losses of its heads for a batch; what DistributedDataParallel wraps.
+    """A model and the losses of its heads for a batch, as one module for DistributedDataParallel to wrap.
 
     Args:
         model: The model.
@@ -35,7 +35,7 @@ class JointLoss(nn.Module):
         return self.of_encoded(*self.model.encode(features, lengths), targets)
 
     def of_encoded(self, encoded: Tensor, encoded_lengths: Tensor, targets: Targets) -> dict[str, Tensor]:
-        """Returns what `forward` does, from the (N, T', D) encoder output and its (N,) valid frames."""
+        """Returns the losses that `forward` returns, from the (N, T', D) encoder output and its (N,) valid frames."""
         losses = {}
         for head in self.model.output_heads:
             context = head.context(encoded_lengths, encoded.shape[1], targets)

@@ -47,7 +47,7 @@ class WeightTrainer(TrainingLoop):
         self.factors = constrained_factors(conformer(job.model), recipe.train.semi_orthogonal)
 
     def train(self) -> TrainingResult:
-        """Trains what is left and writes the model."""
+        """Trains the epochs that are left and writes the model."""
         self.run()
         return self._finish()
 
@@ -99,7 +99,7 @@ class WeightTrainer(TrainingLoop):
         self.model.load_state_dict(average_weights([self.candidate_path(epoch) for epoch in epochs]), strict=False)
 
     def _finish(self) -> TrainingResult:
-        """Writes the model: the average of the best epochs, or the best one where that is better on dev."""
+        """Writes the model: the average of the best epochs, or the best one if that is better on the held-out data."""
         ranked = self.candidates()
         choices = [ranked] if len(ranked) <= 1 or self.dev is None else [ranked, ranked[:1]]
         results = []
