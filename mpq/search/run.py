@@ -188,14 +188,14 @@ def _statistics_identity(recipe: Recipe) -> str | None:
 
 
 def _check_folders(plan: _Plan) -> None:
-    """Makes the folders of the phases; raises MpqError if one of them holds something else."""
-    for folder in (plan.out, plan.supernet, plan.architecture):
-        make_folder(folder)
+    """Makes the folders of the phases; before that, raises MpqError if one of them holds something else."""
     shared = f"choose another --out, and --supernet {plan.supernet} to share the supernet; or delete the folder"
     alone = "choose another --supernet (or --out), or delete the folder"
     check_folder(plan.supernet, plan.supernet_inputs, remedy=alone)
     check_folder(plan.architecture, plan.architecture_inputs, ARCHITECTURE_FILE, ARCHITECTURE_FORMAT, (), remedy=shared)
     check_folder(plan.out, plan.final_inputs, models=(MODEL_FILE, RECIPE_FILE), remedy=shared)
+    for folder in (plan.out, plan.supernet, plan.architecture):
+        make_folder(folder)
 
 
 def found_recipe(recipe: Recipe, shapes: FfnShapes) -> str:

@@ -74,6 +74,22 @@ def test_a_finished_batch_is_not_done_again(
     assert result.metrics.utterances == 6
 
 
+def test_a_command_that_is_refused_leaves_a_finished_evaluation(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path
+) -> None:
+    run(tiny_archive, tiny_manifest, tmp_path / "run")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    (tmp_path / "empty.jsonl").touch()
+    for checkpoint, data, decode in (
+        (tiny_archive, tmp_path / "empty.jsonl", DecodeOptions()),
+        (tmp_path / "gone.nemo", tiny_manifest, DecodeOptions()),
+        (tiny_archive, tiny_manifest, DecodeOptions("joint")),
+    ):
+        with pytest.raises(MpqError):
+            run(checkpoint, data, tmp_path / "run", decode=decode)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
 def test_unfinished_results_of_another_model_are_not_mixed_in(
     tmp_path: Path, tiny_archive: Path, tiny_manifest: Path
 ) -> None:
