@@ -57,7 +57,7 @@ def check_folder(
     ours = any((out / name).exists() for name in (result, "started.json"))
     for name in (*models, "log.jsonl", "state.pt", "recipe.json", "epochs"):
         if not ours and (out / name).exists():
-            raise MpqError(f"{out / name}: is in the way, and not of a training; choose another --out")
+            raise MpqError(f"{out / name}: is in the way, and no training wrote it; choose another --out")
     for name in (result, "started.json"):
         if (out / name).exists():
             raw = read_json(out / name, format if name == result else STARTED_FORMAT)

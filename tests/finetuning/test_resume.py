@@ -210,7 +210,7 @@ def test_a_finished_folder_is_left_as_it_is(
 )
 def test_files_of_somebody_else_are_left_alone(name: str, cases: dict[str, Case], tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"somebody's")
-    with pytest.raises(MpqError, match=f"{name}: is in the way, and not of a training; choose another --out"):
+    with pytest.raises(MpqError, match=f"{name}: is in the way, and no training wrote it; choose another --out"):
         cases["frozen"].run(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"somebody's"}
 

@@ -260,6 +260,7 @@ def test_the_choice_of_another_supernet_is_not_taken(speech: Path, whole: Path, 
     other = search_recipe(speech, search__supernet=str(tmp_path / "other"), train__weight_decay=0.02)
     with pytest.raises(MpqError, match="architecture: holds a finished training with other options or data"):
         run(other, whole)
+    assert not (tmp_path / "other").exists()
 
 
 def test_options_that_change_nothing_are_not_refused(speech: Path, whole: Path) -> None:

@@ -39,7 +39,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Recipe:
 @pytest.mark.parametrize("name", ["model.safetensors", "log.jsonl", "state.pt", "recipe.json", "epochs"])
 def test_files_of_somebody_else_are_left_alone(tiny: Recipe, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(b"somebody's")
-    with pytest.raises(MpqError, match=f"{name}: is in the way, and not of a training; choose another --out"):
+    with pytest.raises(MpqError, match=f"{name}: is in the way, and no training wrote it; choose another --out"):
         train(tiny, tmp_path, quiet=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {name: b"somebody's"}
 
