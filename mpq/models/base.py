@@ -32,7 +32,8 @@ class WeightRef:
     Attributes:
         name: The tensor's name in the user's checkpoint and in the model's state dict.
         kind: linear, conv1d, conv1d_depthwise, conv2d, conv2d_depthwise, embedding, or packed_projection (several
-            linear maps in one matrix, as torch.nn.MultiheadAttention keeps q, k and v).
+            linear maps in one matrix, as torch.nn.MultiheadAttention keeps q, k and v), or recurrent (the four matrices
+            of an LSTM's gates, or the three of a GRU's, in one).
         shape: Output channels first.
         numel: Number of weights.
     """
@@ -178,10 +179,10 @@ class AsrModel(nn.Module, ABC):
         context = self.context(feature_lengths, features.shape[1])
         lengths, heads = self.encoded_lengths(feature_lengths), self.output_heads
         frames = int(self.encoded_lengths(feature_lengths.new_tensor(features.shape[1])))
-        found: list[list[int]] = [[] for _ in features]
         if any(head.needs_tokens for head in heads):
-            found = self.greedy(*self.encode(features, feature_lengths))
-        tokens = Targets.of(found, least=0).to(features.device)
+            tokens = self.head().recognised(*self.encode(features, feature_lengths))
+        else:
+            tokens = Targets.of([[] for _ in features], least=0).to(features.device)
         contexts = {head: head.context(lengths, frames, tokens) for head in heads}
         valid = torch.arange(frames, device=lengths.device) < lengths[:, None]  # (N, T')
         return OutputContext(
@@ -298,6 +299,8 @@ def _kind(module: nn.Module, name: str) -> str | None:
     """Returns what kind of weight the parameter `name` of `module` is, None when it is not one."""
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return "packed_projection"
+    if isinstance(module, nn.LSTM | nn.GRU) and name.startswith("weight_"):
+        return "recurrent"
     if name != "weight":
         return None
     if isinstance(module, nn.Linear):

@@ -36,10 +36,13 @@ class Targets:
     Attributes:
         tokens: (N, U) padded with 0.
         lengths: (N,) tokens.
+        path: Bool, in the shape of the logits without their last axis: the distributions that a greedy search passed,
+            where these form a lattice (of frames and tokens, as a transducer has). None for all other tokens.
     """
 
     tokens: Tensor
     lengths: Tensor
+    path: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: list[list[int]], least: int = 1) -> "Targets":
@@ -51,7 +54,8 @@ class Targets:
         return cls(padded, lengths)
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(self.tokens.to(device), self.lengths.to(device))
+        path = None if self.path is None else self.path.to(device)
+        return Targets(self.tokens.to(device), self.lengths.to(device), path)
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,8 @@ class Head(ABC):
         Args:
             encoded_lengths: (N,) valid encoder frames.
             frames: T' of the padded encoder output.
-            targets: The tokens that the distributions depend on; a head without `needs_tokens` ignores them.
+            targets: The tokens that the distributions depend on; a head without `needs_tokens` ignores them. The rows
+                of a lattice are those of the path where `targets` has one, else all valid ones.
         """
 
     @abstractmethod
@@ -128,6 +133,13 @@ class Head(ABC):
         Args:
             encoded, encoded_lengths: (N, T', D) and (N,), as `AsrModel.encode` returned them.
             options: The search; its method is one of `searches`.
+        """
+
+    @abstractmethod
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        """Returns the tokens that greedy search finds, with its path if the distributions form a lattice.
+
+        The arguments are those of `search`.
         """
 
     def logits(self, encoded: Tensor, inputs: Any) -> Tensor:
@@ -183,6 +195,9 @@ class CtcHead(Head):
             return ctc_greedy(log_probs, encoded_lengths, self.blank_id)
         return _best(ctc_prefix_beam(log_probs, encoded_lengths, self.blank_id, options.beam_size, options.candidates))
 
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        return Targets.of(self.search(encoded, encoded_lengths), least=0).to(encoded.device)
+
 
 @final
 class AttentionHead(Head):
@@ -237,6 +252,9 @@ class AttentionHead(Head):
                 candidates=options.candidates,
             )
         )
+
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        return Targets.of(self.search(encoded, encoded_lengths), least=0).to(encoded.device)
 
 
 def ctc_loss(log_probs: Tensor, encoded_lengths: Tensor, targets: Targets, blank: int) -> Tensor:

@@ -15,7 +15,7 @@ from mpq.allocation.solve import allocate
 from mpq.finetuning.loop import RESULT_FILE
 from mpq.finetuning.run import finetune
 from mpq.identity import Inputs, file_sha256, options_of
-from mpq.loading import PACKED_FILE, model_file
+from mpq.loading import PACKED_FILE, model_file, model_sha256
 from mpq.models.checkpoint import MODEL_FILE, checkpoint_family
 from mpq.pipeline.figures import evaluation_figures, search_figures
 from mpq.pipeline.setting import Setting
@@ -109,7 +109,7 @@ class Search(Stage):
     def _supernet_inputs(self) -> Inputs:
         start, recipe = self.setting.start, self.recipe
         trained = {
-            "start": start and file_sha256(model_file(start)),
+            "start": start and model_sha256(start),
             "calibration": start and self.setting.calibration_identity(),
             "finetune": options_of(recipe.finetune, only=IMITATION_OPTIONS) if self._is_imitating() else {},
         }
@@ -148,7 +148,7 @@ class Evaluate(Stage):
         self.outputs = evaluation_files(setting, "float")
 
     def inputs(self) -> Inputs:
-        model = file_sha256(model_file(self.setting.reference))
+        model = model_sha256(self.setting.reference)
         return Inputs.of(mpq=__version__, model=model, **self.setting.test_inputs())
 
     def places(self) -> list[Path]:
@@ -170,7 +170,7 @@ class Sensitivity(Stage):
     def inputs(self) -> Inputs:
         return Inputs.of(
             mpq=__version__,
-            model=file_sha256(model_file(self.setting.checkpoint)),
+            model=model_sha256(self.setting.checkpoint),
             seed=self.recipe.seed,
             data=self.setting.reading() | {"calibration": self.setting.calibration_identity()},
             sensitivity=options_of(self.recipe.sensitivity),
@@ -228,7 +228,7 @@ class Pack(Stage):
         self.after, self.outputs = (setting.maker, "allocate"), (setting.packed,)
 
     def inputs(self) -> Inputs:
-        model = file_sha256(model_file(self.setting.checkpoint))
+        model = model_sha256(self.setting.checkpoint)
         return Inputs.of(mpq=__version__, model=model, allocation=file_sha256(self.setting.allocation))
 
     def act(self) -> dict[str, Any]:
@@ -252,7 +252,7 @@ class Finetune(Stage):
 
     def inputs(self) -> Inputs:
         return Inputs.of(
-            model=file_sha256(model_file(self.setting.checkpoint)),
+            model=model_sha256(self.setting.checkpoint),
             allocation=file_sha256(self.setting.allocation),
             seed=self.recipe.seed,
             data=self.setting.training_data(),

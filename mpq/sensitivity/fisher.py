@@ -64,9 +64,9 @@ def fisher_scores(
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
     outputs = (output, *(other for other in tree.recognition if other != output))
-    inputs = model.output_context(features, lengths).inputs
-    states = tree.run({0: features}, tree.path(*outputs), inputs)
-    log_probs = [tree.log_probs[one](states[tree.ends[one]]).flatten(0, -2) for one in outputs]  # (rows, V) each
+    context = model.output_context(features, lengths)
+    states = tree.run({0: features}, tree.path(*outputs), context.inputs)
+    log_probs = [tree.log_probs[one](states[tree.ends[one]][context.rows[one]]) for one in outputs]  # (rows, V) each
     scores = torch.zeros(len(errors), len(next(iter(errors.values()))), dtype=torch.float64)
     generator = torch.Generator().manual_seed(_utterance_seed(seed, features))
     if not all(bool(one.isfinite().all()) for one in log_probs):

@@ -21,12 +21,13 @@ def test_weights_are_all_matrices_and_kernels() -> None:
 def test_weights_of_modules_that_other_models_have() -> None:
     model = tiny_model()
     model.extra = torch.nn.ModuleDict(
-        {"attention": torch.nn.MultiheadAttention(8, 2), "table": torch.nn.Embedding(5, 8)}
+        {"attention": torch.nn.MultiheadAttention(8, 2), "table": torch.nn.Embedding(5, 8), "lstm": torch.nn.LSTM(8, 4)}
     )
     kinds = {ref.name: ref.kind for ref in model.weights()}
     assert kinds["extra.attention.in_proj_weight"] == "packed_projection"
     assert kinds["extra.attention.out_proj.weight"] == "linear"
     assert kinds["extra.table.weight"] == "embedding"
+    assert kinds["extra.lstm.weight_ih_l0"] == kinds["extra.lstm.weight_hh_l0"] == "recurrent"
 
 
 def test_a_matrix_that_cannot_be_quantized_is_not_passed_over() -> None:
