@@ -59,8 +59,7 @@ def joint_beam(
 
     Args:
         next_log_probs: Gives the (B, V) natural-log probabilities of the token after (B, U + 1) prefixes, which start
-            with eos_id (as <sos>), for the (B,) utterances of the batch that they belong to. Not called when
-            ctc_weight is 1.
+            with eos_id (as <sos>), for the (B,) utterances that they belong to. Not called when ctc_weight is 1.
         log_probs: (N, T, V) CTC natural logarithms; only their shape is used when ctc_weight is 0.
         lengths: (N,) valid frames; the others are ignored.
         eos_id: Index of <eos> and <sos> in the decoder's classes and of the blank in CTC's.
@@ -69,8 +68,8 @@ def joint_beam(
         length_bonus: Added to the score for each token.
         max_length: Tokens at which a hypothesis must end; None for the utterance's frames, since CTC cannot spell
             more tokens than frames.
-        candidates: Only so many tokens extend a hypothesis, the decoder's likeliest (CTC's when ctc_weight is 1, which
-            saves no time: all have been scored by then); None for all.
+        candidates: Only so many tokens extend a hypothesis: the decoder's likeliest, or CTC's when ctc_weight is 1;
+            None for all.
 
     Returns:
         For each utterance 1 to beam_size finished hypotheses, best first. An utterance without frames has the empty
