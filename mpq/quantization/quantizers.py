@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import CLIP_RATIOS, code_range, matrix_shape, scale_shape, split_groups
+from mpq.quantization.grids import CLIP_RATIOS, matrix_shape, scale_shape, split_groups
 from mpq.quantization.levels import levels_of
 from mpq.quantization.spec import ROUNDINGS, QuantSpec
 
@@ -23,7 +23,6 @@ __all__ = [
     "CLIP_RATIOS",
     "QuantSpec",
     "Quantized",
-    "code_range",
     "dequantize",
     "fake_quantize",
     "quantize",
@@ -35,7 +34,7 @@ __all__ = [
 Rounder = Callable[
     [Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[tuple[Tensor, Tensor, Tensor]]
 ]
-"""What rounds: `mpq.quantization.grids.nearest` has the arguments and the result."""
+"""A rounding; arguments and result are those of `mpq.quantization.grids.nearest`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,8 @@ class Quantized:
         codes: The weight's shape; int8 where the scheme has negative codes (symmetric), else uint8.
         scale: (C, G) float32 ("tensor": (1, 1)), each value exact in the spec's scale_dtype.
         zero_point: (C, G) uint8 in [0, 2^n - 1]; None for a scheme without zero points.
-        centroids: (2^n,) int8, ascending, in units of 1/128: what the codes are indices of; None for a scheme without.
+        centroids: (2^n,) int8, ascending, in units of 1/128: the levels that the codes number; None for a scheme that
+            has none.
     """
 
     codes: Tensor
@@ -105,7 +105,7 @@ def _quantize(
 
 
 def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
-    """Returns the centroids that a matrix (C, K) of weights gets; None for a scheme without."""
+    """Returns the centroids that a matrix (C, K) of weights gets; None for a scheme that has none."""
     if not spec.record.has_centroids:
         return None
     return levels_of(spec).centroids(split_groups(matrix.reshape(matrix_shape(tuple(matrix.shape), spec)), spec), spec)
@@ -117,12 +117,12 @@ def as_stored(
     """Returns what is stored of a weight of this shape.
 
     Args:
-        shape: The weight's.
+        shape: The shape of the weight.
         spec: The quantizer.
         codes: float32 codes, as many as weights, in their order.
         scale: (C, G) float32.
         zero_point: (C, G) float32; not looked at for a scheme without zero points.
-        centroids: (2^bits,) int8; None for a scheme without.
+        centroids: (2^bits,) int8; None for a scheme that has none.
     """
     return Quantized(
         codes=codes.to(torch.int8 if spec.codes[0] < 0 else torch.uint8).reshape(shape),

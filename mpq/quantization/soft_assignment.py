@@ -168,7 +168,7 @@ class SoftToHard(nn.Module):
         spec: The quantizer, of the scheme "mulaw". Scales are those of the weight as it is at each forward pass (no
             gradient flows into them): max|w| times a clip ratio, which `choose_clip` searches. At 1 bit the scale is
             mean|w|.
-        alpha: How hard the assignment is (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
+        alpha: The hardness of the assignment (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
         is_hard: Whether the weight is rounded: the value is that of `dequantize(quantized(weight))`, and the gradient
             passes unchanged (straight-through estimator).
         mu: The parameter of the mu-law. Set it by `choose_mu`.
@@ -298,11 +298,10 @@ class GeneralQuantizer:
     Args:
         model: Any module.
         bits: {parameter name: 1 to 8} of the weights to quantize; the others stay as they are.
-        granularity: What shares a scale, as in `mpq.quantization.spec.QuantSpec`.
-        start_step, end_step: Between which alpha rises, in steps.
-        alpha_start, alpha_end: From what to what; the defaults are the paper's example.
-        mu_every: mu is chosen at the beginning, and again after so many steps up to end_step; the paper does not say
-            how often.
+        granularity: The weights that share a scale, as in `mpq.quantization.spec.QuantSpec`.
+        start_step, end_step: The steps between which alpha rises.
+        alpha_start, alpha_end: The values of alpha before and after; the defaults are the paper's example.
+        mu_every: The number of steps, up to end_step, after which mu is chosen anew; the paper does not give one.
         scale_dtype: Type of the stored scales, as in `QuantSpec`.
 
     Raises:
