@@ -27,15 +27,15 @@ Move = tuple[int, int]
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to look for moves.
+    """The effort of a search for moves.
 
     Attributes:
         seconds: The time that measurements may take.
         most_promising: Raises, and cuts, that are measured one by one in a round.
         tries: Pairs in a row that may fail before a round ends.
         confidence: The level of Student's one-sided test that a move's effect has to pass. The pairs tried are those
-            whose parts measured best on the same audio, so more pass by chance than the level says; the verdict's audio
-            tells.
+            whose parts measured best on the same audio, so more pass by chance than the level says; the audio of the
+            verdict shows it.
     """
 
     seconds: float = 600.0
@@ -46,7 +46,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a choice may take.
+    """The bounds of a choice.
 
     Attributes:
         size_bytes: The bytes of all layers.
@@ -110,7 +110,7 @@ class _Search:
     Attributes:
         choices: The option of each decision now.
         first, current: (utterances,) measured divergences of the first choices and of those now.
-        moves: How many moves were kept.
+        moves: The number of moves that were kept.
     """
 
     def __init__(

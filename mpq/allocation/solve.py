@@ -59,7 +59,7 @@ def allocate(
             answer, and its size the target.
         keep: {pattern: bits}: at least so many bits.
         exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
-        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width. In addition
+        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width, in addition
             to the groups of the table.
         whole_frontier: List the whole frontier also if that takes seconds, not only if it takes a fraction of one.
 

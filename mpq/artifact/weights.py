@@ -1,7 +1,4 @@
-"""How one weight is stored in the packed file: its size, its bytes, and back.
-
-docs/artifact-format.md describes them.
-"""
+"""One weight in the packed file: its size, its bytes, and back. docs/artifact-format.md describes the bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,7 +16,7 @@ from mpq.quantization.spec import FLOAT_BITS, SCHEMES, QuantSpec
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a whole model is stored.
+    """The way in which the weights of a model are stored.
 
     Attributes:
         spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
@@ -35,7 +32,7 @@ class WeightFormat:
 
     @property
     def float_bits(self) -> int:
-        """Width of a layer that is left unquantized."""
+        """The width of a layer that is left unquantized."""
         return 16 if self.rest_dtype == "float16" else 32
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +94,7 @@ def quantize_layer(
     Args:
         name: The weight's name.
         weight: The weight, of any shape.
-        weight_format: How it is stored.
+        weight_format: The quantizer, and how weights are stored.
         widths: Bit-widths from 1 to 8.
         grams: {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`); not looked at where the rounding
             needs none.

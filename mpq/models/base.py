@@ -1,4 +1,4 @@
-"""What every step asks of a speech recogniser, whatever framework trained it.
+"""The interface of a speech recogniser, whatever framework trained it.
 
 A model is an encoder and its heads (`mpq.models.heads`), each of them a chain of *segments*: features -> ... -> encoder
 output, and encoder output -> ... -> logits. Each segment is a function of the hidden state and owns the weights whose
@@ -46,7 +46,7 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class OutputContext:
-    """What all segments of a model need besides the hidden state, and which rows of its outputs count.
+    """The inputs of all segments of a model besides the hidden state, and the rows of its outputs that count.
 
     Attributes:
         inputs: {"encoder" or the name of a head: the context of its segments}.
@@ -105,7 +105,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
-        """Returns the masks and positions that the encoder's segments need besides the hidden tensor; no weight enters.
+        """Returns the masks and positions that the encoder's segments need besides the hidden tensor.
 
         Args:
             feature_lengths: (N,) valid feature frames.

@@ -1,4 +1,4 @@
-"""Heads: what makes token distributions, losses and transcripts of the encoder output.
+"""Heads: from the encoder output to distributions of tokens, losses and transcripts.
 
 A model is an encoder and its heads. A head knows the chain of segments from the encoder output to its logits, which
 rows of the logits count, its loss for transcripts, and its searches; every other package asks the model's heads and
@@ -60,11 +60,11 @@ class Targets:
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What a head needs besides the encoder output; it depends on no weight.
+    """The inputs of a head besides the encoder output, and the rows that count; nothing that is trained changes them.
 
     Attributes:
         rows: Bool, in the shape of the logits without their last axis: the distributions that count.
-        inputs: What the head's segments take besides the hidden state.
+        inputs: The input of the head's segments besides the hidden state.
     """
 
     rows: Tensor
@@ -116,7 +116,7 @@ class Head(ABC):
         """Returns the (N,) losses of transcripts, nats summed over the tokens of each utterance.
 
         Args:
-            scores: What `scores` returned, or log-probabilities.
+            scores: The result of `scores`, or log-probabilities.
             encoded_lengths: (N,) valid encoder frames.
             targets: The transcripts.
             label_smoothing: Share of the target that is spread over all classes, where the loss has such a target.

@@ -1,4 +1,4 @@
-"""Calibration audio: which utterances a model is looked at with, drawn at random, and found again later.
+"""Calibration audio: utterances to look at a model with, drawn at random, and found again later.
 
 A file says how its audio was drawn and the fingerprint of the samples, so that a later step draws the same audio, and
 audio that no earlier step has seen.
@@ -31,11 +31,11 @@ HELD_OUT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The audio that a model is looked at with.
+    """Audio to look at a model with.
 
     Attributes:
         path: The manifest or directory.
-        max_seconds, seed: How it was drawn (`mpq.speech.data.calibration_subset`); max_seconds None is all.
+        max_seconds, seed: The options of the draw (`mpq.speech.data.calibration_subset`); max_seconds None is all.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
         utterances, durations: The utterances that were drawn, and the seconds of each.
         rest, rest_durations: The utterances that were not drawn, and the seconds of each.
@@ -59,7 +59,7 @@ class CalibrationData:
 
     @property
     def seconds(self) -> float:
-        """How much audio was drawn, to the millisecond."""
+        """The length of the audio that was drawn, to the millisecond."""
         return round(math.fsum(self.durations), 3)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class CalibrationData:
         return {
             "path": str(self.path),
             "utterances": len(self.utterances),
-            "seconds": round(sum(self.durations), 3),
+            "seconds": self.seconds,
             "max_seconds": self.max_seconds,
             "seed": self.seed,
             "channel": self.channel,
@@ -153,7 +153,7 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
     Args:
         model: The model that is to hear it.
         data: The object that `CalibrationData.to_json` wrote.
-        path: Where the data are now, if not where they were.
+        path: The place of the data now; None: where they were.
 
     Raises:
         MpqError: The object does not say how the audio was drawn, or what is drawn now is other audio.

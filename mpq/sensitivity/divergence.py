@@ -35,7 +35,7 @@ BOUND = 1.0
 class SegmentTree:
     """All segments of a model: features -> encoder output, and encoder output -> logits for each head.
 
-    State 0 are the features, and state i + 1 is what segment i makes of the state that it reads.
+    State 0 is the features, and state i + 1 is what segment i makes of the state that it reads.
 
     Args:
         model: The model whose segments these are.
@@ -99,7 +99,7 @@ class SegmentTree:
         """Returns {state: what the segments of a path make}.
 
         Args:
-            states: The states that the path reads and none of its segments makes.
+            states: The states that the path reads but does not make.
             path: Segments, in order.
             inputs: The `inputs` of an `mpq.models.base.OutputContext`.
             keep: The states to return among those that a segment of the path reads; None for all.
@@ -216,7 +216,7 @@ def output_divergence(
 
 
 def _measured_outputs(tree: SegmentTree, output: str | None) -> tuple[str, ...]:
-    """Returns what the divergence of a whole model is taken over."""
+    """Returns the outputs over which the divergence of a whole model is taken."""
     if output is None:
         return tree.recognition
     tree.check(output)

@@ -59,7 +59,7 @@ class SensitivityTable:
         fixed_bytes: Everything in the packed file that is not a quantizable layer (header, norms, biases, tokenizer).
         model: {"path", "sha256", "architecture"}.
         data: {"path", "utterances", "frames"}.
-        output: "ctc", "encoder" or "decoder": whose distribution the KL compares.
+        output: "ctc", "encoder" or "decoder": the output whose distributions the KL compares.
         method: "fisher": second order (`mpq.sensitivity.fisher`); "kl": exact, one layer at a time (Li et al. 2023, Eq.
             7).
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere

@@ -37,7 +37,7 @@ _REWRITE = "copy the file again, or write it anew (ffmpeg -i OLD NEW.flac)"
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What is in an audio file.
+    """The format and length of an audio file.
 
     Attributes:
         sample_rate: Hz.
@@ -51,7 +51,7 @@ class AudioInfo:
 
 
 def probe_audio(path: Path, decode: bool = True) -> AudioInfo:
-    """Returns what is in an audio file.
+    """Returns the format and length of an audio file.
 
     Args:
         path: The file.
@@ -79,8 +79,8 @@ def read_audio(
         path: The file.
         sample_rate: The rate of the result, Hz.
         channel: "error" (more than one channel is refused), "mix" (their mean), or a channel's number from "0".
-        offset: Where the segment starts, seconds; None is the whole file.
-        duration: How long the segment is, seconds; None is up to the end. Without an offset it is information only.
+        offset: The start of the segment, seconds; None is the whole file.
+        duration: The length of the segment, seconds; None is up to the end. It is ignored without an offset.
 
     Returns:
         (S,) float32 in [-1, 1); see `selected_samples` for S.
@@ -102,14 +102,14 @@ def read_audio(
 
 
 class AudioReader:
-    """`read_audio`, which decodes a segment once while it is asked for again: what was asked for last is kept.
+    """A reader of audio that keeps the segments that were asked for last, so that they are not decoded again.
 
-    What is kept is 16-bit integers where they give back the waveform bit for bit (16-bit files at their own rate), else
-    the waveform.
+    It keeps 16-bit integers where they give back the waveform bit for bit (16-bit files at their own rate), else the
+    waveform.
 
     Args:
-        sample_rate, channel: Rate of the waveforms in Hz, and which channel, as in `read_audio`.
-        kept_bytes: How much is kept at most.
+        sample_rate, channel: The rate of the waveforms in Hz, and their channel, as in `read_audio`.
+        kept_bytes: The most bytes that are kept.
     """
 
     def __init__(self, sample_rate: int, channel: str, kept_bytes: int = _KEPT_BYTES) -> None:

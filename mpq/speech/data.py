@@ -30,7 +30,7 @@ from mpq.speech.trn import trn_fault
 
 
 class Listener(Protocol):
-    """What the data are checked for: a recogniser.
+    """The demands of a recogniser on data.
 
     Attributes:
         sample_rate: Hz.
@@ -45,13 +45,13 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class CheckedData:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Attributes:
         utterances: Those without a fault, in the order of the manifest.
         durations: Their durations as measured, seconds.
         faults: One line for each fault, in the order of the manifest.
-        skipped: How many utterances have faults.
+        skipped: The number of utterances with faults.
     """
 
     utterances: tuple[Utterance, ...]
