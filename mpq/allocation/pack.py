@@ -35,7 +35,7 @@ from mpq.sensitivity.divergence import output_divergence
 
 @dataclass(frozen=True)
 class PackResult:
-    """What `pack` wrote.
+    """The file that `pack` wrote.
 
     Attributes:
         path: The file.
@@ -66,7 +66,7 @@ class PackResult:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the file is than the float32 parameters."""
+        """The factor by which the file is smaller than the float32 parameters."""
         return self.float_bytes / self.size_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -155,7 +155,7 @@ def _result(
     measured_kl: float | None,
     measured_on: str,
 ) -> PackResult:
-    """Returns what is to be said of the file that was written."""
+    """Returns the figures of the file that was written."""
     refs, parameters = model.weights(), model.parameter_counts()["total"]
     weights = sum(ref.numel for ref in refs)
     code_bits = sum(assigned.bits[ref.name] * ref.numel for ref in refs)
@@ -193,7 +193,7 @@ def _weight_format(
 def _measured(
     model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None, held_out_seconds: float
 ) -> tuple[float | None, str]:
-    """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
+    """Returns the divergence of the packed file's output, and the audio that it was measured on, or why it was not."""
     try:
         if allocation is not None and allocation.refinement:
             drawn = further(model, drawn, allocation.refinement["max_seconds"])

@@ -112,7 +112,7 @@ def _check_model(opened: OpenedModel, table: SensitivityTable) -> None:
     """Raises MpqError unless the table is that of the model."""
     if table.model.get("sha256", opened.sha256) != opened.sha256:
         raise MpqError(f"{opened.path}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
-    check_names(opened.model.weights(), {layer.name: 0 for layer in table.layers})
+    check_names(opened.model.weights(), dict.fromkeys((layer.name for layer in table.layers), 0))
 
 
 def _rounded(

@@ -19,8 +19,6 @@ from mpq.allocation.records import Allocation
 from mpq.errors import MpqError
 from mpq.sensitivity.records import SensitivityTable
 
-__all__ = ["allocate", "pareto_frontier"]
-
 MB = 2**20
 MOST_POINTS = 20_000
 """Points of a frontier that are written as they are; of more, those that keep the KL to THINNING."""

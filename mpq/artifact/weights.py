@@ -10,7 +10,8 @@ from torch import Tensor
 
 from mpq.artifact.codes import pack_codes, packed_size, unpack_codes
 from mpq.errors import MpqError
-from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths, scale_shape
+from mpq.quantization.grids import scale_shape
+from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths
 from mpq.quantization.spec import FLOAT_BITS, SCHEMES, QuantSpec
 
 

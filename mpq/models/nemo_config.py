@@ -193,7 +193,7 @@ class TokenizerSection(_Section):
 
 
 class NemoConfig(_Section):
-    """What mpq reads of model_config.yaml."""
+    """The part of model_config.yaml that mpq reads."""
 
     preprocessor: Preprocessor
     encoder: Encoder

@@ -15,21 +15,9 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import CLIP_RATIOS, matrix_shape, scale_shape, split_groups
+from mpq.quantization.grids import matrix_shape, split_groups
 from mpq.quantization.levels import levels_of
 from mpq.quantization.spec import ROUNDINGS, QuantSpec
-
-__all__ = [
-    "CLIP_RATIOS",
-    "QuantSpec",
-    "Quantized",
-    "dequantize",
-    "fake_quantize",
-    "quantize",
-    "quantize_widths",
-    "scale_shape",
-]
-
 
 Rounder = Callable[
     [Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[tuple[Tensor, Tensor, Tensor]]

@@ -27,7 +27,7 @@ from mpq.speech.trn import escape_markup, format_trn, write_trn
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `metrics.json` holds.
+    """The content of `metrics.json`.
 
     Attributes:
         metrics: The word errors.

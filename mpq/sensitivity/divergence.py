@@ -1,4 +1,4 @@
-"""How far the output of a changed model is from that of the model as trained: KL divergence per row, in nats.
+"""The divergence of a changed model's output from that of the model as trained: KL per row, in nats.
 
 The calibration data lie before the model as batches of hidden states that walk through its segments (`SegmentTree`), so
 that a change in segment s needs only the segments after s (`OutputBatch`); `JointDivergence` keeps the states before

@@ -1,4 +1,4 @@
-"""How much the output will suffer from rounding errors, to second order, for all layers and widths at once.
+"""The expected effect of rounding errors on the output, to second order, for all layers and widths at once.
 
 Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
 the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is

@@ -1,4 +1,4 @@
-"""How much the output suffers from n-bit quantization of each layer, by one of two methods.
+"""The effect of n-bit quantization of each layer on the output, by one of two methods.
 
 "fisher" (`mpq.sensitivity.fisher`) is the second-order score: one backward pass for each utterance serves all layers
 and widths.
@@ -71,7 +71,7 @@ def measure_sensitivity(
     *,
     method: str = "fisher",
     output: str | None = "ctc",
-    max_seconds: float | None = 300.0,
+    max_seconds: float | None = CALIBRATION_SECONDS,
     seed: int = 0,
     channel: str = "error",
     skip_bad: bool = False,
@@ -125,7 +125,7 @@ def measure_sensitivity(
 
 
 def _checked(bits: Sequence[int], method: str) -> tuple[int, ...]:
-    """Returns the widths in order."""
+    """Returns the widths in order; raises MpqError for a bad width or method."""
     widths = tuple(sorted(set(bits)))
     for width in widths:
         QuantSpec(width)  # refuses what is not a width

@@ -1,4 +1,4 @@
-"""`mpq.sensitivity/1`: what each layer costs and does to the output at each bit-width.
+"""`mpq.sensitivity/1`: the bytes of each layer, and its effect on the output, at each bit-width.
 
 Plain Python (no torch), so that the allocator and the tables work from the file alone. Reading validates: a fault names
 the file, the key and what was expected there.
@@ -23,7 +23,7 @@ SENSITIVITY_FORMAT = "mpq.sensitivity/1"
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One weight tensor: what it costs and what it does to the output at each bit-width.
+    """One weight tensor: its bytes, and its effect on the output, at each bit-width.
 
     Attributes:
         name: The tensor's name in the user's checkpoint.

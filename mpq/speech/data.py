@@ -79,7 +79,7 @@ def check_data(
         utterances: The utterances, as `read_data` returns them.
         sample_rate: The model's, Hz.
         min_samples: The fewest samples at that rate that the model accepts.
-        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
+        channel: The channel that is heard, as in `mpq.speech.audio.read_audio`.
         missing: The model's `Tokenizer.missing`; None is not to look at the words.
         need_text: Whether an utterance without a transcript is faulty.
         decode: Whether files are decoded to the end; false for data that would take hours.
@@ -223,7 +223,7 @@ def prepare_data(
     Args:
         path: The manifest or directory.
         model: Says the sample rate, the shortest waveform and the vocabulary.
-        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
+        channel: The channel that is heard, as in `mpq.speech.audio.read_audio`.
         skip_bad: Leave faulty utterances out (they are counted in the result).
         need_text: Whether each utterance needs a transcript (that the vocabulary can spell, unless it is a closed one).
 

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mpq.errors import MpqError
-from mpq.quantization.quantizers import CLIP_RATIOS, dequantize, fake_quantize, quantize, scale_shape
+from mpq.quantization.grids import CLIP_RATIOS, scale_shape
+from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
 from mpq.quantization.spec import QuantSpec
 
 SCHEMES = ("symmetric", "asymmetric")  # mulaw has tests of its own, in test_mu_law.py
