@@ -250,6 +250,7 @@ class AttentionHead(Head):
                 ctc_weight=0.0 if is_greedy else options.ctc_weight,
                 length_bonus=0.0 if is_greedy else options.length_bonus,
                 candidates=options.candidates,
+                blank_id=self.ctc.blank_id,
             )
         )
 
