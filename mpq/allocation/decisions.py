@@ -168,7 +168,7 @@ def _groups(layers: Sequence[LayerSensitivity], tie: Sequence[str]) -> list[int]
 def _with_groups(pattern: str, names: Sequence[str]) -> re.Pattern[str]:
     """Returns a regular expression that matches those of the names that fnmatch does, with a group for each *.
 
-    What is not a * stands for one character; which ones of those in the names, fnmatch itself says.
+    Every other part of a pattern stands for one character; fnmatch itself says which characters of the names fit it.
     """
     alphabet = sorted(set("".join(names)))
     expression = ""

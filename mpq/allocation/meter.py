@@ -1,8 +1,8 @@
 """The true effect of an allocation: the divergence of the model with all layers quantized together.
 
-Sums of one-layer divergences leave out what layers do to each other. So the model is quantized as an allocation says
-and its divergence measured: that of all outputs that recognition uses (those of all heads), whatever the output of the
-sensitivities.
+Sums of one-layer divergences leave out the effects of layers on each other. So the model is quantized as an allocation
+says and its divergence measured: that of all outputs that recognition uses (those of all heads), whatever the output of
+the sensitivities.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Meter:
     Args:
         joint: Measures the model.
         weights: The weights at all widths, from `rounded_weights`.
-        journal: Keeps what was measured, and how long it took; None keeps nothing.
+        journal: Keeps the measurements and the time that they took; None keeps nothing.
         clock: Returns the time in seconds.
 
     Attributes:

@@ -1,7 +1,7 @@
 """Moves that make an allocation better: one decision gets one width more, another one less, within the same budget.
 
 In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs are tried in
-the order of what their two measurements add up to, and a pair is kept only if the measured divergence of the whole
+the order of the sum of their two measurements, and a pair is kept only if the measured divergence of the whole
 model falls by more than chance (Student's test over the utterances): on little audio most falls are chance.
 """
 
@@ -142,7 +142,7 @@ class _Search:
         return chosen_bits(self.table, self.decisions, self.moved(*moves))
 
     def effect(self, *moves: Move) -> Tensor | None:
-        """Returns what some moves add to the divergence of each utterance; None when the time is over."""
+        """Returns the change of each utterance's divergence by some moves; None when the time is over."""
         widths = self.bits(*moves)
         if self.meter.seconds >= self.effort.seconds and not self.meter.is_known(widths):
             return None

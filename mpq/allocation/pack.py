@@ -1,7 +1,7 @@
 """From a float checkpoint and bit-widths to the packed file, checked against its budget.
 
-What the file's output loses is measured, with all layers quantized together, on audio that the sensitivities have not
-seen: sums of one-layer divergences say little about it (docs/rounding.md).
+The divergence of the file's output is measured, with all layers quantized together, on audio that the sensitivities
+have not seen: sums of one-layer divergences say little about it (docs/rounding.md).
 """
 
 from collections.abc import Mapping
@@ -178,7 +178,7 @@ def _result(
 def _weight_format(
     allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None
 ) -> WeightFormat:
-    """Returns the quantizer: the allocation's, or what the options say."""
+    """Returns the quantizer: that of the allocation, or without one that of the options."""
     if allocation is None:
         return WeightFormat.from_options(options, has_data=bool(data and bits))
     for key, value in options.items():

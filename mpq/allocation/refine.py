@@ -198,7 +198,7 @@ class _Audio:
 def _refined(
     problem: _Problem, start: Allocation, meter: Meter, deciding: CalibrationData, effort: Effort, quiet: bool
 ) -> Allocation:
-    """Returns the allocation after moves that the meter decides on; its refinement says what they did, and on what."""
+    """Returns the allocation after moves that the meter decides on; its `refinement` tells of both."""
     average_bits = problem.budget.decimal if problem.budget.name == "average_bits" else None
     refined, refinement = refine(meter, problem.table, problem.decisions, start, average_bits, effort, quiet)
     audio = {"max_seconds": deciding.max_seconds, "seconds": deciding.seconds}
@@ -208,7 +208,7 @@ def _refined(
 def _judged(
     problem: _Problem, answers: Sequence[Allocation], meter: Meter, fresh: CalibrationData, points: int
 ) -> Allocation:
-    """Returns the final answer, with what was measured of it, of the answers before and of some sizes.
+    """Returns the final answer with the measurements of it, of the answers before it and of some sizes.
 
     Args:
         problem: The problem.
@@ -234,7 +234,7 @@ def _judged(
 
 
 def _smallest_within(limit: float, problem: _Problem, meter: Meter) -> tuple[Allocation, list[Point]]:
-    """Returns the smallest allocation found whose measured divergence is at most `limit`, and what was measured.
+    """Returns the smallest allocation found whose measured divergence is at most `limit`, and all measurements.
 
     Sizes are halved until they agree to a thousandth; the measured divergence need not fall at every step of the
     frontier, so a smaller size that keeps the limit may exist.

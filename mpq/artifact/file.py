@@ -39,8 +39,8 @@ from mpq.quantization.spec import FLOAT_BITS
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
 HEADER_SLACK = 128
-"""Bytes to spare in the header, so that what another version of the compressor makes, which may differ by a few bytes,
-still fits into the size that this one gave."""
+"""Bytes to spare in the header: the output of another version of the compressor may differ by a few bytes, and has to
+fit into the size that this one gave."""
 
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 

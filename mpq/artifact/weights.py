@@ -50,7 +50,7 @@ class WeightFormat:
 
     @classmethod
     def from_json(cls, quantizer: Mapping[str, Any]) -> "WeightFormat":
-        """Returns what a "quantizer" object says; keys that it lacks have their default.
+        """Returns the format of a "quantizer" object; keys that it lacks have their default.
 
         Raises:
             MpqError: An unknown key or value.
@@ -63,7 +63,7 @@ class WeightFormat:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "WeightFormat":
-        """Returns what options say; without a "rounding" it is the scheme's default with data, or without.
+        """Returns the format of some options; a "rounding" that they lack is the scheme's default with data or without.
 
         Raises:
             MpqError: An unknown option or value.
@@ -75,7 +75,7 @@ class WeightFormat:
 
 
 def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) -> int:
-    """Returns what a layer takes in the file: codes, zero points or centroids, scales; its floats at 16 or 32 bits."""
+    """Returns the bytes of a layer in the file: codes, zero points or centroids, scales; or floats at 16 or 32 bits."""
     numel = int(np.prod(shape))
     if bits in FLOAT_BITS:
         return numel * bits // 8
@@ -90,7 +90,7 @@ def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) 
 def quantize_layer(
     name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """Returns what the file gives back of a weight stored at each of several widths.
+    """Returns the weight that the file gives back when it is stored at each of several widths.
 
     Args:
         name: The weight's name.

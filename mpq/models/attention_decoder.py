@@ -82,7 +82,7 @@ class Attention(nn.Module):
         return self._split(self.linear_k(memory)), self._split(self.linear_v(memory))
 
     def attend(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Returns what `forward` does, from the keys and values of the memory."""
+        """Returns the result of `forward`, from the keys and values of the memory."""
         dropout = self.dropout if self.training else 0.0
         q = self._split(self.linear_q(x))
         mixed = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropout)

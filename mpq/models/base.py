@@ -2,8 +2,8 @@
 
 A model is an encoder and its heads (`mpq.models.heads`), each of them a chain of *segments*: features -> ... -> encoder
 output, and encoder output -> ... -> logits. Each segment is a function of the hidden state and owns the weights whose
-names start with its prefixes. So a change of one weight leaves everything before its segment as it was, which is what
-makes the exact sensitivity cheap, and `encode` is nothing but the chain.
+names start with its prefixes. So a change of one weight leaves everything before its segment as it was, which makes
+the exact sensitivity cheap, and `encode` is nothing but the chain.
 
 Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank,
 U tokens of a transcript.
@@ -296,7 +296,7 @@ def is_counter(name: str) -> bool:
 
 
 def _kind(module: nn.Module, name: str) -> str | None:
-    """Returns what kind of weight the parameter `name` of `module` is, None when it is not one."""
+    """Returns the kind of weight that the parameter `name` of `module` is; None when it is not one."""
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return "packed_projection"
     if isinstance(module, nn.LSTM | nn.GRU) and name.startswith("weight_"):

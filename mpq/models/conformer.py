@@ -26,7 +26,7 @@ Length = TypeVar("Length", int, Tensor)
 
 @dataclass(frozen=True)
 class ConformerOptions:
-    """The shape of the encoder, and what frameworks do differently.
+    """The shape of the encoder, and the differences between frameworks.
 
     Attributes:
         features: F.
@@ -42,7 +42,7 @@ class ConformerOptions:
         subsampling: "striding" (full 3x3 convolutions) or "dw_striding" (the later ones depthwise + pointwise).
         subsampling_factor: 2, 4, 8, ...: one stride-2 convolution for each factor of two.
         subsampling_channels: C.
-        subsampling_padding: Frames and bands of zeros around what a strided convolution reads: 1, or 0 (ESPnet).
+        subsampling_padding: Frames and bands of zeros around the input of a strided convolution: 1, or 0 (ESPnet).
         use_bias: Biases in feed-forward, attention and convolution modules.
         scale_input: Multiply the subsampled features by sqrt(D).
         conv_norm: "batch_norm" or "layer_norm" after the depthwise convolution.

@@ -64,7 +64,7 @@ def family_class(name: str) -> type[AsrModel]:
 def foreign_files(path: Path) -> tuple[Path, ...]:
     """Returns the files of another framework's model at a path, a file or a folder; none where there is no such model.
 
-    What a family finds first counts.
+    The first family that finds some is asked.
     """
     return next((found for files in _readers() if (found := files.find(path))), ())
 

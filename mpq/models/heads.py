@@ -94,7 +94,7 @@ class Head(ABC):
 
     @abstractmethod
     def context(self, encoded_lengths: Tensor, frames: int, targets: Targets) -> HeadContext:
-        """Returns what the head needs besides the encoder output.
+        """Returns the inputs of the head besides the encoder output, and the rows that count.
 
         Args:
             encoded_lengths: (N,) valid encoder frames.
@@ -109,7 +109,7 @@ class Head(ABC):
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
-        """Returns what `loss` takes, float32, of the logits: log-probabilities unless the loss itself normalises."""
+        """Returns the input of `loss`, float32: log-probabilities, or the logits where the loss itself normalises."""
 
     @abstractmethod
     def loss(self, scores: Tensor, encoded_lengths: Tensor, targets: Targets, label_smoothing: float) -> Tensor:
@@ -143,7 +143,7 @@ class Head(ABC):
         """
 
     def logits(self, encoded: Tensor, inputs: Any) -> Tensor:
-        """Returns what the segments make of the (N, T', D) encoder output.
+        """Returns the logits of the (N, T', D) encoder output.
 
         Args:
             encoded: The encoder output.

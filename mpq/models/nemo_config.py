@@ -74,7 +74,7 @@ Absent = Annotated[Any, PlainValidator(_one_of())]
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
     nulls: ClassVar[dict[str, Any]] = {}
-    """{key: what null means}, where it does not mean NeMo's default."""
+    """{key: the meaning of null}, where it is not NeMo's default."""
 
     @model_validator(mode="before")
     @classmethod

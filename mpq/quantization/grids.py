@@ -1,6 +1,6 @@
 """The levels of a group of weights: a range, searched for the smallest error, and from it scale and zero point.
 
-Sub-channel scales and the search for the range are those of Rybakov et al. 2023. What differs from scheme to scheme is
+Sub-channel scales and the search for the range are those of Rybakov et al. 2023. The differences between schemes are
 in `mpq.quantization.uniform` (symmetric, asymmetric) and `mpq.quantization.mu_law`.
 
 Legend: a weight of shape (C, ...) is a matrix of C rows and K columns, each row cut into G groups of `size` columns

@@ -67,14 +67,14 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
 def quantize_widths(
     weight: Tensor, spec: QuantSpec, widths: Sequence[int], gram: Tensor | None = None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns with each of several bit-widths in the spec; gptq does that in far less time."""
+    """Returns the results of `quantize` at each of several bit-widths; gptq takes far less time for all at once."""
     return _quantize(weight, [replace(spec, bits=bits) for bits in widths], gram, None)
 
 
 def _quantize(
     weight: Tensor, specs: Sequence[QuantSpec], gram: Tensor | None, centroids: Tensor | None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns, for each of several specs that differ in their bits alone."""
+    """Returns the results of `quantize` for several specs that differ in their bits alone."""
     if weight.numel() == 0:
         raise MpqError(f"weight of shape {tuple(weight.shape)}: expected at least one element to quantize")
     if not weight.isfinite().all():
@@ -102,7 +102,7 @@ def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
 def as_stored(
     shape: tuple[int, ...], spec: QuantSpec, codes: Tensor, scale: Tensor, zero_point: Tensor, centroids: Tensor | None
 ) -> Quantized:
-    """Returns what is stored of a weight of this shape.
+    """Returns a weight of this shape as stored.
 
     Args:
         shape: The shape of the weight.

@@ -9,7 +9,7 @@ As printed (Eq. 1-3) this takes a matrix of weights x centroids. It does not nee
 centroids all distances grow or shrink alike, so the sums over the centroids to the left and to the right are known but
 for one factor each, and the mean is p + q * sigmoid(2 alpha (w - middle) + l), with p, q, l that depend on the
 interval alone. Centroids are multiples of 1/128, so the interval is found by rounding w down, without a search.
-`tests/bench_general_quantizer.py` measures what that saves.
+`tests/bench_general_quantizer.py` measures the saving.
 
 Legend: a weight of shape (C, ...) in rows and groups as in `mpq.quantization.grids`; m centroids as in
     `mpq.quantization.mu_law`.
@@ -154,7 +154,7 @@ def _running_sums(points: list[float], alpha: float) -> list[tuple[float, float]
 
 
 class SoftToHard(nn.Module):
-    """A weight on the way to its centroids: what the forward pass sees of a kernel.
+    """A weight on the way to its centroids, as the forward pass sees it.
 
     It works as a torch parametrization, or is called by itself:
 
@@ -222,7 +222,7 @@ class SoftToHard(nn.Module):
         self.clip_ratio = torch.cat(found, dim=1)
 
     def quantized(self, weight: Tensor) -> Quantized:
-        """Returns what is stored of a weight: rounded to the current centroids.
+        """Returns a weight as stored: rounded to the current centroids.
 
         Raises:
             MpqError: The weight is not finite, or a scale does not fit into the spec's scale_dtype.
@@ -374,7 +374,7 @@ class GeneralQuantizer:
             remove_parametrizations(*self._place(name), leave_parametrized=True)
 
     def quantized(self) -> dict[str, Quantized]:
-        """Returns what is stored of each weight, as it is now; after the end, as it was then."""
+        """Returns each weight as stored, as it is now; after the end, as it was then."""
         if self._stored is not None:
             return self._stored
         return {name: kernel.quantized(self._latent(name)) for name, kernel in self.kernels.items()}

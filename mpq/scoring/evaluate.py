@@ -125,7 +125,7 @@ def evaluate(
 def _transcribe(
     model: AsrModel, planned: list[list[Utterance]], journal: Journal, decode: DecodeOptions, channel: str, quiet: bool
 ) -> tuple[dict[str, str], float]:
-    """Returns {utt_id: text} and the seconds of computing, both with what an earlier run left in the journal."""
+    """Returns {utt_id: text} and the seconds of computing, those of an earlier run in the journal included."""
     where = next(model.parameters()).device
     entries = journal.read()
     journal.begin()

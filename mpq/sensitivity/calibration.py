@@ -111,7 +111,7 @@ def draw(
     channel: str = "error",
     skip_bad: bool = False,
 ) -> CalibrationData:
-    """Returns a random part of the data, at most `max_seconds` of audio (None: all), and what is left.
+    """Returns a random part of the data, at most `max_seconds` of audio (None: all), and the utterances that are left.
 
     Raises:
         MpqError: Bad data, all of its faults at once.
@@ -120,7 +120,7 @@ def draw(
 
 
 def further(model: AsrModel, data: CalibrationData, max_seconds: float | None) -> CalibrationData:
-    """Returns a random part of what `data` left of its file; nothing where nothing is left.
+    """Returns a random part of the audio that `data` left of its file; an empty part where nothing is left.
 
     Args:
         model: The model that is to hear it.
@@ -156,7 +156,7 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
         path: The place of the data now; None: where they were.
 
     Raises:
-        MpqError: The object does not say how the audio was drawn, or what is drawn now is other audio.
+        MpqError: The object does not say how the audio was drawn, or other audio is drawn now.
     """
     missing = [key for key in ("path", "max_seconds", "seed", "channel", "skip_bad", "sha256") if key not in data]
     if missing:
@@ -182,7 +182,7 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
 def one_by_one(model: AsrModel, data: CalibrationData) -> list[tuple[Tensor, Tensor]]:
     """Returns ((1, T, F) features, (1,) frames) of each utterance, on the model's device."""
     where = next(model.parameters()).device
-    with torch.no_grad():  # not inference mode: what a backward pass is to go through
+    with torch.no_grad():  # not inference mode: a backward pass will start from these
         found = [model.features(samples.to(where), lengths.to(where)) for samples, lengths in data.waveforms]
     return [(features[:, : int(lengths)], lengths) for features, lengths in found]  # some features end with padding
 

@@ -9,9 +9,9 @@ is multiplied with the rounding errors at every width. It serves all layers and 
 since a rare label with a large gradient makes the scores differ much from draw to draw.
 
 Utterances differ by orders of magnitude in how far the expansion overshoots, so that one of them can hold most of the
-sum over all. Such an utterance is lost at a low width whatever is done. So what counts is each layer's *share* of an
+sum over all. Such an utterance is lost at a low width whatever is done. So the score is each layer's *share* of an
 utterance's total, averaged over utterances, times the geometric mean of the totals: the divergence of a typical
-utterance. docs/rounding.md says what this is worth and what else was tried.
+utterance. docs/rounding.md has the benefit, and what else was tried.
 
 The third order, and the effects of layers on each other, are left out.
 

@@ -80,7 +80,7 @@ def measure_sensitivity(
 ) -> SensitivityTable:
     """Measures every layer at every width and writes the `mpq.sensitivity/1` file `out`.
 
-    What `out` or its journal already has from the same model, data, method and quantizer is not measured again.
+    Points that `out` or its journal already has for the same model, data, method and quantizer are kept.
 
     Args:
         checkpoint: The float model.
@@ -128,7 +128,7 @@ def _checked(bits: Sequence[int], method: str) -> tuple[int, ...]:
     """Returns the widths in order; raises MpqError for a bad width or method."""
     widths = tuple(sorted(set(bits)))
     for width in widths:
-        QuantSpec(width)  # refuses what is not a width
+        QuantSpec(width)  # refuses other numbers
     if method not in METHODS:
         raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
     return widths
@@ -184,7 +184,7 @@ class _Task:
         return digest([__version__, self.opened.sha256, audio, self.output, self.method, seed, how])
 
     def statistics(self, workers: Processes) -> dict[str, Tensor]:
-        """Returns what the rounding needs; one process collects it, the others find it in the cache."""
+        """Returns the statistics for the rounding; one process collects them, the others find them in the cache."""
         if workers.rank > 0:
             workers.barrier()
         quiet = self.quiet or workers.rank > 0

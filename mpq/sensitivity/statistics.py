@@ -8,8 +8,8 @@ torch.nn.LSTM cannot be watched; no model that mpq reads has them.
 
 The matrices take 4 bytes x (columns squared) a layer (a depthwise kernel: for each channel): 152 MB for NVIDIA's 13 M
 Conformer, all of them in memory at once. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
-fingerprints of model and audio, so that packing finds what measuring collected. Where they exceed CACHE_BYTES, those
-that were not used for longest are removed.
+fingerprints of model and audio, so that packing finds those that measuring collected. Where they exceed CACHE_BYTES,
+those that were not used for longest are removed.
 
 Legend: T feature frames, F features, B Gram matrices, M positions, K columns (inputs of one output).
 """
@@ -134,7 +134,7 @@ def input_statistics(
     quiet: bool = True,
     cache_bytes: float = CACHE_BYTES,
 ) -> dict[str, Tensor]:
-    """Returns what a rounding has to know of the layers' inputs: `input_grams` for "gptq", nothing for "nearest".
+    """Returns the statistics that the rounding needs: `input_grams` for "gptq", none for "nearest".
 
     The statistics are taken from the cache folder, or collected and put there. Where the cache cannot be written, a
     warning is logged.
@@ -165,7 +165,7 @@ def input_statistics(
 
 
 def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> dict[str, Tensor] | None:
-    """Returns what `input_statistics` left in the cache folder for a model and audio, None if it is not there."""
+    """Returns the statistics of a model and audio that the cache folder has; None if it has none."""
     path = _cache_path(model, model_sha256, data_sha256)
     try:
         grams = load_file(path)

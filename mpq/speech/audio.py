@@ -3,7 +3,7 @@
 soundfile (libsndfile) decodes WAV, FLAC, OGG Vorbis, OPUS, MP3 and SPH; torchaudio resamples. libsndfile is silent
 about most damage: of a WAV, SPH, OGG or OPUS file that was cut it returns what is left, and of an MP3 with a variable
 bitrate and no Xing header it returns as much as the first frame's bitrate suggests (46 % of one of the test files).
-So what a file claims of itself is compared with what can be read, here, for every read. What is not found: a cut of
+So the length that a file claims is compared with what can be read, for every read. Some damage is not found: a cut of
 less than `TOLERANCE_SECONDS`, a cut MP3 without a Xing header, damage inside an OGG or OPUS file (the decoder
 resynchronizes). The duration in the manifest guards against these.
 
@@ -24,7 +24,7 @@ import torch
 
 from mpq.errors import MpqError
 
-TOLERANCE_SECONDS = 0.1  # by how much a file may fall short of what its header or the manifest says
+TOLERANCE_SECONDS = 0.1  # a file may fall short of its header or the manifest by so much
 MAX_PEAK = 8.0  # float samples above this are integers that nobody scaled; a decoder's overshoot stays below 2
 _BLOCK_FRAMES = 1 << 16  # bounds the memory of a check, whatever the file's length
 _MAX_KERNEL = 50_000_000  # numbers in a resampling kernel, 400 MB while torchaudio builds it

@@ -196,7 +196,7 @@ class _Beam:
         return row.gather(1, slots), picks % extensions.shape[1], scores.flatten(1).gather(1, picks)
 
     def _is_open(self, bounds: Tensor) -> Tensor:
-        """Returns (N,) bool: whether a live hypothesis may still reach the best; `bounds` are what they may reach."""
+        """Returns (N,) bool: whether a live hypothesis, which reaches `bounds` at most, may still be among the best."""
         is_open = [
             len(done) < self.beam_size or best(done, self.beam_size)[-1].score < bound + 10**-TIE_DECIMALS
             for done, bound in zip(self.finished, bounds.tolist(), strict=True)

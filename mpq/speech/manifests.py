@@ -1,6 +1,6 @@
 """Manifests: lists of utterances and their transcripts.
 
-What is read: JSON lines in NeMo's shape, and Kaldi or ESPnet data directories of plain paths. Relative audio paths are
+They are JSON lines in NeMo's shape, or Kaldi or ESPnet data directories of plain paths. Relative audio paths are
 relative to the folder of the file that names them, `wav.scp` included (unlike Kaldi, where they are relative to
 wherever the command is started). All lines are looked at, and all faults are reported together, each as
 "FILE:LINE: what is wrong and what to do".
