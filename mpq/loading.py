@@ -7,10 +7,11 @@ import torch
 
 from mpq.artifact.file import is_artifact, read_artifact
 from mpq.errors import MpqError
+from mpq.files import digest
 from mpq.identity import file_sha256
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint, read_checkpoint
-from mpq.models.families import read_foreign
+from mpq.models.families import foreign_files, read_foreign
 
 PACKED_FILE = "packed.safetensors"
 """The artifact in a folder of `mpq finetune` or `mpq run`."""
@@ -20,12 +21,12 @@ RUN_FILE = "run.json"
 
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model and the file that it was read from.
+    """A model and where it was read from.
 
     Attributes:
-        path: The file.
+        path: The file, or the folder of another framework.
         model: The model, in eval mode.
-        sha256: The SHA-256 of the file.
+        sha256: The fingerprint of its files (`model_sha256`).
     """
 
     path: Path
@@ -38,7 +39,7 @@ class OpenedModel:
 
 
 def model_file(path: Path | str) -> Path:
-    """Returns the file of a checkpoint: the path itself, or the model in a checkpoint folder or fine-tuned folder.
+    """Returns where a model is: the path itself if it is a file or another framework's folder, else the model in it.
 
     Raises:
         MpqError: No such file, or a folder without a model.
@@ -46,7 +47,7 @@ def model_file(path: Path | str) -> Path:
     path = Path(path)
     if not path.exists():
         raise MpqError(f"{path}: no such file")
-    if not path.is_dir():
+    if not path.is_dir() or foreign_files(path):
         return path
     if (path / MODEL_FILE).exists():
         return path / MODEL_FILE
@@ -62,22 +63,45 @@ def model_file(path: Path | str) -> Path:
     )
 
 
+def model_files(path: Path | str) -> tuple[Path, ...]:
+    """Returns the files of a model: one, or those of another framework's folder.
+
+    Raises:
+        MpqError: As `model_file`.
+    """
+    path = model_file(path)
+    return foreign_files(path) or (path,)
+
+
+def model_sha256(path: Path | str) -> str:
+    """Returns the fingerprint of a model: the SHA-256 of its file; a digest of all of them if there are several.
+
+    Raises:
+        MpqError: As `model_file`, or a file that cannot be read.
+    """
+    digests = [file_sha256(file) for file in model_files(path)]
+    return digests[0] if len(digests) == 1 else digest(digests)
+
+
 def load_model(path: Path | str, device: str | torch.device = "cpu") -> AsrModel:
     """Returns the model in a checkpoint or artifact, in eval mode.
 
     Args:
-        path: A file of a family that mpq reads (`mpq.models.families`) such as a NeMo archive (`.nemo`), a checkpoint
-            of `mpq train` (its folder or file), a file that `mpq pack` wrote, or a folder of `mpq finetune`, whose
-            artifact is read.
+        path: A file or folder of a framework that mpq reads (`mpq.models.families`), such as a NeMo archive (`.nemo`);
+            a checkpoint of `mpq train` (its folder or file); a file that `mpq pack` wrote; or a folder of `mpq
+            finetune`, whose artifact is read.
         device: The device to put it on.
 
     Raises:
         MpqError: No such file, not a format that mpq reads, or not a whole file of it.
     """
     path = model_file(path)
-    if is_checkpoint(path):
-        return read_checkpoint(path).to(device)
-    return (read_artifact(path) if is_artifact(path) else read_foreign(path)).to(device)
+    if not foreign_files(path):
+        if is_checkpoint(path):
+            return read_checkpoint(path).to(device)
+        if is_artifact(path):
+            return read_artifact(path).to(device)
+    return read_foreign(path).to(device)
 
 
 def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedModel:
@@ -90,7 +114,7 @@ def open_model(path: Path | str, device: str | torch.device = "cpu") -> OpenedMo
         MpqError: A file that `load_model` refuses.
     """
     path = model_file(path)
-    return OpenedModel(path, load_model(path, device), file_sha256(path))
+    return OpenedModel(path, load_model(path, device), model_sha256(path))
 
 
 def open_float_model(path: Path | str, device: str | torch.device, purpose: str) -> OpenedModel:

@@ -1,7 +1,7 @@
 """An allocation applied to a checkpoint: the widths of its weights, how they are stored, and the size of the file.
 
-What packing and fine-tuning have in common: is the allocation for this model, does the file keep its budget, and where
-do the statistics come from that rounding needs.
+Packing and fine-tuning share it: it checks that the allocation is for this model and that the file keeps its budget,
+and finds the statistics that the rounding needs.
 """
 
 from collections.abc import Mapping
@@ -21,6 +21,8 @@ from mpq.runtime import memory_for
 from mpq.sensitivity.calibration import CalibrationData, redraw
 from mpq.sensitivity.statistics import cached_statistics, input_statistics
 
+NO_AUDIO = "no calibration data are known; --data names some"
+
 
 @dataclass(frozen=True)
 class Assignment:
@@ -28,7 +30,7 @@ class Assignment:
 
     Attributes:
         bits: {weight name: width} of every weight.
-        weight_format: How weights are stored.
+        weight_format: The quantizer, and how weights are stored.
         size_bytes: The size of the packed file.
     """
 
@@ -49,9 +51,9 @@ def assign(
 
     Args:
         model: The float model.
-        checkpoint, sha256: The model's file and its fingerprint.
+        checkpoint, sha256: The place of the model, for messages, and its fingerprint.
         allocation: The widths and the budget.
-        weight_format: How weights are stored.
+        weight_format: The quantizer, and how weights are stored.
         out: The packed file, for messages.
 
     Raises:
@@ -90,13 +92,13 @@ def recall(model: AsrModel, allocation: Allocation, data: Path | None) -> tuple[
     Args:
         model: The float model.
         allocation: The allocation, which says which audio it was made with.
-        data: Where the audio is now, if not where it was.
+        data: The place of the audio now; None: where it was.
 
     Raises:
         MpqError: `data` is not that audio.
     """
     if "sha256" not in allocation.data:
-        return None, "no calibration data are known; --data names some"
+        return None, NO_AUDIO
     try:
         return redraw(model, allocation.data, data), ""
     except MpqError as error:
@@ -118,11 +120,11 @@ def recalled_statistics(
     """Returns the statistics that the rounding needs, collected from audio or out of the cache.
 
     Args:
-        model, sha256: The float model and its file's fingerprint.
+        model, sha256: The float model and its fingerprint.
         drawn: The audio; None if it is not there.
         allocation: The allocation, which says whose statistics the cache may have; None without one.
-        weight_format: How weights are stored; it names the rounding.
-        note: Why there is no audio.
+        weight_format: The quantizer, which names the rounding.
+        note: The reason why there is no audio.
         out: The file that is to be written, for messages.
         quiet: Show no progress.
 

@@ -1,4 +1,4 @@
-"""What there is to decide about a model's layers: floors, exclusions and ties turned into options.
+"""The decisions about a model's layers: floors, exclusions and ties turned into options.
 
 A decision is one layer, or several that share one bit-width; its options are the widths that were measured, each with
 its bytes in the packed file and its divergence.
@@ -17,7 +17,7 @@ from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
 @dataclass(frozen=True)
 class Constraints:
-    """What the user asks of single layers. Patterns are globs on layer names (case-sensitive).
+    """The user's demands on single layers. Patterns are globs on layer names (case-sensitive).
 
     Attributes:
         keep: {pattern: bits}: layers that match get at least so many bits.
@@ -32,7 +32,7 @@ class Constraints:
 
 
 FREE = Constraints()
-"""Nothing is asked of single layers."""
+"""No demands on single layers."""
 
 
 @dataclass(frozen=True)
@@ -54,11 +54,11 @@ class Decision:
 
 
 def list_decisions(table: SensitivityTable, constraints: Constraints) -> list[Decision]:
-    """Returns what is to be decided: one entry for each layer or set of tied layers, with its allowed widths.
+    """Returns the decisions: one for each layer or set of tied layers, with its allowed widths.
 
     Args:
         table: The layers, with their sizes and divergences.
-        constraints: What is asked of single layers.
+        constraints: The demands on single layers.
 
     Raises:
         MpqError: A pattern matches nothing or contradicts another, or a layer has no size to be excluded with.
@@ -168,7 +168,7 @@ def _groups(layers: Sequence[LayerSensitivity], tie: Sequence[str]) -> list[int]
 def _with_groups(pattern: str, names: Sequence[str]) -> re.Pattern[str]:
     """Returns a regular expression that matches those of the names that fnmatch does, with a group for each *.
 
-    What is not a * stands for one character; which ones of those in the names, fnmatch itself says.
+    Every other part of a pattern stands for one character; fnmatch itself says which characters of the names fit it.
     """
     alphabet = sorted(set("".join(names)))
     expression = ""

@@ -1,4 +1,4 @@
-"""Every trade-off between size and cost: what no other choice beats in both at once.
+"""Every trade-off between size and cost: the choices that no other choice beats in both.
 
 Li et al. 2023 take the Pareto frontier of sums over the layers from ZeroQ (Cai et al. 2020). The dynamic programme adds
 decision after decision and carries the undominated (size, cost) pairs, which loses nothing (`mpq.allocation.knapsack`

@@ -55,7 +55,7 @@ class Alternatives(NamedTuple):
     place: Integers  # (options,) in the caller's list
     size: Integers  # (options,) above the smallest
     cost: Floats  # (options,) above the smallest
-    tie: Integers  # (options,) what decides between equal costs
+    tie: Integers  # (options,) the number that decides between equal costs
 
 
 def undominated(size: Integers, cost: Integers | Floats, tie: Integers | None = None) -> Integers:
@@ -231,7 +231,7 @@ class _Search:
         row_a: Integers,
         row_b: Integers,
     ) -> None:
-        """Does what `match` says for some pairs of rows."""
+        """Takes the best of some pairs of rows, as `match` says."""
         if not len(row_a):
             return
         cost = a.cost[row_a] + b.cost[row_b] + (rest.cost[corner] if rest else 0.0)

@@ -1,8 +1,8 @@
-"""What an allocation really does to the output: the divergence of the model with all layers quantized together.
+"""The true effect of an allocation: the divergence of the model with all layers quantized together.
 
-Sums of one-layer divergences leave out what layers do to each other. So the model is quantized as an allocation says
-and its divergence measured. What is measured is all that recognition uses, the CTC output and that of the attention
-decoder where there is one, whatever output the sensitivities are of.
+Sums of one-layer divergences leave out the effects of layers on each other. So the model is quantized as an allocation
+says and its divergence measured: that of all outputs that recognition uses (those of all heads), whatever the output of
+the sensitivities.
 """
 
 import hashlib
@@ -29,15 +29,15 @@ Point = tuple[int, float, float]
 def rounded_weights(
     model: AsrModel, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor], quiet: bool
 ) -> dict[str, dict[int, Tensor]]:
-    """Returns {weight name: {bits: what the packed file gives back}}, unquantized weights as 16 and 32 bits.
+    """Returns {weight name: {bits: the weight that the packed file gives back}}, unquantized ones at 16 and 32 bits.
 
     They take 4 bytes x widths for each weight.
 
     Args:
         model: The float model.
-        weight_format: How weights are stored.
+        weight_format: The quantizer, and how weights are stored.
         widths: The widths that are measured.
-        grams: What the rounding needs, from `mpq.sensitivity.statistics.input_statistics`.
+        grams: The statistics that the rounding needs (`mpq.sensitivity.statistics.input_statistics`).
         quiet: Show no progress.
     """
     state, refs = model.state_dict(), model.weights()
@@ -54,7 +54,7 @@ def rounded_weights(
 
 @contextmanager
 def measuring(model: AsrModel, data: CalibrationData) -> Iterator[JointDivergence]:
-    """Yields what measures a model; it has its own weights again afterwards."""
+    """Yields the divergence of a model from itself as it is now; it has its own weights again afterwards."""
     joint = JointDivergence(model, in_batches(model, data, BATCH_SECONDS))
     try:
         yield joint
@@ -68,11 +68,11 @@ class Meter:
     Args:
         joint: Measures the model.
         weights: The weights at all widths, from `rounded_weights`.
-        journal: Keeps what was measured, and how long it took; None keeps nothing.
+        journal: Keeps the measurements and the time that they took; None keeps nothing.
         clock: Returns the time in seconds.
 
     Attributes:
-        seconds: How long the measurements took, those of the journal included.
+        seconds: The time that the measurements took, those of the journal included.
     """
 
     def __init__(

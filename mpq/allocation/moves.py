@@ -1,7 +1,7 @@
 """Moves that make an allocation better: one decision gets one width more, another one less, within the same budget.
 
 In each round the raises and cuts that the sensitivities find most promising are measured one by one, pairs are tried in
-the order of what their two measurements add up to, and a pair is kept only if the measured divergence of the whole
+the order of the sum of their two measurements, and a pair is kept only if the measured divergence of the whole
 model falls by more than chance (Student's test over the utterances): on little audio most falls are chance.
 """
 
@@ -27,15 +27,15 @@ Move = tuple[int, int]
 
 @dataclass(frozen=True)
 class Effort:
-    """How hard to look for moves.
+    """The effort of a search for moves.
 
     Attributes:
         seconds: The time that measurements may take.
         most_promising: Raises, and cuts, that are measured one by one in a round.
         tries: Pairs in a row that may fail before a round ends.
         confidence: The level of Student's one-sided test that a move's effect has to pass. The pairs tried are those
-            whose parts measured best on the same audio, so more pass by chance than the level says; the verdict's audio
-            tells.
+            whose parts measured best on the same audio, so more pass by chance than the level says; the audio of the
+            verdict shows it.
     """
 
     seconds: float = 600.0
@@ -46,7 +46,7 @@ class Effort:
 
 @dataclass(frozen=True)
 class Limits:
-    """What a choice may take.
+    """The bounds of a choice.
 
     Attributes:
         size_bytes: The bytes of all layers.
@@ -110,7 +110,7 @@ class _Search:
     Attributes:
         choices: The option of each decision now.
         first, current: (utterances,) measured divergences of the first choices and of those now.
-        moves: How many moves were kept.
+        moves: The number of moves that were kept.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class _Search:
         return chosen_bits(self.table, self.decisions, self.moved(*moves))
 
     def effect(self, *moves: Move) -> Tensor | None:
-        """Returns what some moves add to the divergence of each utterance; None when the time is over."""
+        """Returns the change of each utterance's divergence by some moves; None when the time is over."""
         widths = self.bits(*moves)
         if self.meter.seconds >= self.effort.seconds and not self.meter.is_known(widths):
             return None

@@ -1,7 +1,7 @@
 """From a float checkpoint and bit-widths to the packed file, checked against its budget.
 
-What the file's output loses is measured, with all layers quantized together, on audio that the sensitivities have not
-seen: sums of one-layer divergences say little about it (docs/rounding.md).
+The divergence of the file's output is measured, with all layers quantized together, on audio that the sensitivities
+have not seen: sums of one-layer divergences say little about it (docs/rounding.md).
 """
 
 from collections.abc import Mapping
@@ -11,13 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mpq.allocation.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
+from mpq.allocation.assignment import NO_AUDIO, Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import check_output
-from mpq.loading import model_file, open_float_model
+from mpq.loading import model_files, open_float_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
 from mpq.runtime import choose_device, memory_for
@@ -26,7 +26,6 @@ from mpq.sensitivity.calibration import (
     CALIBRATION_SECONDS,
     HELD_OUT_SECONDS,
     CalibrationData,
-    draw,
     further,
     in_batches,
     unseen,
@@ -36,20 +35,20 @@ from mpq.sensitivity.divergence import output_divergence
 
 @dataclass(frozen=True)
 class PackResult:
-    """What `pack` wrote.
+    """The file that `pack` wrote.
 
     Attributes:
         path: The file.
         size_bytes: The file's size.
         predicted_bytes: The size that the allocation predicted; None without an allocation.
         target_bytes: The budget; None without an allocation.
-        nominal_bytes: What papers count: every parameter at its width, without scales, tokenizer and header.
+        nominal_bytes: The size as papers count it: every parameter at its width, no scales, tokenizer and header.
         float_bytes: The size of all parameters in float32, for the ratio.
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
         predicted_kl: The divergence that the allocation predicted; None without an allocation.
-        measured_kl: Divergence of the file's outputs from the checkpoint's (bounded: `mpq.sensitivity.divergence`),
-            nats per frame, or of an attention decoder per token; None if not measured.
+        measured_kl: The bounded divergence of the file's outputs from the checkpoint's (`mpq.sensitivity.divergence`),
+            nats per row: a frame for CTC, a token for an attention decoder; None if it was not measured.
         measured_on: The audio that it was measured on, or why it was not measured.
     """
 
@@ -67,7 +66,7 @@ class PackResult:
 
     @property
     def ratio(self) -> float:
-        """How many times smaller the file is than the float32 parameters."""
+        """The factor by which the file is smaller than the float32 parameters."""
         return self.float_bytes / self.size_bytes
 
     def to_json(self) -> dict[str, Any]:
@@ -116,7 +115,7 @@ def pack(
         device: As in `mpq.runtime.choose_device`.
         data: Calibration audio; with an allocation it need not be given where the file that this names is still there,
             and has to be the same audio.
-        max_seconds, seed, channel, skip_bad: What part of `data` to use without an allocation, as in
+        max_seconds, seed, channel, skip_bad: The part of `data` to use without an allocation, as in
             `mpq.sensitivity.calibration.draw`.
         held_out_seconds: The most audio that the file's divergence is measured on.
         quiet: Show no progress.
@@ -124,35 +123,28 @@ def pack(
     Raises:
         MpqError: Bad input of any kind, an allocation for another model, or a file above its budget.
     """
-    checkpoint = model_file(checkpoint)
-    check_output(out, checkpoint, data)
+    check_output(out, *model_files(checkpoint), data)
     weight_format = _weight_format(allocation, bits, dict(options or {}), data)
     opened = open_float_model(checkpoint, choose_device(device), "pack")
     model, sha256 = opened.model, opened.sha256
     if allocation is not None:
-        assigned = assign(model, checkpoint, sha256, allocation, weight_format, out)
+        assigned = assign(model, opened.path, sha256, allocation, weight_format, out)
     else:
         widths = {ref.name: bits or weight_format.float_bits for ref in model.weights()}
         assigned = Assignment(widths, weight_format, planned_bytes(model, widths, weight_format))
-    drawn, note = None, "no calibration data are known; --data names some"
+    drawn, note = None, NO_AUDIO
     if allocation is not None and "sha256" in allocation.data:
         drawn, note = recall(model, allocation, data)
-    elif data is not None and assigned.needs_statistics:
-        drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
     elif data is not None:
-        drawn = unseen(model, data, seed, channel, skip_bad)
+        untouched = unseen(model, data, seed, channel, skip_bad)
+        drawn = further(model, untouched, max_seconds) if assigned.needs_statistics else untouched
     grams: dict[str, Tensor] = {}
     if assigned.needs_statistics:
         grams = recalled_statistics(model, sha256, drawn, allocation, weight_format, note, out, quiet)
     with progress("packing", len(assigned.bits), quiet, "layers") as advance:
         write_artifact(out, model, assigned.bits, weight_format, assigned.size_bytes, grams, advance)
-    measured_kl = None
-    if drawn is not None:
-        try:
-            measured_kl, note = _measured(model, out, drawn, allocation, held_out_seconds)
-        except MpqError as error:  # the file is whole all the same
-            note = str(error)
-    return _result(model, out, assigned, allocation, measured_kl, note)
+    measured = (None, note) if drawn is None else _measured(model, out, drawn, allocation, held_out_seconds)
+    return _result(model, out, assigned, allocation, *measured)
 
 
 def _result(
@@ -163,7 +155,7 @@ def _result(
     measured_kl: float | None,
     measured_on: str,
 ) -> PackResult:
-    """Returns what is to be said of the file that was written."""
+    """Returns the figures of the file that was written."""
     refs, parameters = model.weights(), model.parameter_counts()["total"]
     weights = sum(ref.numel for ref in refs)
     code_bits = sum(assigned.bits[ref.name] * ref.numel for ref in refs)
@@ -186,7 +178,7 @@ def _result(
 def _weight_format(
     allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None
 ) -> WeightFormat:
-    """Returns the quantizer: the allocation's, or what the options say."""
+    """Returns the quantizer: that of the allocation, or without one that of the options."""
     if allocation is None:
         return WeightFormat.from_options(options, has_data=bool(data and bits))
     for key, value in options.items():
@@ -201,14 +193,16 @@ def _weight_format(
 def _measured(
     model: AsrModel, out: Path, drawn: CalibrationData, allocation: Allocation | None, held_out_seconds: float
 ) -> tuple[float | None, str]:
-    """Returns the divergence of the packed file's output, and on what it was measured or why it was not."""
-    if allocation is not None and allocation.refinement:
-        drawn = further(model, drawn, allocation.refinement["max_seconds"])
-    fresh = further(model, drawn, held_out_seconds)
-    if not fresh.utterances:
-        return None, f"{drawn.path} has no audio left that was not used for calibration"
-    packed = read_artifact(out).to(next(model.parameters()).device)
-    with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
-        batches = in_batches(model, fresh, BATCH_SECONDS)
-        kl = output_divergence(model, packed, batches)
+    """Returns the divergence of the packed file's output, and the audio that it was measured on, or why it was not."""
+    try:
+        if allocation is not None and allocation.refinement:
+            drawn = further(model, drawn, allocation.refinement["max_seconds"])
+        fresh = further(model, drawn, held_out_seconds)
+        if not fresh.utterances:
+            return None, f"{drawn.path} has no audio left that was not used for calibration"
+        packed = read_artifact(out).to(next(model.parameters()).device)
+        with memory_for(f"{drawn.path}: batches of {BATCH_SECONDS:g} s"):
+            kl = output_divergence(model, packed, in_batches(model, fresh, BATCH_SECONDS))
+    except MpqError as error:  # the file is whole all the same
+        return None, str(error)
     return kl, f"{sum(fresh.durations):.0f} s of {drawn.path} that the sensitivities have not seen"

@@ -29,14 +29,14 @@ class Allocation:
         predicted_kl: Sum of the layers' divergences (Li et al. 2023, Eq. 8), nats per frame.
         average_bits: Code bits per weight, weighted by numel; scales and zero points are not counted.
         frontier: ((bytes, kl), ...), ascending in bytes, strictly falling in kl.
-        frontier_note: How complete the frontier is, in one sentence.
+        frontier_note: A sentence that says how complete the frontier is.
         quantizer, model, data, output, fingerprint: Copied from the sensitivity file.
         measured: ((bytes, predicted kl, measured kl), ...) of whole models that were measured, ascending in bytes.
         measured_kl: The answer's measured divergence (bounded: `mpq.sensitivity.divergence`), nats per frame; None if
             not measured.
         measured_seconds: Audio that it was measured on, none of it used for the sensitivities; 0 if not measured.
-        refinement: {"moves", "before", "after", "max_seconds", ...}: what `mpq.allocation.refine` did, and on how much
-            audio, which is not that of measured_kl; empty without.
+        refinement: {"moves", "before", "after", "max_seconds", ...}: the moves of `mpq.allocation.refine` and the
+            audio that decided on them, which is not that of measured_kl; empty if it was not refined.
     """
 
     bits: dict[str, int]

@@ -9,10 +9,11 @@ Measured moves are kept in a journal beside the result (their time too), so a ru
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+
+from torch import Tensor
 
 from mpq.allocation.decisions import FREE, Constraints, Decision, list_decisions
 from mpq.allocation.meter import Meter, Point, measuring, rounded_weights
@@ -24,7 +25,7 @@ from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
 from mpq.journal import Journal
-from mpq.loading import model_file, open_float_model
+from mpq.loading import OpenedModel, model_files, open_float_model
 from mpq.models.base import AsrModel
 from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import BATCH_SECONDS, HELD_OUT_SECONDS, CalibrationData, further, redraw
@@ -55,73 +56,48 @@ def allocate_measured(
         table: The sensitivities; their model and data have to be at hand.
         checkpoint: The float model that they were measured on.
         out: The `mpq.allocation/1` file to write.
-        budgets: One of `mpq.allocation.solve.allocate`'s, such as {"target_mb": 7.5}; others may be there as None.
-            {"max_divergence": F} bounds the measured divergence here; the smallest file that keeps it is searched for
-            by halving.
-        constraints: What is asked of single layers.
+        budgets: One of `mpq.allocation.solve.allocate`'s, such as {"target_mb": 7.5}; others may be there as None. Here
+            {"max_divergence": F} bounds the measured divergence; the smallest file that keeps it is sought by halving.
+        constraints: The demands on single layers.
         whole_frontier: As in `mpq.allocation.solve.allocate`.
         points: Sizes, evenly spaced over the frontier, that are measured besides the answer.
-        effort: How hard to look for better moves; None is not at all.
+        effort: The effort of the search for better moves; None: there is no search.
         held_out_seconds: Audio for the verdict, and as much at most that decides on moves.
-        data: Where the data are now, if not where the table says.
-        device, quiet: As in `mpq.sensitivity.measure.measure_sensitivity`.
+        data: The place of the data now; None: where the table says.
+        device: As in `mpq.runtime.choose_device`.
+        quiet: Show no progress.
         clock: Returns the time in seconds.
 
     Raises:
         MpqError: Bad input of any kind, other data than the table's, or no audio besides what the table has seen.
     """
     budget = one_budget(budgets)
-    limit = budget.value if budget.name == "max_divergence" else None
-    _check_options(points, effort, limit)
-    checkpoint = model_file(checkpoint)
-    check_output(out, checkpoint, data)
-    problem = _Problem(table, constraints, tuple(list_decisions(table, constraints)))
-    start = budget if limit is None else Budget("target_bytes", problem.largest)
-    allocation = solve(table, start, constraints, whole_frontier and limit is None)
+    _check_options(points, effort, budget)
+    check_output(out, *model_files(checkpoint), data)
+    problem = _Problem(table, constraints, tuple(list_decisions(table, constraints)), budget, whole_frontier)
+    answers = [problem.first()]
     opened = open_float_model(checkpoint, choose_device(device), "measure with")
-    model, sha256 = opened.model, opened.sha256
-    if table.model.get("sha256", sha256) != sha256:
-        raise MpqError(f"{checkpoint}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
-    check_names(model.weights(), allocation.bits)
-    weight_format = WeightFormat.from_json(table.quantizer)
-    audio = _Audio.drawn(model, table, data, held_out_seconds, is_deciding=effort is not None)
-    refined, refinement, journal = allocation, dict[str, Any](), None
+    _check_model(opened, table)
+    audio = _Audio.drawn(opened.model, table, data, held_out_seconds, is_deciding=effort is not None)
+    work = [opened.sha256, audio.deciding.sha256, table.to_json(), answers[0].to_json()]
+    journal = Journal(out.with_name(out.name + ".journal"), digest(work))
     with memory_for(f"{audio.seen.path}: batches of {BATCH_SECONDS:g} s"):
-        grams = input_statistics(model, sha256, audio.seen, weight_format, quiet)
-        weights = rounded_weights(model, weight_format, table.bits, grams, quiet)
+        weights = _rounded(opened, table, audio.seen, quiet)
         if effort:
-            work = [sha256, audio.deciding.sha256, table.to_json(), allocation.to_json()]
-            journal = Journal(out.with_name(out.name + ".journal"), digest(work))
             journal.begin()
-            average_bits = budget.decimal if budget.name == "average_bits" else None
-            with measuring(model, audio.deciding) as joint:
+            with measuring(opened.model, audio.deciding) as joint:
                 meter = Meter(joint, weights, journal, clock)
-                refined, refinement = refine(meter, table, problem.decisions, allocation, average_bits, effort, quiet)
-            refinement |= {"max_seconds": audio.deciding.max_seconds, "seconds": audio.deciding.seconds}
-        with measuring(model, audio.fresh) as joint:
-            meter = Meter(joint, weights)
-            measured = [meter.point(problem.answer(size)) for size in problem.sizes(points)]
-            if limit is not None:
-                allocation, tried = _smallest_within(limit, problem, meter, whole_frontier)
-                measured += tried
-            measured.append(meter.point(allocation))
-            if refinement:
-                refinement["measured_before"] = measured[-1][2]
-                measured.append(meter.point(refined))
-    allocation = replace(
-        refined if refinement else allocation,
-        measured=tuple(sorted(set(measured))),
-        measured_kl=measured[-1][2],
-        measured_seconds=audio.fresh.seconds,
-        refinement=refinement,
-    )
+                answers.append(_refined(problem, answers[0], meter, audio.deciding, effort, quiet))
+        with measuring(opened.model, audio.fresh) as joint:
+            allocation = _judged(problem, answers, Meter(joint, weights), audio.fresh, points)
     allocation.save(out)
-    if journal:
+    if effort:
         journal.remove()
     return allocation
 
 
-def _check_options(points: int, effort: Effort | None, limit: float | None) -> None:
+def _check_options(points: int, effort: Effort | None, budget: Budget) -> None:
+    limit = budget.value if budget.name == "max_divergence" else None
     if points < 0:
         raise MpqError(f"--points: expected 0 or more, got {points}")
     if effort and not (math.isfinite(effort.seconds) and effort.seconds > 0):
@@ -132,18 +108,50 @@ def _check_options(points: int, effort: Effort | None, limit: float | None) -> N
         raise MpqError("moves keep a size: expected a size as the budget to refine under, got max_divergence")
 
 
+def _check_model(opened: OpenedModel, table: SensitivityTable) -> None:
+    """Raises MpqError unless the table is that of the model."""
+    if table.model.get("sha256", opened.sha256) != opened.sha256:
+        raise MpqError(f"{opened.path}: the sensitivities are those of another checkpoint, {table.model.get('path')}")
+    check_names(opened.model.weights(), dict.fromkeys((layer.name for layer in table.layers), 0))
+
+
+def _rounded(
+    opened: OpenedModel, table: SensitivityTable, seen: CalibrationData, quiet: bool
+) -> dict[str, dict[int, Tensor]]:
+    """Returns all weights at all widths of the table, as `rounded_weights`."""
+    weight_format = WeightFormat.from_json(table.quantizer)
+    grams = input_statistics(opened.model, opened.sha256, seen, weight_format, quiet)
+    return rounded_weights(opened.model, weight_format, table.bits, grams, quiet)
+
+
 @dataclass(frozen=True)
 class _Problem:
-    """What is solved for one size after the other."""
+    """A problem that is solved for one size after the other.
+
+    Attributes:
+        table: The sensitivities.
+        constraints: The demands on single layers.
+        decisions: The decisions that follow from both.
+        budget: The budget that was asked for.
+        whole_frontier: As in `mpq.allocation.solve.allocate`; it is that of the final answer.
+    """
 
     table: SensitivityTable
     constraints: Constraints
     decisions: tuple[Decision, ...]
+    budget: Budget
+    whole_frontier: bool
 
     @property
-    def largest(self) -> int:
-        """The bytes of the largest file."""
-        return size_range(self.table, self.decisions)[1]
+    def limit(self) -> float | None:
+        """The divergence that the answer may have when measured; None where the budget is one of size."""
+        return self.budget.value if self.budget.name == "max_divergence" else None
+
+    def first(self) -> Allocation:
+        """Returns the answer by the table alone; the largest file where the budget is one of divergence."""
+        if self.limit is not None:
+            return self.answer(size_range(self.table, self.decisions)[1])
+        return solve(self.table, self.budget, self.constraints, self.whole_frontier)
 
     def sizes(self, points: int) -> list[int]:
         """Returns sizes that are evenly spaced from the smallest file to the largest."""
@@ -187,10 +195,46 @@ class _Audio:
         return cls(seen, deciding, fresh)
 
 
-def _smallest_within(
-    limit: float, problem: _Problem, meter: Meter, whole_frontier: bool
-) -> tuple[Allocation, list[Point]]:
-    """Returns the smallest allocation found whose measured divergence is at most `limit`, and what was measured.
+def _refined(
+    problem: _Problem, start: Allocation, meter: Meter, deciding: CalibrationData, effort: Effort, quiet: bool
+) -> Allocation:
+    """Returns the allocation after moves that the meter decides on; its `refinement` tells of both."""
+    average_bits = problem.budget.decimal if problem.budget.name == "average_bits" else None
+    refined, refinement = refine(meter, problem.table, problem.decisions, start, average_bits, effort, quiet)
+    audio = {"max_seconds": deciding.max_seconds, "seconds": deciding.seconds}
+    return replace(refined, refinement=refinement | audio)
+
+
+def _judged(
+    problem: _Problem, answers: Sequence[Allocation], meter: Meter, fresh: CalibrationData, points: int
+) -> Allocation:
+    """Returns the final answer with the measurements of it, of the answers before it and of some sizes.
+
+    Args:
+        problem: The problem.
+        answers: The answer by the table, and after it the refined one if there is one. Under a limit of divergence the
+            final answer is searched for instead.
+        meter: Measures on `fresh`.
+        fresh: The audio that has decided nothing.
+        points: The number of sizes.
+    """
+    measured = [meter.point(problem.answer(size)) for size in problem.sizes(points)]
+    if problem.limit is not None:
+        smallest, tried = _smallest_within(problem.limit, problem, meter)
+        answers, measured = [smallest], measured + tried
+    verdicts = [meter.point(answer) for answer in answers]
+    before = {"measured_before": verdicts[0][2]} if len(answers) > 1 else {}
+    return replace(
+        answers[-1],
+        measured=tuple(sorted({*measured, *verdicts})),
+        measured_kl=verdicts[-1][2],
+        measured_seconds=fresh.seconds,
+        refinement=answers[-1].refinement | before,
+    )
+
+
+def _smallest_within(limit: float, problem: _Problem, meter: Meter) -> tuple[Allocation, list[Point]]:
+    """Returns the smallest allocation found whose measured divergence is at most `limit`, and all measurements.
 
     Sizes are halved until they agree to a thousandth; the measured divergence need not fall at every step of the
     frontier, so a smaller size that keeps the limit may exist.
@@ -211,6 +255,6 @@ def _smallest_within(
             best, high = candidate, candidate.predicted_bytes
         else:
             low = (low + high) // 2
-    if whole_frontier:
-        return problem.answer(best.predicted_bytes, whole_frontier), tried
+    if problem.whole_frontier:
+        return problem.answer(best.predicted_bytes, whole_frontier=True), tried
     return replace(best, target_bytes=best.predicted_bytes), tried

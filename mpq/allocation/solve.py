@@ -1,8 +1,8 @@
 """The bit-width of every layer under a size: the least sum of divergences, exactly (Li et al. 2023, Eq. 8).
 
-The sizes are true bytes: what each layer takes in the packed file at each width, scales and zero points included, and
-the fixed rest of the file. So what fits here fits on the device, to the byte; the nominal size of the paper (weights
-times bits) is what `average_bits` bounds. `mpq.allocation.knapsack` has the mathematics; this module turns a
+The sizes are true bytes: those of each layer in the packed file at each width, scales and zero points included, and
+those of the fixed rest of the file. So an answer that fits here fits on the device, to the byte; `average_bits` bounds
+the nominal size of the paper (weights times bits). `mpq.allocation.knapsack` has the mathematics; this module turns a
 sensitivity table, floors, exclusions and ties into its decisions, and the answer into an `Allocation`.
 """
 
@@ -18,8 +18,6 @@ from mpq.allocation.knapsack import Options, smallest_cost
 from mpq.allocation.records import Allocation
 from mpq.errors import MpqError
 from mpq.sensitivity.records import SensitivityTable
-
-__all__ = ["allocate", "pareto_frontier"]
 
 MB = 2**20
 MOST_POINTS = 20_000
@@ -54,12 +52,12 @@ def allocate(
         target_mb: The same in MB of 2^20 bytes.
         target_ratio: The bound is the size with every layer at 32 bits (and the fixed bytes) divided by this.
         average_bits: Upper bound of sum(numel * bits) / sum(numel): codes alone. The target of the answer is then its
-            own size, and the frontier leaves out what is smaller and better but above the average.
+            own size, and the frontier leaves out points that are smaller and better but above the average.
         max_divergence: Upper bound of the sum of divergences, nats per frame; the smallest file that keeps it is the
             answer, and its size the target.
         keep: {pattern: bits}: at least so many bits.
         exclude: Patterns of layers that are left unquantized: they take their `float_bytes` and cost no divergence.
-        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width. In addition
+        tie: Patterns; layers that match one, with the same text in place of each `*`, share one bit-width, in addition
             to the groups of the table.
         whole_frontier: List the whole frontier also if that takes seconds, not only if it takes a fraction of one.
 
@@ -208,7 +206,7 @@ def _under_divergence(options: Sequence[Options], limit: float) -> list[int]:
 
 
 def rounded_up(value: float) -> str:
-    """Returns a number in four digits that is not below the value, so that what an error offers can be asked for."""
+    """Returns a number in four digits that is not below the value, so that an error can offer it as a new limit."""
     digits = 3 - math.floor(math.log10(value)) if value > 0 else 0
     return f"{float(math.ceil(Fraction(value) * Fraction(10) ** digits) / Fraction(10) ** digits):.4g}"
 

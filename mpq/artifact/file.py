@@ -4,7 +4,7 @@ docs/artifact-format.md describes the bytes. In short: the quantized weights are
 points and scales; the rest (biases, norms) is in half or single precision; the configuration is compressed. The
 header is padded so that the size depends on nothing but the bit-widths, which is why `allocate` can predict it to the
 byte. The file is a function of its content alone: no time, no random order (the safetensors library writes its
-metadata in random order, hence the own writer; it reads the file).
+metadata in random order, so it reads the file here but does not write it).
 """
 
 import hashlib
@@ -39,8 +39,8 @@ from mpq.quantization.spec import FLOAT_BITS
 
 FORMAT_NAME, FORMAT_VERSION = "mpq.artifact/", 1
 HEADER_SLACK = 128
-"""Bytes to spare in the header, so that what another version of the compressor makes, which may differ by a few bytes,
-still fits into the size that this one gave."""
+"""Bytes to spare in the header: the output of another version of the compressor may differ by a few bytes, and has to
+fit into the size that this one gave."""
 
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 
@@ -71,13 +71,13 @@ def write_artifact(
         path: The file to write or replace.
         model: A float model.
         bits: {weight name: 1 to 8, or 16 or 32 for a layer left unquantized}, for every weight of the model.
-        weight_format: How to store it.
+        weight_format: The quantizer, and how weights are stored.
         size_bytes: The size that the file gets: `fixed_bytes` plus the layers, give or take HEADER_SLACK.
         grams: For the rounding "gptq": {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`).
-        on_layer: Told 1 with each finished layer.
+        on_layer: Called with 1 for each finished layer.
         quantized: {weight name: codes} of weights that are quantized already; they are stored as they are.
-        like: The model that the size was planned for, if the values have changed since: what its file would have in
-            half precision is in half precision.
+        like: The model that the size was planned for, if the values have changed since: a tensor is stored in half
+            precision where that model's file would have it so.
 
     Raises:
         MpqError: `bits` has missing or unknown names, a weight cannot be quantized, the content does not fit into

@@ -1,7 +1,4 @@
-"""How one weight is stored in the packed file: its size, its bytes, and back.
-
-docs/artifact-format.md describes them.
-"""
+"""One weight in the packed file: its size, its bytes, and back. docs/artifact-format.md describes the bytes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,13 +10,14 @@ from torch import Tensor
 
 from mpq.artifact.codes import pack_codes, packed_size, unpack_codes
 from mpq.errors import MpqError
-from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths, scale_shape
+from mpq.quantization.grids import scale_shape
+from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths
 from mpq.quantization.spec import FLOAT_BITS, SCHEMES, QuantSpec
 
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a whole model is stored.
+    """The way in which the weights of a model are stored.
 
     Attributes:
         spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
@@ -35,7 +33,7 @@ class WeightFormat:
 
     @property
     def float_bits(self) -> int:
-        """Width of a layer that is left unquantized."""
+        """The width of a layer that is left unquantized."""
         return 16 if self.rest_dtype == "float16" else 32
 
     def to_json(self) -> dict[str, Any]:
@@ -52,7 +50,7 @@ class WeightFormat:
 
     @classmethod
     def from_json(cls, quantizer: Mapping[str, Any]) -> "WeightFormat":
-        """Returns what a "quantizer" object says; keys that it lacks have their default.
+        """Returns the format of a "quantizer" object; keys that it lacks have their default.
 
         Raises:
             MpqError: An unknown key or value.
@@ -65,7 +63,7 @@ class WeightFormat:
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any], has_data: bool = True) -> "WeightFormat":
-        """Returns what options say; without a "rounding" it is the scheme's default with data, or without.
+        """Returns the format of some options; a "rounding" that they lack is the scheme's default with data or without.
 
         Raises:
             MpqError: An unknown option or value.
@@ -77,7 +75,7 @@ class WeightFormat:
 
 
 def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) -> int:
-    """Returns what a layer takes in the file: codes, zero points or centroids, scales; its floats at 16 or 32 bits."""
+    """Returns the bytes of a layer in the file: codes, zero points or centroids, scales; or floats at 16 or 32 bits."""
     numel = int(np.prod(shape))
     if bits in FLOAT_BITS:
         return numel * bits // 8
@@ -92,12 +90,12 @@ def layer_bytes(shape: tuple[int, ...], bits: int, weight_format: WeightFormat) 
 def quantize_layer(
     name: str, weight: Tensor, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor]
 ) -> list[Tensor]:
-    """Returns what the file gives back of a weight stored at each of several widths.
+    """Returns the weight that the file gives back when it is stored at each of several widths.
 
     Args:
         name: The weight's name.
         weight: The weight, of any shape.
-        weight_format: How it is stored.
+        weight_format: The quantizer, and how weights are stored.
         widths: Bit-widths from 1 to 8.
         grams: {weight name: statistics} (`mpq.sensitivity.statistics.input_grams`); not looked at where the rounding
             needs none.

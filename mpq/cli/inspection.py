@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mpq.errors import MpqError
-from mpq.loading import load_model, model_file
+from mpq.loading import load_model, model_files
 from mpq.models.hybrid import HybridConformer
 from mpq.pipeline.read import load_recipe
 from mpq.runtime import choose_device
@@ -74,7 +74,7 @@ def inspect(path: Path, device: str = "auto", overrides: Sequence[str] = ()) -> 
         family="mpq" if model.quantized_bits else model.family,
         architecture=model.architecture,
         parameters=model.parameter_counts(),
-        file_bytes=None if is_recipe else model_file(path).stat().st_size,
+        file_bytes=None if is_recipe else sum(file.stat().st_size for file in model_files(path)),
         layers=tuple(
             LayerInspection(
                 **asdict(ref),

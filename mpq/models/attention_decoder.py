@@ -45,7 +45,7 @@ class DecoderOptions:
 
 @dataclass(frozen=True)
 class DecoderContext:
-    """What the decoder needs besides its hidden state; no weight enters.
+    """The inputs of the decoder besides its hidden state; they depend on no weight.
 
     Attributes:
         prefixes: (N, U) tokens, starting with <sos>.
@@ -59,7 +59,7 @@ class DecoderContext:
 
 
 Hidden = tuple[Tensor, Tensor]
-"""((N, T', D) encoder output, (N, U, D)): what goes from layer to layer."""
+"""((N, T', D) encoder output, (N, U, D)): the state that goes from layer to layer."""
 
 
 class Attention(nn.Module):
@@ -82,7 +82,7 @@ class Attention(nn.Module):
         return self._split(self.linear_k(memory)), self._split(self.linear_v(memory))
 
     def attend(self, x: Tensor, keys_values: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Returns what `forward` does, from the keys and values of the memory."""
+        """Returns the result of `forward`, from the keys and values of the memory."""
         dropout = self.dropout if self.training else 0.0
         q = self._split(self.linear_q(x))
         mixed = F.scaled_dot_product_attention(q, *keys_values, attn_mask=mask, dropout_p=dropout)
@@ -159,9 +159,10 @@ class TransformerDecoder(nn.Module):
         return hidden
 
     def scorer(self, encoded: Tensor, encoded_lengths: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
-        """Returns what a search asks: (B, U) prefixes, (B,) utterances -> (B, C) log-probabilities of the next token.
+        """Returns the function that a search asks for the next token.
 
-        The keys and values of the encoder output are made once, not with every token.
+        Its arguments are (B, U) prefixes and the (B,) utterances that they belong to, its result (B, C)
+        log-probabilities. The keys and values of the encoder output are made once, not with every token.
         """
         layers = self._layers()
         memories = [layer.src_attn.keys_values(encoded) for layer in layers]

@@ -1,9 +1,9 @@
-"""What every step asks of a speech recogniser, whatever framework trained it.
+"""The interface of a speech recogniser, whatever framework trained it.
 
 A model is an encoder and its heads (`mpq.models.heads`), each of them a chain of *segments*: features -> ... -> encoder
 output, and encoder output -> ... -> logits. Each segment is a function of the hidden state and owns the weights whose
-names start with its prefixes. So a change of one weight leaves everything before its segment as it was, which is what
-makes the exact sensitivity cheap, and `encode` is nothing but the chain.
+names start with its prefixes. So a change of one weight leaves everything before its segment as it was, which makes
+the exact sensitivity cheap, and `encode` is nothing but the chain.
 
 Legend: N utterances, S samples, T feature frames, F features, T' encoder frames, D encoder width, V tokens with blank,
 U tokens of a transcript.
@@ -32,7 +32,8 @@ class WeightRef:
     Attributes:
         name: The tensor's name in the user's checkpoint and in the model's state dict.
         kind: linear, conv1d, conv1d_depthwise, conv2d, conv2d_depthwise, embedding, or packed_projection (several
-            linear maps in one matrix, as torch.nn.MultiheadAttention keeps q, k and v).
+            linear maps in one matrix, as torch.nn.MultiheadAttention keeps q, k and v), or recurrent (the four matrices
+            of an LSTM's gates, or the three of a GRU's, in one).
         shape: Output channels first.
         numel: Number of weights.
     """
@@ -45,7 +46,7 @@ class WeightRef:
 
 @dataclass(frozen=True)
 class OutputContext:
-    """What all segments of a model need besides the hidden state, and which rows of its outputs count.
+    """The inputs of all segments of a model besides the hidden state, and the rows of its outputs that count.
 
     Attributes:
         inputs: {"encoder" or the name of a head: the context of its segments}.
@@ -104,7 +105,7 @@ class AsrModel(nn.Module, ABC):
 
     @abstractmethod
     def context(self, feature_lengths: Tensor, frames: int) -> Any:
-        """Returns the masks and positions that the encoder's segments need besides the hidden tensor; no weight enters.
+        """Returns the masks and positions that the encoder's segments need besides the hidden tensor.
 
         Args:
             feature_lengths: (N,) valid feature frames.
@@ -178,10 +179,10 @@ class AsrModel(nn.Module, ABC):
         context = self.context(feature_lengths, features.shape[1])
         lengths, heads = self.encoded_lengths(feature_lengths), self.output_heads
         frames = int(self.encoded_lengths(feature_lengths.new_tensor(features.shape[1])))
-        found: list[list[int]] = [[] for _ in features]
         if any(head.needs_tokens for head in heads):
-            found = self.greedy(*self.encode(features, feature_lengths))
-        tokens = Targets.of(found, least=0).to(features.device)
+            tokens = self.head().recognised(*self.encode(features, feature_lengths))
+        else:
+            tokens = Targets.of([[] for _ in features], least=0).to(features.device)
         contexts = {head: head.context(lengths, frames, tokens) for head in heads}
         valid = torch.arange(frames, device=lengths.device) < lengths[:, None]  # (N, T')
         return OutputContext(
@@ -295,9 +296,11 @@ def is_counter(name: str) -> bool:
 
 
 def _kind(module: nn.Module, name: str) -> str | None:
-    """Returns what kind of weight the parameter `name` of `module` is, None when it is not one."""
+    """Returns the kind of weight that the parameter `name` of `module` is; None when it is not one."""
     if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
         return "packed_projection"
+    if isinstance(module, nn.LSTM | nn.GRU) and name.startswith("weight_"):
+        return "recurrent"
     if name != "weight":
         return None
     if isinstance(module, nn.Linear):

@@ -26,22 +26,23 @@ Length = TypeVar("Length", int, Tensor)
 
 @dataclass(frozen=True)
 class ConformerOptions:
-    """The shape of the encoder, and what frameworks do differently.
+    """The shape of the encoder, and the differences between frameworks.
 
     Attributes:
         features: F.
         layers: Number of blocks.
         width: D.
         heads: H; divides D.
-        ffn_width: Hidden units of the first (macaron) feed-forward module, of every block or a list of one a block.
-        ffn2_width: The same of the second module; None: as the first.
-        ffn_rank: Rank of both matrices of the first module, of every block or a list; 0: not factored.
-        ffn2_rank: The same of the second module; None: as the first.
+        ffn_width: Hidden units of the first (macaron) feed-forward module: one number for every block, or a list with
+            one for each.
+        ffn2_width: The same for the second module; None: as in the first.
+        ffn_rank: Rank of both matrices of the first module, a number or a list; 0: not factored.
+        ffn2_rank: The same for the second module; None: as in the first.
         kernel_size: Frames that the depthwise convolution reads; odd.
         subsampling: "striding" (full 3x3 convolutions) or "dw_striding" (the later ones depthwise + pointwise).
         subsampling_factor: 2, 4, 8, ...: one stride-2 convolution for each factor of two.
         subsampling_channels: C.
-        subsampling_padding: Frames and bands of zeros around what a strided convolution reads: 1, or 0 (ESPnet).
+        subsampling_padding: Frames and bands of zeros around the input of a strided convolution: 1, or 0 (ESPnet).
         use_bias: Biases in feed-forward, attention and convolution modules.
         scale_input: Multiply the subsampled features by sqrt(D).
         conv_norm: "batch_norm" or "layer_norm" after the depthwise convolution.
@@ -49,8 +50,8 @@ class ConformerOptions:
         conv_mask: "before_depthwise": padded frames are zeroed after the gate, so that they never reach valid ones;
             "none": they are not (ESPnet).
         attention_mask: "key_and_query": padded queries attend to nothing; "key": they attend to the valid frames.
-        dropout: Dropout in training: after the subsampling, each feed-forward activation and each module, and of the
-            attention weights.
+        dropout: Dropout in training: of the subsampling's output, the feed-forward activations, each module's output
+            and the attention weights.
     """
 
     features: int
@@ -145,7 +146,7 @@ def _fits(value: int | Sequence[int], layers: int, least: int) -> bool:
 
 @dataclass(frozen=True)
 class ConformerContext:
-    """What the blocks need besides the hidden tensor; no weight enters.
+    """The inputs of the blocks besides the hidden tensor; they depend on no weight.
 
     Attributes:
         feature_lengths: (N,) valid feature frames.
@@ -253,9 +254,7 @@ class RelPosAttention(nn.Module):
         self.pos_bias_v = nn.Parameter(torch.zeros(heads, width // heads))
 
     def forward(self, x: Tensor, context: ConformerContext) -> Tensor:
-        q, k, v = (
-            self._split(linear(x)) for linear in (self.linear_q, self.linear_k, self.linear_v)
-        )  # (N, H, T', D/H)
+        q, k, v = (self._split(linear(x)) for linear in (self.linear_q, self.linear_k, self.linear_v))
         p = self._split(self.linear_pos(context.positions)[None])  # (1, H, 2T'-1, D/H); q, k, v: (N, H, T', D/H)
         scale = 1 / math.sqrt(q.shape[-1])
         scores = _relative_shift(((q + self.pos_bias_v[:, None]) * scale) @ p.transpose(2, 3))  # (N, H, T', T')
@@ -313,7 +312,7 @@ class ConformerBlock(nn.Module):
     """One block, in four steps that each add to the hidden tensor (the last one also normalises it).
 
     Args:
-        options: The encoder's.
+        options: The shape of the encoder.
         ffn_shapes: (width, rank) of the first and of the second feed-forward module.
     """
 

@@ -12,7 +12,7 @@ from mpq.errors import MpqError
 from mpq.models.base import AsrModel
 from mpq.models.hybrid import HybridConformer
 from mpq.models.nemo import NemoConformerCtc, read_nemo
-from mpq.models.nemo_archive import is_nemo
+from mpq.models.nemo_archive import nemo_files
 
 
 @dataclass(frozen=True)
@@ -20,13 +20,13 @@ class ForeignFiles:
     """The files of another framework.
 
     Attributes:
-        words: What they are, for messages, such as "a NeMo archive (.nemo)".
-        is_one: Whether a file is one of them, by its name or its content.
-        read: Returns the model in a file, float32, eval mode, on the CPU.
+        words: A description of them for messages, such as "a NeMo archive (.nemo)".
+        find: Returns the files of the model at a path (a file or a folder); none where no model of the framework is.
+        read: Returns the model at a path, float32, eval mode, on the CPU.
     """
 
     words: str
-    is_one: Callable[[Path], bool]
+    find: Callable[[Path], tuple[Path, ...]]
     read: Callable[[Path], AsrModel]
 
 
@@ -45,7 +45,7 @@ class Family:
 
 FAMILIES = [
     Family(HybridConformer),
-    Family(NemoConformerCtc, ForeignFiles("a NeMo archive (.nemo)", is_nemo, read_nemo)),
+    Family(NemoConformerCtc, ForeignFiles("a NeMo archive (.nemo)", nemo_files, read_nemo)),
 ]
 
 
@@ -61,18 +61,29 @@ def family_class(name: str) -> type[AsrModel]:
     return known[name]
 
 
+def foreign_files(path: Path) -> tuple[Path, ...]:
+    """Returns the files of another framework's model at a path, a file or a folder; none where there is no such model.
+
+    The first family that finds some is asked.
+    """
+    return next((found for files in _readers() if (found := files.find(path))), ())
+
+
 def read_foreign(path: Path) -> AsrModel:
-    """Returns the model in a file of another framework, float32, eval mode, on the CPU.
+    """Returns the model of another framework at a path, a file or a folder; float32, eval mode, on the CPU.
 
     Raises:
-        MpqError: A file of no framework that mpq reads, or not a whole one.
+        MpqError: The files are those of no framework that mpq reads, or not whole.
     """
-    readers = [family.files for family in FAMILIES if family.files]
-    for files in readers:
-        if files.is_one(path):
+    for files in _readers():
+        if files.find(path):
             return files.read(path)
-    words = ", ".join(files.words for files in readers)
+    words = ", ".join(files.words for files in _readers())
     raise MpqError(
         f"{path}: not a format that mpq reads; expected {words}, a checkpoint of `mpq train` or a file that `mpq pack` "
         "wrote"
     )
+
+
+def _readers() -> list[ForeignFiles]:
+    return [family.files for family in FAMILIES if family.files]

@@ -1,4 +1,4 @@
-"""Heads: what makes token distributions, losses and transcripts of the encoder output.
+"""Heads: from the encoder output to distributions of tokens, losses and transcripts.
 
 A model is an encoder and its heads. A head knows the chain of segments from the encoder output to its logits, which
 rows of the logits count, its loss for transcripts, and its searches; every other package asks the model's heads and
@@ -36,10 +36,13 @@ class Targets:
     Attributes:
         tokens: (N, U) padded with 0.
         lengths: (N,) tokens.
+        path: Bool, in the shape of the logits without their last axis: the distributions that a greedy search passed,
+            where these form a lattice (of frames and tokens, as a transducer has). None for all other tokens.
     """
 
     tokens: Tensor
     lengths: Tensor
+    path: Tensor | None = None
 
     @classmethod
     def of(cls, tokens: list[list[int]], least: int = 1) -> "Targets":
@@ -51,16 +54,17 @@ class Targets:
         return cls(padded, lengths)
 
     def to(self, device: torch.device) -> "Targets":
-        return Targets(self.tokens.to(device), self.lengths.to(device))
+        path = None if self.path is None else self.path.to(device)
+        return Targets(self.tokens.to(device), self.lengths.to(device), path)
 
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What a head needs besides the encoder output; it depends on no weight.
+    """The inputs of a head besides the encoder output, and the rows that count; nothing that is trained changes them.
 
     Attributes:
         rows: Bool, in the shape of the logits without their last axis: the distributions that count.
-        inputs: What the head's segments take besides the hidden state.
+        inputs: The input of the head's segments besides the hidden state.
     """
 
     rows: Tensor
@@ -90,12 +94,13 @@ class Head(ABC):
 
     @abstractmethod
     def context(self, encoded_lengths: Tensor, frames: int, targets: Targets) -> HeadContext:
-        """Returns what the head needs besides the encoder output.
+        """Returns the inputs of the head besides the encoder output, and the rows that count.
 
         Args:
             encoded_lengths: (N,) valid encoder frames.
             frames: T' of the padded encoder output.
-            targets: The tokens that the distributions depend on; a head without `needs_tokens` ignores them.
+            targets: The tokens that the distributions depend on; a head without `needs_tokens` ignores them. The rows
+                of a lattice are those of the path where `targets` has one, else all valid ones.
         """
 
     @abstractmethod
@@ -104,14 +109,14 @@ class Head(ABC):
 
     @abstractmethod
     def scores(self, logits: Tensor) -> Tensor:
-        """Returns what `loss` takes, float32, of the logits: log-probabilities unless the loss itself normalises."""
+        """Returns the input of `loss`, float32: log-probabilities, or the logits where the loss itself normalises."""
 
     @abstractmethod
     def loss(self, scores: Tensor, encoded_lengths: Tensor, targets: Targets, label_smoothing: float) -> Tensor:
         """Returns the (N,) losses of transcripts, nats summed over the tokens of each utterance.
 
         Args:
-            scores: What `scores` returned, or log-probabilities.
+            scores: The result of `scores`, or log-probabilities.
             encoded_lengths: (N,) valid encoder frames.
             targets: The transcripts.
             label_smoothing: Share of the target that is spread over all classes, where the loss has such a target.
@@ -130,8 +135,15 @@ class Head(ABC):
             options: The search; its method is one of `searches`.
         """
 
+    @abstractmethod
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        """Returns the tokens that greedy search finds, with its path if the distributions form a lattice.
+
+        The arguments are those of `search`.
+        """
+
     def logits(self, encoded: Tensor, inputs: Any) -> Tensor:
-        """Returns what the segments make of the (N, T', D) encoder output.
+        """Returns the logits of the (N, T', D) encoder output.
 
         Args:
             encoded: The encoder output.
@@ -182,6 +194,9 @@ class CtcHead(Head):
         if options.method == "greedy":
             return ctc_greedy(log_probs, encoded_lengths, self.blank_id)
         return _best(ctc_prefix_beam(log_probs, encoded_lengths, self.blank_id, options.beam_size, options.candidates))
+
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        return Targets.of(self.search(encoded, encoded_lengths), least=0).to(encoded.device)
 
 
 @final
@@ -235,8 +250,12 @@ class AttentionHead(Head):
                 ctc_weight=0.0 if is_greedy else options.ctc_weight,
                 length_bonus=0.0 if is_greedy else options.length_bonus,
                 candidates=options.candidates,
+                blank_id=self.ctc.blank_id,
             )
         )
+
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        return Targets.of(self.search(encoded, encoded_lengths), least=0).to(encoded.device)
 
 
 def ctc_loss(log_probs: Tensor, encoded_lengths: Tensor, targets: Targets, blank: int) -> Tensor:

@@ -51,7 +51,7 @@ class NemoConformerCtc(AsrModel):
     """Conformer or FastConformer encoder and a linear CTC head; the blank is the last token.
 
     Args:
-        options: The encoder's.
+        options: The shape of the encoder.
         mel: The features.
         tokenizer: The tokenizer, whose V - 1 pieces are the tokens.
     """

@@ -22,9 +22,10 @@ CONFIG_FILE = "model_config.yaml"
 WEIGHTS_FILE = "model_weights.ckpt"
 
 
-def is_nemo(path: Path) -> bool:
-    """Returns whether a file is called `.nemo`, or is a tar archive, whatever its name."""
-    return path.suffix == ".nemo" or tarfile.is_tarfile(path)
+def nemo_files(path: Path) -> tuple[Path, ...]:
+    """Returns the file itself if it is called `.nemo`, or is a tar archive, whatever its name; else none."""
+    is_one = not path.is_dir() and (path.suffix == ".nemo" or tarfile.is_tarfile(path))
+    return (path,) if is_one else ()
 
 
 def read_members(path: Path) -> dict[str, bytes]:

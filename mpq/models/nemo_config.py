@@ -74,7 +74,7 @@ Absent = Annotated[Any, PlainValidator(_one_of())]
 class _Section(BaseModel):
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
     nulls: ClassVar[dict[str, Any]] = {}
-    """{key: what null means}, where it does not mean NeMo's default."""
+    """{key: the meaning of null}, where it is not NeMo's default."""
 
     @model_validator(mode="before")
     @classmethod
@@ -193,7 +193,7 @@ class TokenizerSection(_Section):
 
 
 class NemoConfig(_Section):
-    """What mpq reads of model_config.yaml."""
+    """The part of model_config.yaml that mpq reads."""
 
     preprocessor: Preprocessor
     encoder: Encoder

@@ -52,7 +52,7 @@ def reshaped(model: AsrModel, shapes: FfnShapes) -> AsrModel:
 
     Args:
         model: A float model. The new one is on its device and in its mode, training or eval.
-        shapes: For each block.
+        shapes: The shapes for each block.
 
     Raises:
         MpqError: Not one pair of shapes for each block, a width below 1 or a rank below 0.
@@ -74,7 +74,7 @@ def sliced(model: AsrModel, shapes: FfnShapes) -> AsrModel:
 
     Args:
         model: A float model.
-        shapes: For each block; none larger than what there is. A rank stays 0 where it is 0.
+        shapes: The shapes for each block, none larger than the model's. A rank stays 0 where it is 0.
 
     Raises:
         MpqError: As `reshaped`, or a shape that is no part of the module's, which it names.

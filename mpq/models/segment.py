@@ -12,8 +12,8 @@ class Segment:
     Attributes:
         prefixes: The weights whose names start with one of these are used here and nowhere else.
         run: (hidden, context) -> hidden; the context is what `AsrModel.context` returned for the encoder, or the
-            `inputs` of what `Head.context` returned for a head. The first hidden state of the encoder are the features,
-            the first of a head is the encoder output, and the last of a head are its logits; those between are the
+            `inputs` of what `Head.context` returned for a head. The first hidden state is the features for the
+            encoder and the encoder output for a head; the last of a head is its logits. What lies between is the
             model's own affair.
     """
 

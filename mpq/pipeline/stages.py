@@ -15,7 +15,7 @@ from mpq.allocation.solve import allocate
 from mpq.finetuning.loop import RESULT_FILE
 from mpq.finetuning.run import finetune
 from mpq.identity import Inputs, file_sha256, options_of
-from mpq.loading import PACKED_FILE, model_file
+from mpq.loading import PACKED_FILE, model_sha256
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.pipeline.figures import evaluation_figures, search_figures
 from mpq.pipeline.setting import Setting
@@ -345,11 +345,6 @@ STAGES: tuple[type[Stage], ...] = (Train, Search, Evaluate, Sensitivity, Allocat
 def stages_of(setting: Setting) -> list[Stage]:
     """Returns the stages that the recipe names."""
     return [stage(setting) for stage in STAGES if stage.name in setting.recipe.stages]
-
-
-def model_sha256(checkpoint: Path) -> str:
-    """Returns the digest of the model in a checkpoint file or folder."""
-    return file_sha256(model_file(checkpoint))
 
 
 def evaluation_files(setting: Setting, what: str) -> tuple[Path, ...]:

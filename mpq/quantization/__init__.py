@@ -1,8 +1,8 @@
 """Weights to codes and back: pure functions of tensors.
 
-`spec` has the options and the tables of schemes and roundings, `quantizers` does it. `levels` is what a scheme says,
-`uniform` and `mu_law` are the schemes, `grids` and `scales` choose a group's levels; `gptq` rounds by what a layer
-sees, `soft_assignment` is the General Quantizer (Zhen et al. 2022). It may use `errors` alone.
+`spec` has the options and the tables of schemes and roundings, `quantizers` applies them. `levels` is the interface of
+a scheme, `uniform` and `mu_law` are the schemes, `grids` and `scales` choose a group's levels; `gptq` rounds by what a
+layer sees, `soft_assignment` is the General Quantizer (Zhen et al. 2022). It may use `errors` alone.
 """
 
 from typing import TYPE_CHECKING

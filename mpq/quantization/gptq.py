@@ -1,17 +1,17 @@
 """Rounding that makes up for its own errors (GPTQ, Frantar et al. 2023).
 
-What matters is not the error of a weight but that of the layer's output. For a layer y = W x it is, summed over the
-data, tr(D H D') with D the error of W and H = sum of x x', the Gram matrix of the inputs. Columns are rounded in order,
-and the error of each is fed to the columns after it, by as much as the inputs of both go together: with U the upper
-Cholesky factor of the inverse of H (U'U), column j's error e adds -e U[j, k] / U[j, j] to each column k after it. A
-group's levels are searched when the rounding reaches it, on the weights as they are by then.
+It minimises the error of the layer's output, not that of each weight. For a layer y = W x this error is, summed over
+the data, tr(D H D') with D the error of W and H = sum of x x', the Gram matrix of the inputs. Columns are rounded in
+order, and the error of each is fed to the columns after it, by as much as the inputs of both go together: with U the
+upper Cholesky factor of the inverse of H (U'U), column j's error e adds -e U[j, k] / U[j, j] to each column k after it.
+A group's levels are searched when the rounding reaches it, on the weights as they are by then.
 
 H is damped: DAMPING of its mean diagonal is added to the diagonal, so that it can be inverted however little data
 there is. Rows that share no inputs (the channels of a depthwise kernel, the parts of a grouped convolution) have a Gram
 matrix each. A row whose inputs are all zero can be rounded in any way; it is rounded to nearest.
 
-Legend: B Gram matrices, R rows for each of them, K columns, W bit-widths that are worked on side by side (the loop over
-columns is the same for all, and its overhead what counts).
+Legend: B Gram matrices, R rows for each of them, K columns, W bit-widths that are worked on side by side, since the
+loop over columns is the same for all and its overhead takes most of the time.
 """
 
 from collections.abc import Sequence
@@ -40,7 +40,7 @@ def gptq(
         matrix: (C, K) float32 weights: C = B * R rows; the first R go with the first Gram matrix, and so on.
         specs: The quantizers, which differ in their bits alone; with granularity "tensor" there is one scale, (1, 1).
         gram: (B, K, K) sums of the outer products of the inputs.
-        tables: Centroids, which schemes of evenly spaced levels do not have; not looked at.
+        tables: Not looked at: they are centroids, and schemes of evenly spaced levels have none.
 
     Raises:
         MpqError: The Gram matrix is not finite, of the wrong shape, or zero (no data reached the layer); or a scale
@@ -93,8 +93,8 @@ def _round_block(
 
     Args:
         weights, codes: (K, W, B, R).
-        block: Which columns, all of one group.
-        scale, zero_point: (W, B, R), the group's.
+        block: The columns, all of one group.
+        scale, zero_point: (W, B, R), those of the group.
         factor: (B, K, K), as `inverse_factor` returns it.
         specs: W of them.
     """

@@ -1,6 +1,6 @@
-"""Which levels a group of weights gets: a range, searched for the smallest error, and from it scale and zero point.
+"""The levels of a group of weights: a range, searched for the smallest error, and from it scale and zero point.
 
-Sub-channel scales and the search for the range are those of Rybakov et al. 2023. What differs from scheme to scheme is
+Sub-channel scales and the search for the range are those of Rybakov et al. 2023. The differences between schemes are
 in `mpq.quantization.uniform` (symmetric, asymmetric) and `mpq.quantization.mu_law`.
 
 Legend: a weight of shape (C, ...) is a matrix of C rows and K columns, each row cut into G groups of `size` columns
@@ -22,17 +22,6 @@ CLIP_RATIOS = tuple(ratio / 40 for ratio in range(40, 3, -1))
 
 _AT_ONCE = 2**19
 """Levels that are tried in one operation: enough to hide its overhead, few enough for a processor's cache."""
-
-
-def code_range(spec: QuantSpec) -> tuple[int, int]:
-    """Returns (q_min, q_max).
-
-    >>> code_range(QuantSpec(3, scheme="symmetric")), code_range(QuantSpec(3, scheme="asymmetric"))
-    ((-3, 3), (0, 7))
-    >>> code_range(QuantSpec(1, scheme="symmetric"))  # without 0: the levels are sign(w)
-    (-1, 1)
-    """
-    return spec.codes[0], spec.codes[-1]
 
 
 def matrix_shape(shape: tuple[int, ...], spec: QuantSpec) -> tuple[int, int]:
@@ -110,9 +99,8 @@ def clipped_grid(groups: Tensor, spec: QuantSpec, ratio: Tensor) -> tuple[Tensor
         MpqError: A scale does not fit into the spec's scale_dtype.
     """
     if _has_two_levels(spec):
-        scale = stored_scale(
-            groups.abs().mean(dim=-1), spec
-        )  # 0 for a group of zeros, whose codes then stand for zeros
+        # 0 for a group of zeros, whose codes then stand for zeros
+        scale = stored_scale(groups.abs().mean(dim=-1), spec)
         return scale, torch.zeros_like(scale)
     low, high = levels_of(spec).bounds(groups, spec)
     return levels_of(spec).spread(low * ratio, high * ratio, spec)
@@ -139,7 +127,7 @@ def nearest(
         matrix: (C, K) float32 weights, the rows of which are one with granularity "tensor".
         specs: The quantizers, which differ in their bits alone; there is one result for each.
         gram: (B, K, K) statistics of the inputs for the roundings that need them, which this one does not.
-        tables: The (2^bits,) int8 centroids for each spec, None for a scheme without.
+        tables: The (2^bits,) int8 centroids for each spec, None for a scheme that has none.
 
     Returns:
         For each spec its codes, as many as weights in the order of the matrix, its scales and its zero points.

@@ -1,4 +1,4 @@
-"""The mathematics of a scheme: which levels a group of weights gets, and which of them is next to a weight.
+"""The mathematics of a scheme: the levels of a group of weights, and the one of them that is next to a weight.
 
 Legend: as in `mpq.quantization.grids`; scales, zero points and ends of ranges are (C, G), those of several candidates
 at once (N, C, G).
@@ -15,7 +15,7 @@ from mpq.quantization.spec import QuantSpec
 
 
 class Levels(ABC):
-    """What the other modules of this package ask a scheme. Levels are in units of the scale."""
+    """The questions that the other modules of this package ask a scheme. Levels are in units of the scale."""
 
     @abstractmethod
     def bounds(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -33,7 +33,7 @@ class Levels(ABC):
     def centroids(self, parts: Sequence[Tensor], spec: QuantSpec) -> Tensor | None:
         """Returns the (2^bits,) int8 table of levels for a weight, given as groups of one size, (C, G, size) each.
 
-        None for a scheme without.
+        None for a scheme that has none.
         """
 
     @abstractmethod

@@ -15,27 +15,14 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import CLIP_RATIOS, code_range, matrix_shape, scale_shape, split_groups
+from mpq.quantization.grids import matrix_shape, split_groups
 from mpq.quantization.levels import levels_of
 from mpq.quantization.spec import ROUNDINGS, QuantSpec
-
-__all__ = [
-    "CLIP_RATIOS",
-    "QuantSpec",
-    "Quantized",
-    "code_range",
-    "dequantize",
-    "fake_quantize",
-    "quantize",
-    "quantize_widths",
-    "scale_shape",
-]
-
 
 Rounder = Callable[
     [Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[tuple[Tensor, Tensor, Tensor]]
 ]
-"""What rounds: `mpq.quantization.grids.nearest` has the arguments and the result."""
+"""A rounding; arguments and result are those of `mpq.quantization.grids.nearest`."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +33,8 @@ class Quantized:
         codes: The weight's shape; int8 where the scheme has negative codes (symmetric), else uint8.
         scale: (C, G) float32 ("tensor": (1, 1)), each value exact in the spec's scale_dtype.
         zero_point: (C, G) uint8 in [0, 2^n - 1]; None for a scheme without zero points.
-        centroids: (2^n,) int8, ascending, in units of 1/128: what the codes are indices of; None for a scheme without.
+        centroids: (2^n,) int8, ascending, in units of 1/128: the levels that the codes number; None for a scheme that
+            has none.
     """
 
     codes: Tensor
@@ -79,14 +67,14 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
 def quantize_widths(
     weight: Tensor, spec: QuantSpec, widths: Sequence[int], gram: Tensor | None = None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns with each of several bit-widths in the spec; gptq does that in far less time."""
+    """Returns the results of `quantize` at each of several bit-widths; gptq takes far less time for all at once."""
     return _quantize(weight, [replace(spec, bits=bits) for bits in widths], gram, None)
 
 
 def _quantize(
     weight: Tensor, specs: Sequence[QuantSpec], gram: Tensor | None, centroids: Tensor | None
 ) -> list[Quantized]:
-    """Returns what `quantize` returns, for each of several specs that differ in their bits alone."""
+    """Returns the results of `quantize` for several specs that differ in their bits alone."""
     if weight.numel() == 0:
         raise MpqError(f"weight of shape {tuple(weight.shape)}: expected at least one element to quantize")
     if not weight.isfinite().all():
@@ -105,7 +93,7 @@ def _quantize(
 
 
 def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
-    """Returns the centroids that a matrix (C, K) of weights gets; None for a scheme without."""
+    """Returns the centroids that a matrix (C, K) of weights gets; None for a scheme that has none."""
     if not spec.record.has_centroids:
         return None
     return levels_of(spec).centroids(split_groups(matrix.reshape(matrix_shape(tuple(matrix.shape), spec)), spec), spec)
@@ -114,15 +102,15 @@ def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
 def as_stored(
     shape: tuple[int, ...], spec: QuantSpec, codes: Tensor, scale: Tensor, zero_point: Tensor, centroids: Tensor | None
 ) -> Quantized:
-    """Returns what is stored of a weight of this shape.
+    """Returns a weight of this shape as stored.
 
     Args:
-        shape: The weight's.
+        shape: The shape of the weight.
         spec: The quantizer.
         codes: float32 codes, as many as weights, in their order.
         scale: (C, G) float32.
         zero_point: (C, G) float32; not looked at for a scheme without zero points.
-        centroids: (2^bits,) int8; None for a scheme without.
+        centroids: (2^bits,) int8; None for a scheme that has none.
     """
     return Quantized(
         codes=codes.to(torch.int8 if spec.codes[0] < 0 else torch.uint8).reshape(shape),

@@ -9,7 +9,7 @@ As printed (Eq. 1-3) this takes a matrix of weights x centroids. It does not nee
 centroids all distances grow or shrink alike, so the sums over the centroids to the left and to the right are known but
 for one factor each, and the mean is p + q * sigmoid(2 alpha (w - middle) + l), with p, q, l that depend on the
 interval alone. Centroids are multiples of 1/128, so the interval is found by rounding w down, without a search.
-`tests/bench_general_quantizer.py` measures what that saves.
+`tests/bench_general_quantizer.py` measures the saving.
 
 Legend: a weight of shape (C, ...) in rows and groups as in `mpq.quantization.grids`; m centroids as in
     `mpq.quantization.mu_law`.
@@ -154,7 +154,7 @@ def _running_sums(points: list[float], alpha: float) -> list[tuple[float, float]
 
 
 class SoftToHard(nn.Module):
-    """A weight on the way to its centroids: what the forward pass sees of a kernel.
+    """A weight on the way to its centroids, as the forward pass sees it.
 
     It works as a torch parametrization, or is called by itself:
 
@@ -168,7 +168,7 @@ class SoftToHard(nn.Module):
         spec: The quantizer, of the scheme "mulaw". Scales are those of the weight as it is at each forward pass (no
             gradient flows into them): max|w| times a clip ratio, which `choose_clip` searches. At 1 bit the scale is
             mean|w|.
-        alpha: How hard the assignment is (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
+        alpha: The hardness of the assignment (Zhen et al. 2022, Eq. 2), in units of 1 / scale.
         is_hard: Whether the weight is rounded: the value is that of `dequantize(quantized(weight))`, and the gradient
             passes unchanged (straight-through estimator).
         mu: The parameter of the mu-law. Set it by `choose_mu`.
@@ -222,7 +222,7 @@ class SoftToHard(nn.Module):
         self.clip_ratio = torch.cat(found, dim=1)
 
     def quantized(self, weight: Tensor) -> Quantized:
-        """Returns what is stored of a weight: rounded to the current centroids.
+        """Returns a weight as stored: rounded to the current centroids.
 
         Raises:
             MpqError: The weight is not finite, or a scale does not fit into the spec's scale_dtype.
@@ -298,11 +298,10 @@ class GeneralQuantizer:
     Args:
         model: Any module.
         bits: {parameter name: 1 to 8} of the weights to quantize; the others stay as they are.
-        granularity: What shares a scale, as in `mpq.quantization.spec.QuantSpec`.
-        start_step, end_step: Between which alpha rises, in steps.
-        alpha_start, alpha_end: From what to what; the defaults are the paper's example.
-        mu_every: mu is chosen at the beginning, and again after so many steps up to end_step; the paper does not say
-            how often.
+        granularity: The weights that share a scale, as in `mpq.quantization.spec.QuantSpec`.
+        start_step, end_step: The steps between which alpha rises.
+        alpha_start, alpha_end: The values of alpha before and after; the defaults are the paper's example.
+        mu_every: The number of steps, up to end_step, after which mu is chosen anew; the paper does not give one.
         scale_dtype: Type of the stored scales, as in `QuantSpec`.
 
     Raises:
@@ -375,7 +374,7 @@ class GeneralQuantizer:
             remove_parametrizations(*self._place(name), leave_parametrized=True)
 
     def quantized(self) -> dict[str, Quantized]:
-        """Returns what is stored of each weight, as it is now; after the end, as it was then."""
+        """Returns each weight as stored, as it is now; after the end, as it was then."""
         if self._stored is not None:
             return self._stored
         return {name: kernel.quantized(self._latent(name)) for name, kernel in self.kernels.items()}

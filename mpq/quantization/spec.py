@@ -1,4 +1,4 @@
-"""How a weight tensor is quantized: the options, without the mathematics (and without torch).
+"""The options of quantization, without the mathematics (and without torch).
 
 A scheme says which levels there are, a rounding which of them a weight gets. Each is one record in the tables below,
 and all that other packages ask about one is there. A new scheme is a record in `SCHEMES`, a child of
@@ -21,16 +21,17 @@ FLOAT_BITS = (16, 32)
 SCALE_DTYPES = ("float16", "float32")
 
 Scales = Literal["learned", "recomputed", "frozen"]
-"""What becomes of the scales in a training (`mpq.finetuning.fake_quant`)."""
+"""The treatment of scales in a training (`mpq.finetuning.fake_quant`)."""
 SCALES: tuple[Scales, ...] = ("learned", "recomputed", "frozen")
 
 
 @dataclass(frozen=True)
 class Rounding:
-    """How codes are chosen.
+    """A way to choose codes.
 
     Attributes:
-        function: "module:name" of what rounds; arguments and result are those of `mpq.quantization.grids.nearest`.
+        function: "module:name" of the function that rounds; arguments and result are those of
+            `mpq.quantization.grids.nearest`.
         needs_statistics: Whether it looks at the layer's inputs, so that it needs calibration data.
     """
 
@@ -46,7 +47,7 @@ ROUNDINGS = {
 
 @dataclass(frozen=True)
 class Scheme:
-    """Which levels there are, and what may be done with them.
+    """A kind of levels, and what may be done with them.
 
     Attributes:
         levels: "module:name" of its mathematics, a child of `mpq.quantization.levels.Levels`.
@@ -55,9 +56,9 @@ class Scheme:
         has_centroids: Whether each weight has a table of levels, whose indices are the codes.
         roundings: The names of the roundings that it has; without calibration data the first is the default.
         rounding_with_data: The default rounding where there are calibration data.
-        training: How its weights are trained: "straight_through" (the gradient passes the rounding) needs levels that
-            are evenly spaced, "soft_assignment" centroids; None: not at all.
-        scales: What may become of its scales in a straight-through training.
+        training: The way its weights are trained: "straight_through" (the gradient passes the rounding) needs levels
+            that are evenly spaced, "soft_assignment" centroids; None: not at all.
+        scales: The treatments that its scales may have in a straight-through training.
     """
 
     levels: str
@@ -116,7 +117,7 @@ else:
 
 @dataclass(frozen=True)
 class QuantSpec:
-    """How one weight tensor is quantized. The defaults are the measured best of docs/quantizers.md.
+    """The quantizer of one weight tensor. The defaults are the measured best of docs/quantizers.md.
 
     A weight of shape (C, ...) is seen as a matrix of C rows (output channels) and K columns (all that one output
     channel reads: input channels times kernel positions).
@@ -126,13 +127,13 @@ class QuantSpec:
         scheme: A name in `SCHEMES`. "symmetric": levels scale * {-(2^(n-1)-1) ... 2^(n-1)-1}; at 1 bit scale * {-1, 1}.
             "asymmetric": levels scale * ({0 ... 2^n-1} - zero_point) with an integer zero point.
             "mulaw": levels scale * 2^n centroids that lie closer together near zero (mpq.quantization.mu_law).
-        granularity: What shares a scale: "tensor", "channel" (a row), or "group:G" (G consecutive columns of a row;
-            the last group of a row is shorter when G does not divide K).
-        clip: How the range is chosen: "none" (all weights inside), "mse" or "mae" (searched for the smallest squared
+        granularity: The weights that share a scale: "tensor", "channel" (a row), or "group:G" (G consecutive columns of
+            a row; the last group of a row is shorter when G does not divide K).
+        clip: The choice of the range: "none" (all weights inside), "mse" or "mae" (searched for the smallest squared
             or absolute error), "percentile:P" (P in (50, 100], of the sorted weights).
         rounding: A name in `ROUNDINGS`, one of those that the scheme has. "nearest", or "gptq": errors are made up
             for, by the statistics of the layer's inputs (mpq.quantization.gptq).
-        scale_dtype: "float16" or "float32": how scales are stored, and so what values they can take.
+        scale_dtype: "float16" or "float32": the type that scales are stored in, and so the values that they can take.
 
     Raises:
         MpqError: An option is none of these; the message names it.
@@ -171,7 +172,11 @@ class QuantSpec:
 
     @property
     def codes(self) -> range:
-        """The codes that a weight may have, ascending."""
+        """The codes that a weight may have, ascending.
+
+        >>> QuantSpec(3, "symmetric").codes, QuantSpec(3, "asymmetric").codes
+        (range(-3, 4), range(0, 8))
+        """
         return self.record.codes(self.bits)
 
     @property

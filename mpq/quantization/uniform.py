@@ -17,7 +17,7 @@ from mpq.quantization.spec import QuantSpec
 
 
 class _Uniform(Levels):
-    """What both have in common."""
+    """The common part of both schemes."""
 
     def centroids(self, parts: Sequence[Tensor], spec: QuantSpec) -> None:
         return None

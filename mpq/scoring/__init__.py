@@ -1,7 +1,7 @@
 """Word errors and their significance (`mpq evaluate`, `mpq compare`).
 
 `metrics` counts, `significance` tests (MAPSSWE as NIST SCTK has it, McNemar, bootstrap), `evaluate` and `compare` are
-the commands, `records` what a comparison says. It may use `loading` and the packages below it.
+the commands, `records` is the result of a comparison. It may use `loading` and the packages below it.
 """
 
 from typing import TYPE_CHECKING

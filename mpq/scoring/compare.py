@@ -31,7 +31,7 @@ def compare(
     Args:
         ref: The reference transcripts.
         a, b: The two systems' transcripts.
-        names: What reports call the systems.
+        names: The names of the systems in reports.
         alpha: The level of all tests and intervals.
         resamples, seed: The number of the bootstrap's resamples, and its seed.
 

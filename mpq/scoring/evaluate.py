@@ -27,7 +27,7 @@ from mpq.speech.trn import escape_markup, format_trn, write_trn
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `metrics.json` holds.
+    """The content of `metrics.json`.
 
     Attributes:
         metrics: The word errors.
@@ -36,8 +36,8 @@ class Evaluation:
         escaped: Outputs with characters that mean something to SCTK, written as U+FFFD in hyp.trn.
         model: {"path", "sha256", "architecture"}.
         data: {"path"}.
-        device: Where it ran.
-        decode: How the transcripts were searched for.
+        device: The device that it ran on.
+        decode: The search for the transcripts.
     """
 
     metrics: Metrics
@@ -85,7 +85,7 @@ def evaluate(
         checkpoint: A float checkpoint or a packed file.
         data: Manifest or Kaldi directory with transcripts.
         out: The folder to create or to replace the results in.
-        decode: How to search for the transcripts.
+        decode: The search for the transcripts.
         max_batch_seconds: Padded audio in one batch.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
         device: As in `mpq.runtime.choose_device`.
@@ -125,7 +125,7 @@ def evaluate(
 def _transcribe(
     model: AsrModel, planned: list[list[Utterance]], journal: Journal, decode: DecodeOptions, channel: str, quiet: bool
 ) -> tuple[dict[str, str], float]:
-    """Returns {utt_id: text} and the seconds of computing, both with what an earlier run left in the journal."""
+    """Returns {utt_id: text} and the seconds of computing, those of an earlier run in the journal included."""
     where = next(model.parameters()).device
     entries = journal.read()
     journal.begin()

@@ -1,4 +1,4 @@
-"""Word errors: what `mpq evaluate` counts.
+"""The word errors that `mpq evaluate` counts.
 
 Words are counted over sclite's alignment, not jiwer's, so that `evaluate`, `compare` and sclite print the same numbers.
 All WERs are fractions.

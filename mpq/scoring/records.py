@@ -1,4 +1,4 @@
-"""What a comparison of two systems says: word errors and the verdict of the tests, as written to JSON."""
+"""A comparison of two systems: word errors and the verdict of the tests, as written to JSON."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,9 +14,9 @@ class SystemScore:
     """One system's word errors over the whole corpus, as sclite's Sum row counts them.
 
     Attributes:
-        name: What the reports call the system.
+        name: The name of the system in reports.
         wer: (sub + del + ins) / (corr + sub + del); 0 without reference words.
-        correct, substitutions, deletions, insertions: Words.
+        correct, substitutions, deletions, insertions: The numbers of words.
         sentence_errors: Utterances with at least one error.
     """
 
@@ -45,14 +45,14 @@ class MapssweResult:
     """The matched pairs test; differences are (errors of a) - (errors of b) per segment.
 
     Attributes:
-        segments: Number of segments.
-        mean, std: Of the differences (std with n - 1).
+        segments: The number of segments.
+        mean, std: The mean of the differences, and their standard deviation (with n - 1).
         z: mean / (std / sqrt(segments)); 0 when the differences are all equal; None without segments.
         p: Exact two-tailed normal probability of z; None without segments.
         p_sctk: The probability as sc_stats prints it (z floored to 0.01); None without segments.
         significant: |z| above the critical value, strictly (1.960 at alpha 0.05, as sc_stats).
         better: "a", "b", or None when not significant.
-        note: Why there is no verdict or why to doubt it, else "".
+        note: The reason why there is no verdict, or why to doubt it; else "".
     """
 
     segments: int
@@ -74,8 +74,8 @@ class Comparison:
     """`mpq.comparison/1`: two systems on the same utterances; a is the baseline, b the compressed one.
 
     Attributes:
-        alpha: Level of the tests.
-        utterances, words: In the reference.
+        alpha: The level of the tests.
+        utterances, words: The numbers of utterances and of words in the reference.
         a, b: The systems' scores.
         mapsswe: The matched pairs test.
         mcnemar: {"a_only_wrong", "b_only_wrong", "p", "significant"}: exact binomial test on utterances.

@@ -158,13 +158,13 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
     verdict can disagree: p of |z| = 1.9599... is below 0.05, and not significant. Source: sc_stats -t mapsswe.
 
     Args:
-        segment_errors: The segments of all utterances, one after the other: shape (n, 2) with rows (errors of a,
-            errors of b), as `segments` gives them for one utterance; or shape (n,) with the differences. n may be 0.
+        segment_errors: The segments of all utterances: (n, 2) with rows (errors of a, errors of b), as `segments` gives
+            them for one utterance; or (n,) differences. n may be 0.
         alpha: The level of the test, between 0 and 1.
 
     Returns:
-        The result; `note` says when the test is undefined (no segments; all differences equal, for which z is 0 and
-        p is 1 as in sc_stats, however large they are) or doubtful (fewer than 30 segments). sc_stats crashes on n = 0.
+        The result; `note` says when the test is undefined (no segments, where sc_stats crashes; all differences equal,
+        for which z is 0 and p is 1 as in sc_stats) or doubtful (fewer than 30 segments).
 
     Raises:
         MpqError: Another shape, a value that is not finite, or alpha out of range.
@@ -180,8 +180,7 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
     if n == 0:
         return MapssweResult(0, 0.0, 0.0, None, None, None, False, None, "no errors in either system: nothing to test")
 
-    # The order of operations is sc_stats's, for equality to the last bit. Plain loops: from Python 3.12 on sum() of
-    # floats is compensated and so rounds differently.
+    # The order of operations is sc_stats's, to the last bit; from Python 3.12 on, sum() would round differently.
     total = squares = 0.0
     for difference in differences:
         total += difference

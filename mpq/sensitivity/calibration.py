@@ -1,4 +1,4 @@
-"""Calibration audio: which utterances a model is looked at with, drawn at random, and found again later.
+"""Calibration audio: utterances to look at a model with, drawn at random, and found again later.
 
 A file says how its audio was drawn and the fingerprint of the samples, so that a later step draws the same audio, and
 audio that no earlier step has seen.
@@ -31,11 +31,11 @@ HELD_OUT_SECONDS = 300.0
 
 @dataclass(frozen=True)
 class CalibrationData:
-    """The audio that a model is looked at with.
+    """Audio to look at a model with.
 
     Attributes:
         path: The manifest or directory.
-        max_seconds, seed: How it was drawn (`mpq.speech.data.calibration_subset`); max_seconds None is all.
+        max_seconds, seed: The options of the draw (`mpq.speech.data.calibration_subset`); max_seconds None is all.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
         utterances, durations: The utterances that were drawn, and the seconds of each.
         rest, rest_durations: The utterances that were not drawn, and the seconds of each.
@@ -59,7 +59,7 @@ class CalibrationData:
 
     @property
     def seconds(self) -> float:
-        """How much audio was drawn, to the millisecond."""
+        """The length of the audio that was drawn, to the millisecond."""
         return round(math.fsum(self.durations), 3)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class CalibrationData:
         return {
             "path": str(self.path),
             "utterances": len(self.utterances),
-            "seconds": round(sum(self.durations), 3),
+            "seconds": self.seconds,
             "max_seconds": self.max_seconds,
             "seed": self.seed,
             "channel": self.channel,
@@ -111,7 +111,7 @@ def draw(
     channel: str = "error",
     skip_bad: bool = False,
 ) -> CalibrationData:
-    """Returns a random part of the data, at most `max_seconds` of audio (None: all), and what is left.
+    """Returns a random part of the data, at most `max_seconds` of audio (None: all), and the utterances that are left.
 
     Raises:
         MpqError: Bad data, all of its faults at once.
@@ -120,7 +120,7 @@ def draw(
 
 
 def further(model: AsrModel, data: CalibrationData, max_seconds: float | None) -> CalibrationData:
-    """Returns a random part of what `data` left of its file; nothing where nothing is left.
+    """Returns a random part of the audio that `data` left of its file; an empty part where nothing is left.
 
     Args:
         model: The model that is to hear it.
@@ -153,10 +153,10 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
     Args:
         model: The model that is to hear it.
         data: The object that `CalibrationData.to_json` wrote.
-        path: Where the data are now, if not where they were.
+        path: The place of the data now; None: where they were.
 
     Raises:
-        MpqError: The object does not say how the audio was drawn, or what is drawn now is other audio.
+        MpqError: The object does not say how the audio was drawn, or other audio is drawn now.
     """
     missing = [key for key in ("path", "max_seconds", "seed", "channel", "skip_bad", "sha256") if key not in data]
     if missing:
@@ -182,7 +182,7 @@ def redraw(model: AsrModel, data: dict[str, Any], path: Path | None = None) -> C
 def one_by_one(model: AsrModel, data: CalibrationData) -> list[tuple[Tensor, Tensor]]:
     """Returns ((1, T, F) features, (1,) frames) of each utterance, on the model's device."""
     where = next(model.parameters()).device
-    with torch.no_grad():  # not inference mode: what a backward pass is to go through
+    with torch.no_grad():  # not inference mode: a backward pass will start from these
         found = [model.features(samples.to(where), lengths.to(where)) for samples, lengths in data.waveforms]
     return [(features[:, : int(lengths)], lengths) for features, lengths in found]  # some features end with padding
 

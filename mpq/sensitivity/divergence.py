@@ -1,11 +1,11 @@
-"""How far the output of a changed model is from that of the model as trained: KL divergence per row, in nats.
+"""The divergence of a changed model's output from that of the model as trained: KL per row, in nats.
 
 The calibration data lie before the model as batches of hidden states that walk through its segments (`SegmentTree`), so
 that a change in segment s needs only the segments after s (`OutputBatch`); `JointDivergence` keeps the states before
 every segment, and so measures one change after another of a model with all of its layers quantized.
 
 An output is a distribution for each *row*. The rows of "encoder", softmax of the encoder's output, are the valid
-encoder frames; those of a head's output are what the head says (`mpq.models.heads`): the valid frames for CTC, the
+encoder frames; those of a head's output are given by the head (`mpq.models.heads`): the valid frames for CTC, the
 tokens of the transcript and <eos> for an attention decoder. A head that needs tokens is given those that the unchanged
 model recognises by greedy search. Recognition uses the outputs of all heads: the divergence of a whole model is the
 mean over the rows of all of them.
@@ -35,7 +35,7 @@ BOUND = 1.0
 class SegmentTree:
     """All segments of a model: features -> encoder output, and encoder output -> logits for each head.
 
-    State 0 are the features, and state i + 1 is what segment i makes of the state that it reads.
+    State 0 is the features, and state i + 1 is the result of segment i.
 
     Args:
         model: The model whose segments these are.
@@ -96,10 +96,10 @@ class SegmentTree:
         inputs: Mapping[str, Any],
         keep: Container[int] | None = None,
     ) -> dict[int, Any]:
-        """Returns {state: what the segments of a path make}.
+        """Returns the states that the segments of a path make, by their numbers.
 
         Args:
-            states: The states that the path reads and none of its segments makes.
+            states: The states that the path reads but does not make.
             path: Segments, in order.
             inputs: The `inputs` of an `mpq.models.base.OutputContext`.
             keep: The states to return among those that a segment of the path reads; None for all.
@@ -132,7 +132,7 @@ class OutputBatch:
         """{output: (N,) rows of each utterance}."""
 
     def advance(self, tree: SegmentTree, index: int) -> None:
-        """Takes the batch through segment `index`, all before it being done; keeps what later segments read."""
+        """Takes the batch through segment `index` after all before it; keeps the states that later segments read."""
         read = set(tree.sources[index + 1 :])
         if index + 1 in read:
             self.states |= tree.run(self.states, (index,), self.context.inputs)
@@ -216,7 +216,7 @@ def output_divergence(
 
 
 def _measured_outputs(tree: SegmentTree, output: str | None) -> tuple[str, ...]:
-    """Returns what the divergence of a whole model is taken over."""
+    """Returns the outputs over which the divergence of a whole model is taken."""
     if output is None:
         return tree.recognition
     tree.check(output)
@@ -271,7 +271,7 @@ class JointDivergence:
         return float(self.kl.sum()) / self.frames
 
     def measure(self, weights: Mapping[str, Tensor]) -> Tensor:
-        """Returns what `kl` would be with these weights, (utterances,) nats; the model stays as it is."""
+        """Returns the value of `kl` with these weights, (utterances,) nats; the model stays as it is."""
         before = {name: self._parameters[name].data for name in weights}
         try:
             return self._measured(weights, keep=())[0]
@@ -320,7 +320,7 @@ class JointDivergence:
     def _walk(
         self, states: Sequence[Mapping[int, Any]], path: Sequence[int], keep: Container[int] | None = None
     ) -> list[dict[int, Any]]:
-        """Returns for each batch what these segments make of its states."""
+        """Returns for each batch the states that these segments make."""
         pairs = zip(states, self._batches, strict=True)
         return [self._tree.run(own, path, batch.context.inputs, keep) for own, batch in pairs]
 

@@ -1,22 +1,22 @@
-"""How much the output will suffer from rounding errors, to second order, for all layers and widths at once.
+"""The expected effect of rounding errors on the output, to second order, for all layers and widths at once.
 
 Near the trained weights the divergence of the output distribution is half the squared rounding error d in the metric of
 the Fisher information: KL = 1/2 sum over frames and labels y of p(y) (d . gradient of log p(y))^2. The double sum is
 the expectation of one square, (d . gradient of sum of sign x sqrt(p(y)) log p(y))^2, over random signs for each row
-and label. So an utterance takes a backward pass for each set of signs (no
-transcripts), whose gradient of each weight is multiplied with the rounding errors at every width. It serves all layers
-and widths; the exact divergence (`mpq.sensitivity.measure.measure_kl`) needs a forward pass for each. Signs rather than
-labels drawn from p: a rare label with a large gradient makes drawn scores differ by a factor of two from draw to draw,
-the signs by a tenth.
+and label. So an utterance takes a backward pass for each set of signs (no transcripts), whose gradient of each weight
+is multiplied with the rounding errors at every width. It serves all layers and widths; the exact divergence
+(`mpq.sensitivity.measure.measure_kl`) needs a forward pass for each. Signs are used rather than labels drawn from p,
+since a rare label with a large gradient makes the scores differ much from draw to draw.
 
-Utterances differ by orders of magnitude in how far the expansion overshoots: of 96, one can hold four fifths of the sum
-over all. Such an utterance is lost at a low width whatever is done. So what counts is each layer's *share* of an
+Utterances differ by orders of magnitude in how far the expansion overshoots, so that one of them can hold most of the
+sum over all. Such an utterance is lost at a low width whatever is done. So the score is each layer's *share* of an
 utterance's total, averaged over utterances, times the geometric mean of the totals: the divergence of a typical
-utterance. docs/rounding.md has what this is worth and what else was tried.
+utterance. docs/rounding.md has the benefit, and what else was tried.
 
-Left out: third order, and what layers do to each other.
+The third order, and the effects of layers on each other, are left out.
 
-Legend: U utterances, L layers, W widths, T' frames, V classes. Rows are those of `mpq.sensitivity.divergence`.
+Legend: U utterances, L layers, W widths, T feature frames, F features, V classes. Rows are those of
+`mpq.sensitivity.divergence`.
 """
 
 import hashlib
@@ -64,9 +64,9 @@ def fisher_scores(
     parameters = dict(model.named_parameters())
     weights = [parameters[name] for name in errors]
     outputs = (output, *(other for other in tree.recognition if other != output))
-    inputs = model.output_context(features, lengths).inputs
-    states = tree.run({0: features}, tree.path(*outputs), inputs)
-    log_probs = [tree.log_probs[one](states[tree.ends[one]]).flatten(0, -2) for one in outputs]  # (rows, V) each
+    context = model.output_context(features, lengths)
+    states = tree.run({0: features}, tree.path(*outputs), context.inputs)
+    log_probs = [tree.log_probs[one](states[tree.ends[one]][context.rows[one]]) for one in outputs]  # (rows, V) each
     scores = torch.zeros(len(errors), len(next(iter(errors.values()))), dtype=torch.float64)
     generator = torch.Generator().manual_seed(_utterance_seed(seed, features))
     if not all(bool(one.isfinite().all()) for one in log_probs):
@@ -107,10 +107,10 @@ def rounding_errors(
 
     Args:
         model: The float model.
-        weight_format: The quantizer.
+        weight_format: The quantizer, and how weights are stored.
         widths: W bit-widths.
         grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
-        on_layer: Told 1 with each finished layer.
+        on_layer: Called with 1 for each finished layer.
 
     Raises:
         MpqError: A layer cannot be quantized; the message names it.

@@ -1,4 +1,4 @@
-"""How much the output suffers from n-bit quantization of each layer, by one of two methods.
+"""The effect of n-bit quantization of each layer on the output, by one of two methods.
 
 "fisher" (`mpq.sensitivity.fisher`) is the second-order score: one backward pass for each utterance serves all layers
 and widths.
@@ -20,7 +20,7 @@ Legend: N utterances, T feature frames, F features, L layers, W widths.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +35,7 @@ from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
 from mpq.journal import Journal
-from mpq.loading import model_file, open_float_model
+from mpq.loading import OpenedModel, model_files, open_float_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
 from mpq.quantization.spec import QuantSpec
@@ -71,7 +71,7 @@ def measure_sensitivity(
     *,
     method: str = "fisher",
     output: str | None = "ctc",
-    max_seconds: float | None = 300.0,
+    max_seconds: float | None = CALIBRATION_SECONDS,
     seed: int = 0,
     channel: str = "error",
     skip_bad: bool = False,
@@ -80,17 +80,16 @@ def measure_sensitivity(
 ) -> SensitivityTable:
     """Measures every layer at every width and writes the `mpq.sensitivity/1` file `out`.
 
-    What `out` or its journal already has from the same model, data, method and quantizer is not measured again.
+    Points that `out` or its journal already has for the same model, data, method and quantizer are kept.
 
     Args:
         checkpoint: The float model.
         data: Manifest or Kaldi directory; transcripts are not used.
         bits: Widths, 1 to 8.
         out: The file to write.
-        weight_format: How weights are quantized and stored.
+        weight_format: The quantizer, and how weights are stored.
         method: "fisher" or "kl".
-        output: As in `measure_kl` and `mpq.sensitivity.fisher.fisher_scores`; None: the output that depends on tokens,
-            where the model has one, else that of its default head.
+        output: As in `measure_kl`; None: that of the head that needs tokens, where there is one, else of the default.
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
         seed: The seed of that choice, and of the signs that "fisher" draws.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
@@ -101,39 +100,23 @@ def measure_sensitivity(
         MpqError: Bad input of any kind.
     """
     widths = _checked(bits, method)
-    checkpoint = model_file(checkpoint)
-    check_output(out, checkpoint, data)
-    where = choose_device(device)
-    opened = open_float_model(checkpoint, where, "measure")
-    model, model_record = opened.model, opened.to_json()
-    output = output or max(model.output_heads, key=lambda head: head.needs_tokens).output
-    SegmentTree(model).check(output)
-    drawn = draw(model, data, max_seconds, seed, channel, skip_bad)
-    work = [
-        __version__,
-        model_record["sha256"],
-        drawn.sha256,
-        output,
-        method,
-        seed if method == "fisher" else 0,
-        weight_format.to_json(),
-    ]
-    fingerprint = digest(work)
-    journal = Journal(out.with_name(out.name + ".journal"), fingerprint)
+    check_output(out, *model_files(checkpoint), data)
+    opened = open_float_model(checkpoint, choose_device(device), "measure")
+    output = output or max(opened.model.output_heads, key=lambda head: head.needs_tokens).output
+    SegmentTree(opened.model).check(output)
+    drawn = draw(opened.model, data, max_seconds, seed, channel, skip_bad)
+    task = _Task(opened, drawn, widths, weight_format, output, method, quiet)
+    journal = Journal(out.with_name(out.name + ".journal"), task.fingerprint)
     with processes() as workers:
-        done = _finished(out, fingerprint)
+        done = _finished(out, task.fingerprint)
         workers.barrier()
         if workers.rank == 0:
             journal.begin()
         workers.barrier()
         with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
-            grams = _shared_statistics(model, model_record["sha256"], drawn, weight_format, workers, quiet)
-            features = one_by_one(model, drawn)
-            silent = quiet or workers.rank > 0
-            task = _Task(model, drawn, features, widths, done, weight_format, output, grams, journal, workers, silent)
             measure = _measure_fisher if method == "fisher" else _measure_kl
-            scores = done | measure(task)
-        table = _table(task, scores, model_record, method, fingerprint)
+            scores = done | measure(task, done.keys(), journal, workers)
+        table = _table(task, scores)
         if workers.rank == 0:
             table.save(out)
             journal.remove()
@@ -142,25 +125,13 @@ def measure_sensitivity(
 
 
 def _checked(bits: Sequence[int], method: str) -> tuple[int, ...]:
-    """Returns the widths in order."""
+    """Returns the widths in order; raises MpqError for a bad width or method."""
     widths = tuple(sorted(set(bits)))
     for width in widths:
-        QuantSpec(width)  # refuses what is not a width
+        QuantSpec(width)  # refuses other numbers
     if method not in METHODS:
         raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
     return widths
-
-
-def _shared_statistics(
-    model: AsrModel, sha256: str, drawn: CalibrationData, weight_format: WeightFormat, workers: Processes, quiet: bool
-) -> dict[str, Tensor]:
-    """Returns the statistics that the rounding needs; one process collects them, the others find them in the cache."""
-    if workers.rank > 0:
-        workers.barrier()
-        return input_statistics(model, sha256, drawn, weight_format)
-    grams = input_statistics(model, sha256, drawn, weight_format, quiet)
-    workers.barrier()
-    return grams
 
 
 def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
@@ -182,37 +153,55 @@ def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
 
 @dataclass(frozen=True)
 class _Task:
-    """What there is to measure, and with what.
+    """A measurement: all that the table depends on.
 
     Attributes:
-        features: ((1, T, F), (1,) frames) of each utterance of `data`.
-        done: The points that need not be measured.
-        journal: Keeps what is finished: of "kl" {"name", "bits", "kl"} for each point, of "fisher" {"utterance",
-            "bits", "frames", "scores"} for each utterance, the scores of all layers (L) at all widths (W).
-        silent: Show no progress.
+        opened: The float model.
+        data: The audio.
+        widths: The bit-widths, ascending.
+        weight_format, output, method: As in `measure_sensitivity`.
+        quiet: Show no progress.
     """
 
-    model: AsrModel
+    opened: OpenedModel
     data: CalibrationData
-    features: Sequence[tuple[Tensor, Tensor]]
     widths: tuple[int, ...]
-    done: Mapping[Point, Score]
     weight_format: WeightFormat
     output: str
-    grams: Mapping[str, Tensor]
-    journal: Journal
-    workers: Processes
-    silent: bool
+    method: str
+    quiet: bool
+
+    @property
+    def model(self) -> AsrModel:
+        """The float model."""
+        return self.opened.model
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of all that a score depends on."""
+        seed = self.data.seed if self.method == "fisher" else 0
+        audio, how = self.data.sha256, self.weight_format.to_json()
+        return digest([__version__, self.opened.sha256, audio, self.output, self.method, seed, how])
+
+    def statistics(self, workers: Processes) -> dict[str, Tensor]:
+        """Returns the statistics for the rounding; one process collects them, the others find them in the cache."""
+        if workers.rank > 0:
+            workers.barrier()
+        quiet = self.quiet or workers.rank > 0
+        grams = input_statistics(self.model, self.opened.sha256, self.data, self.weight_format, quiet)
+        if workers.rank == 0:
+            workers.barrier()
+        return grams
 
 
-def _measure_kl(task: _Task) -> dict[Point, Score]:
-    """Returns all points that are not done."""
-    model, journal, workers = task.model, task.journal, task.workers
-    known = set(task.done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
+def _measure_kl(task: _Task, done: Set[Point], journal: Journal, workers: Processes) -> dict[Point, Score]:
+    """Returns all points that are not done; the journal has {"name", "bits", "kl"} for each."""
+    model, grams = task.model, task.statistics(workers)
+    known = set(done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
     workers.barrier()  # so that all have read the same
     todo = [(ref.name, width) for ref in model.weights() for width in task.widths if (ref.name, width) not in known]
     todo = todo[workers.rank :: workers.count]
-    with progress("sensitivity", len(todo), task.silent, "points") as advance:
+    with progress("sensitivity", len(todo), task.quiet or workers.rank > 0, "points") as advance:
 
         def keep(name: str, width: int, kl: float) -> None:
             journal.append({"name": name, "bits": width, "kl": kl})
@@ -220,31 +209,36 @@ def _measure_kl(task: _Task) -> dict[Point, Score]:
 
         if todo:
             batches = in_batches(model, task.data, BATCH_SECONDS)
-            measure_kl(model, batches, todo, task.weight_format, task.output, keep, task.grams)
+            measure_kl(model, batches, todo, task.weight_format, task.output, keep, grams)
     workers.barrier()
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 
 
-def _measure_fisher(task: _Task) -> dict[Point, Score]:
-    """Returns the points of all widths of which one is not done."""
-    model, journal, workers = task.model, task.journal, task.workers
+def _measure_fisher(task: _Task, done: Set[Point], journal: Journal, workers: Processes) -> dict[Point, Score]:
+    """Returns the points of all widths of which one is not done.
+
+    The journal has {"utterance", "bits", "frames", "scores"} for each utterance: the scores of all layers (L) at all
+    widths (W).
+    """
+    model, grams, silent = task.model, task.statistics(workers), task.quiet or workers.rank > 0
+    features = one_by_one(model, task.data)
     names = [ref.name for ref in model.weights()]
-    todo = [width for width in task.widths if any((name, width) not in task.done for name in names)]
+    todo = [width for width in task.widths if any((name, width) not in done for name in names)]
 
     def finished() -> dict[int, dict[str, Any]]:
         return {entry["utterance"]: entry for entry in journal.read() if entry["bits"] == todo}
 
     known = finished()
     workers.barrier()  # so that all have read the same
-    left = [index for index in range(len(task.features)) if index not in known][workers.rank :: workers.count]
+    left = [index for index in range(len(features)) if index not in known][workers.rank :: workers.count]
     if not todo:
         return {}
     if left:
-        with progress("rounding", len(names), task.silent, "layers") as advance:
-            errors = rounding_errors(model, task.weight_format, todo, task.grams, advance)
-        with progress("sensitivity", len(left), task.silent, "utterances") as advance:
+        with progress("rounding", len(names), silent, "layers") as advance:
+            errors = rounding_errors(model, task.weight_format, todo, grams, advance)
+        with progress("sensitivity", len(left), silent, "utterances") as advance:
             for index in left:
-                scores, frames = fisher_scores(model, errors, *task.features[index], task.data.seed, task.output)
+                scores, frames = fisher_scores(model, errors, *features[index], task.data.seed, task.output)
                 journal.append({"utterance": index, "bits": todo, "frames": frames, "scores": scores.tolist()})
                 advance(1)
     workers.barrier()
@@ -261,12 +255,11 @@ def _measure_fisher(task: _Task) -> dict[Point, Score]:
     }
 
 
-def _table(
-    task: _Task, scores: Mapping[Point, Score], model_record: dict[str, Any], method: str, fingerprint: str
-) -> SensitivityTable:
+def _table(task: _Task, scores: Mapping[Point, Score]) -> SensitivityTable:
     """Returns the record of a measurement with the scores of all points."""
     model, widths, weight_format = task.model, task.widths, task.weight_format
-    frames = sum(int(model.encoded_lengths(lengths)) for _, lengths in task.features)
+    lengths = (model.feature_lengths(samples) for _, samples in task.data.waveforms)
+    frames = sum(int(model.encoded_lengths(one)) for one in lengths)
     layers = []
     for ref in model.weights():
         intervals = {width: interval for width in widths if (interval := scores[ref.name, width][1]) is not None}
@@ -285,12 +278,12 @@ def _table(
         layers=tuple(layers),
         bits=widths,
         fixed_bytes=fixed_bytes(model, weight_format),
-        model=model_record,
+        model=task.opened.to_json(),
         data=task.data.to_json() | {"frames": frames},
         output=task.output,
-        method=method,
+        method=task.method,
         quantizer=weight_format.to_json(),
-        fingerprint=fingerprint,
+        fingerprint=task.fingerprint,
     )
 
 
@@ -308,14 +301,14 @@ def measure_kl(
     Args:
         model: The float model; the same when this returns.
         data: Batches of ((N, T, F) features, (N,) valid frames), on the model's device.
-        points: What to measure.
-        weight_format: How weights are quantized and stored.
+        points: The layers and widths to measure.
+        weight_format: The quantizer, and how weights are stored.
         output: "ctc": over the CTC posteriors; "encoder": over softmax of the encoder's output, as in the paper;
             "decoder": over the attention decoder's distributions of the tokens (`mpq.sensitivity.divergence`). Weights
             that the output does not depend on are measured over one that does: the CTC head's over "ctc", the decoder's
             over "decoder".
         on_point: Called with each finished point.
-        grams: What the rounding "gptq" needs, from `mpq.sensitivity.statistics.input_grams`.
+        grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
 
     Raises:
         MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not

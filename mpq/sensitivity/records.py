@@ -1,4 +1,4 @@
-"""`mpq.sensitivity/1`: what each layer costs and does to the output at each bit-width.
+"""`mpq.sensitivity/1`: the bytes of each layer, and its effect on the output, at each bit-width.
 
 Plain Python (no torch), so that the allocator and the tables work from the file alone. Reading validates: a fault names
 the file, the key and what was expected there.
@@ -23,7 +23,7 @@ SENSITIVITY_FORMAT = "mpq.sensitivity/1"
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """One weight tensor: what it costs and what it does to the output at each bit-width.
+    """One weight tensor: its bytes, and its effect on the output, at each bit-width.
 
     Attributes:
         name: The tensor's name in the user's checkpoint.
@@ -59,7 +59,7 @@ class SensitivityTable:
         fixed_bytes: Everything in the packed file that is not a quantizable layer (header, norms, biases, tokenizer).
         model: {"path", "sha256", "architecture"}.
         data: {"path", "utterances", "frames"}.
-        output: "ctc", "encoder" or "decoder": whose distribution the KL compares.
+        output: "ctc", "encoder" or "decoder": the output whose distributions the KL compares.
         method: "fisher": second order (`mpq.sensitivity.fisher`); "kl": exact, one layer at a time (Li et al. 2023, Eq.
             7).
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere

@@ -1,15 +1,15 @@
-"""What the layers see of calibration audio: the Gram matrix of each layer's inputs, for `mpq.quantization.gptq`.
+"""The statistics of calibration audio: the Gram matrix of each layer's inputs, for `mpq.quantization.gptq`.
 
-For a layer y = W x that is the sum of x x' over all frames (a convolution: over all positions, x the patch that one
-output reads). Utterances go through the model one by one, so that no padding is seen; an attention decoder is given the
-tokens that the model itself recognises. Weights are found where they are used, not by module: whatever linear map or
-convolution reads a weight's memory counts as its use (but torch.nn.MultiheadAttention, whose inner calls cannot be
-watched; no model that mpq reads has it).
+For a layer y = W x that is the sum of x x' over all frames (for a convolution: over all positions, where x is the patch
+that one output reads). Utterances go through the model one by one, so that no padding is seen; a head that needs tokens
+is given those that the model itself recognises. Weights are found where they are used, not by module: whatever linear
+map or convolution reads a weight's memory counts as its use. The inner calls of torch.nn.MultiheadAttention and of
+torch.nn.LSTM cannot be watched; no model that mpq reads has them.
 
 The matrices take 4 bytes x (columns squared) a layer (a depthwise kernel: for each channel): 152 MB for NVIDIA's 13 M
 Conformer, all of them in memory at once. They are kept in the cache folder ($MPQ_CACHE, or ~/.cache/mpq) under the
-fingerprints of model and audio, so that packing finds what measuring collected; of more than CACHE_BYTES the files that
-were not used for longest go.
+fingerprints of model and audio, so that packing finds those that measuring collected. Where they exceed CACHE_BYTES,
+those that were not used for longest are removed.
 
 Legend: T feature frames, F features, B Gram matrices, M positions, K columns (inputs of one output).
 """
@@ -57,7 +57,7 @@ def input_grams(
     Args:
         model: The float model.
         data: ((1, T, F) features, (1,) frames) of each utterance.
-        on_utterance: Told 1 with each finished utterance.
+        on_utterance: Called with 1 for each finished utterance.
     """
     watch, tree = _Watch(model, model.weights()), SegmentTree(model)
     path = tree.path(*tree.recognition)
@@ -134,20 +134,20 @@ def input_statistics(
     quiet: bool = True,
     cache_bytes: float = CACHE_BYTES,
 ) -> dict[str, Tensor]:
-    """Returns what a rounding needs to know of the layers' inputs: `input_grams` for "gptq", nothing for "nearest".
+    """Returns the statistics that the rounding needs: `input_grams` for "gptq", none for "nearest".
 
     The statistics are taken from the cache folder, or collected and put there. Where the cache cannot be written, a
     warning is logged.
 
     Args:
         model: The float model.
-        model_sha256: The fingerprint of its checkpoint.
+        model_sha256: The model's fingerprint.
         data: The audio.
-        weight_format: How weights are stored; it names the rounding.
+        weight_format: The quantizer, which names the rounding.
         quiet: Show no progress.
         cache_bytes: The most that the cache folder keeps.
     """
-    if weight_format.spec.rounding == "nearest":
+    if not weight_format.spec.needs_statistics:
         return {}
     if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
         return found
@@ -165,7 +165,7 @@ def input_statistics(
 
 
 def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> dict[str, Tensor] | None:
-    """Returns what `input_statistics` left in the cache folder for a model and audio, None if it is not there."""
+    """Returns the statistics of a model and audio that the cache folder has; None if it has none."""
     path = _cache_path(model, model_sha256, data_sha256)
     try:
         grams = load_file(path)

@@ -3,7 +3,7 @@
 soundfile (libsndfile) decodes WAV, FLAC, OGG Vorbis, OPUS, MP3 and SPH; torchaudio resamples. libsndfile is silent
 about most damage: of a WAV, SPH, OGG or OPUS file that was cut it returns what is left, and of an MP3 with a variable
 bitrate and no Xing header it returns as much as the first frame's bitrate suggests (46 % of one of the test files).
-So what a file claims of itself is compared with what can be read, here, for every read. What is not found: a cut of
+So the length that a file claims is compared with what can be read, for every read. Some damage is not found: a cut of
 less than `TOLERANCE_SECONDS`, a cut MP3 without a Xing header, damage inside an OGG or OPUS file (the decoder
 resynchronizes). The duration in the manifest guards against these.
 
@@ -24,7 +24,7 @@ import torch
 
 from mpq.errors import MpqError
 
-TOLERANCE_SECONDS = 0.1  # by how much a file may fall short of what its header or the manifest says
+TOLERANCE_SECONDS = 0.1  # a file may fall short of its header or the manifest by so much
 MAX_PEAK = 8.0  # float samples above this are integers that nobody scaled; a decoder's overshoot stays below 2
 _BLOCK_FRAMES = 1 << 16  # bounds the memory of a check, whatever the file's length
 _MAX_KERNEL = 50_000_000  # numbers in a resampling kernel, 400 MB while torchaudio builds it
@@ -37,7 +37,7 @@ _REWRITE = "copy the file again, or write it anew (ffmpeg -i OLD NEW.flac)"
 
 @dataclass(frozen=True)
 class AudioInfo:
-    """What is in an audio file.
+    """The format and length of an audio file.
 
     Attributes:
         sample_rate: Hz.
@@ -51,7 +51,7 @@ class AudioInfo:
 
 
 def probe_audio(path: Path, decode: bool = True) -> AudioInfo:
-    """Returns what is in an audio file.
+    """Returns the format and length of an audio file.
 
     Args:
         path: The file.
@@ -79,8 +79,8 @@ def read_audio(
         path: The file.
         sample_rate: The rate of the result, Hz.
         channel: "error" (more than one channel is refused), "mix" (their mean), or a channel's number from "0".
-        offset: Where the segment starts, seconds; None is the whole file.
-        duration: How long the segment is, seconds; None is up to the end. Without an offset it is information only.
+        offset: The start of the segment, seconds; None is the whole file.
+        duration: The length of the segment, seconds; None is up to the end. It is ignored without an offset.
 
     Returns:
         (S,) float32 in [-1, 1); see `selected_samples` for S.
@@ -102,14 +102,14 @@ def read_audio(
 
 
 class AudioReader:
-    """`read_audio`, which decodes a segment once while it is asked for again: what was asked for last is kept.
+    """A reader of audio that keeps the segments that were asked for last, so that they are not decoded again.
 
-    What is kept is 16-bit integers where they give back the waveform bit for bit (16-bit files at their own rate), else
-    the waveform.
+    It keeps 16-bit integers where they give back the waveform bit for bit (16-bit files at their own rate), else the
+    waveform.
 
     Args:
-        sample_rate, channel: Rate of the waveforms in Hz, and which channel, as in `read_audio`.
-        kept_bytes: How much is kept at most.
+        sample_rate, channel: The rate of the waveforms in Hz, and their channel, as in `read_audio`.
+        kept_bytes: The most bytes that are kept.
     """
 
     def __init__(self, sample_rate: int, channel: str, kept_bytes: int = _KEPT_BYTES) -> None:

@@ -69,7 +69,7 @@ class NoiseSource:
             self.sources.append(files)
 
     def draw(self, samples: int, random: np.random.Generator) -> Tensor:
-        """Returns (samples,) of noise: a source is drawn, then what it gives."""
+        """Returns (samples,) of noise: a source is drawn, then a recording and a place in it."""
         files = self.sources[random.integers(len(self.sources))]
         file = files[random.integers(len(files))]
         if file == "white":

@@ -61,57 +61,97 @@ def ctc_prefix_beam(
     """
     check_options(beam_size, candidates)
     frames = certain_blanks(log_probs, lengths, blank_id)  # (N, T, V)
-    size, _, classes = frames.shape
-    device = frames.device
-    prefixes = torch.full((size, beam_size, 1), -1, device=device)  # (N, K, longest + 1), -1 behind the last token
-    prefix_lengths = torch.zeros(size, beam_size, dtype=torch.long, device=device)
-    last = torch.full((size, beam_size), blank_id, device=device)  # the blank stands for "none"
-    blank = torch.full((size, beam_size), -INF, dtype=torch.float64, device=device)
-    blank[:, 0] = 0.0  # the empty prefix, before any frame
-    nonblank = torch.full_like(blank, -INF)
-    everything = torch.arange(classes, device=device).expand(size, classes)
-    for frame in frames.unbind(1):  # (N, V)
-        total = torch.logaddexp(blank, nonblank)
-        stay_blank = total + frame[:, blank_id, None]
-        stay_nonblank = nonblank + frame.gather(1, last)
-        frame = frame.index_fill(1, torch.tensor([blank_id], device=device), -INF)
-        tokens = everything if candidates is None else largest(frame, candidates)  # (N, C)
-        width = tokens.shape[1]
-        repeats = tokens[:, None] == last[:, :, None]
-        extend = torch.where(repeats, blank[:, :, None], total[:, :, None]) + frame.gather(1, tokens)[:, None]
-        extend = extend.flatten(1)  # (N, K * C)
+    beam = _Beam(frames, blank_id, beam_size, candidates)
+    for frame in frames.unbind(1):
+        beam.read(frame)
+    return beam.hypotheses()
 
-        # Where slot j holds slot i's prefix and one token more, that extension of i is the same sequence as j. A slot
-        # of probability 0 is empty, whatever prefix was left there.
-        parents = prefixes.scatter(2, (prefix_lengths[:, :, None] - 1).clamp(min=0), -1)
-        is_child = (parents[:, :, None] == prefixes[:, None]).all(-1)  # (N, K of j, K of i)
-        alive = total > -INF
-        is_child &= (prefix_lengths > 0)[:, :, None] & alive[:, :, None] & alive[:, None]
-        column = torch.full((size, classes), -1, device=device)
-        column = column.scatter(1, tokens, everything[:, :width]).gather(1, last)
+
+class _Beam:
+    """The likeliest prefixes of the utterances of a batch, after the frames that were read; at first the empty ones.
+
+    A slot of probability 0 is empty, whatever prefix was left there.
+
+    Attributes:
+        prefixes: (N, K, longest + 1) tokens, -1 behind the last one.
+        lengths: (N, K) number of tokens.
+        last: (N, K) last tokens; the blank stands for "none".
+        blank, nonblank: (N, K) float64 log probabilities of a prefix's paths that end in a blank, and of the others.
+    """
+
+    def __init__(self, frames: Tensor, blank_id: int, beam_size: int, candidates: int | None) -> None:
+        self.blank_id, self.beam_size, self.candidates = blank_id, beam_size, candidates
+        size, _, classes = frames.shape
+        device = frames.device
+        self.classes = torch.arange(classes, device=device).expand(size, classes)
+        self.prefixes = torch.full((size, beam_size, 1), -1, device=device)
+        self.lengths = torch.zeros(size, beam_size, dtype=torch.long, device=device)
+        self.last = torch.full((size, beam_size), blank_id, device=device)
+        self.blank = torch.full((size, beam_size), -INF, dtype=torch.float64, device=device)
+        self.blank[:, 0] = 0.0  # the empty prefix, before any frame
+        self.nonblank = torch.full_like(self.blank, -INF)
+
+    def read(self, frame: Tensor) -> None:
+        """Goes on by one frame of (N, V) log probabilities."""
+        total = torch.logaddexp(self.blank, self.nonblank)
+        stay_blank = total + frame[:, self.blank_id, None]
+        stay_nonblank = self.nonblank + frame.gather(1, self.last)
+        frame = frame.index_fill(1, torch.tensor([self.blank_id], device=frame.device), -INF)
+        tokens = self.classes if self.candidates is None else largest(frame, self.candidates)  # (N, C)
+        repeats = tokens[:, None] == self.last[:, :, None]
+        extend = torch.where(repeats, self.blank[:, :, None], total[:, :, None]) + frame.gather(1, tokens)[:, None]
+        stay_nonblank, extend = self._merged(stay_nonblank, extend.flatten(1), tokens, total > -INF)
+        self._keep(stay_blank, stay_nonblank, extend, tokens)
+
+    def _merged(self, stay: Tensor, extend: Tensor, tokens: Tensor, alive: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns (N, K) and (N, K * C) scores with each extension that spells another slot's prefix added to that one.
+
+        Where slot j holds slot i's prefix and one token more, that extension of i is the same sequence as j.
+
+        Args:
+            stay: (N, K) scores of the prefixes without a new token.
+            extend: (N, K * C) scores of their extensions.
+            tokens: (N, C) tokens that extend them.
+            alive: (N, K) bool: the slots that are not empty.
+        """
+        width = tokens.shape[1]
+        parents = self.prefixes.scatter(2, (self.lengths[:, :, None] - 1).clamp(min=0), -1)
+        is_child = (parents[:, :, None] == self.prefixes[:, None]).all(-1)  # (N, K of j, K of i)
+        is_child &= (self.lengths > 0)[:, :, None] & alive[:, :, None] & alive[:, None]
+        column = torch.full_like(self.classes, -1).scatter(1, tokens, self.classes[:, :width]).gather(1, self.last)
         merges = is_child.any(-1) & (column >= 0)  # (N, K of j)
         position = (is_child.to(torch.uint8).argmax(-1) * width + column).clamp(min=0)
-        merged = extend.gather(1, position).masked_fill(~merges, -INF)
-        stay_nonblank = torch.logaddexp(stay_nonblank, merged)
+        stay = torch.logaddexp(stay, extend.gather(1, position).masked_fill(~merges, -INF))
         extend[merges.nonzero()[:, 0], position[merges]] = -INF
+        return stay, extend
 
+    def _keep(self, stay_blank: Tensor, stay_nonblank: Tensor, extend: Tensor, tokens: Tensor) -> None:
+        """Keeps the K best of the (N, K) prefixes as they are and of their (N, K * C) extensions."""
+        width = tokens.shape[1]
         values = torch.cat([torch.logaddexp(stay_blank, stay_nonblank), extend], dim=1)
-        picks = largest(values, beam_size)  # (N, K)
-        is_new = picks >= beam_size
-        source = torch.where(is_new, (picks - beam_size).div(width, rounding_mode="floor"), picks)
-        token = tokens.gather(1, (picks - beam_size).clamp(min=0) % width)
-        blank = stay_blank.gather(1, source).masked_fill(is_new, -INF)
-        nonblank = torch.where(is_new, values.gather(1, picks), stay_nonblank.gather(1, source))
-        last = torch.where(is_new, token, last.gather(1, source))
-        old_lengths = prefix_lengths.gather(1, source)
-        prefixes = prefixes.gather(1, source[:, :, None].expand(-1, -1, prefixes.shape[2]))
+        picks = largest(values, self.beam_size)  # (N, K)
+        is_new = picks >= self.beam_size
+        source = torch.where(is_new, (picks - self.beam_size).div(width, rounding_mode="floor"), picks)
+        token = tokens.gather(1, (picks - self.beam_size).clamp(min=0) % width)
+        self.blank = stay_blank.gather(1, source).masked_fill(is_new, -INF)
+        self.nonblank = torch.where(is_new, values.gather(1, picks), stay_nonblank.gather(1, source))
+        self.last = torch.where(is_new, token, self.last.gather(1, source))
+        old_lengths = self.lengths.gather(1, source)
+        prefixes = self.prefixes.gather(1, source[:, :, None].expand(-1, -1, self.prefixes.shape[2]))
         end = prefixes.gather(2, old_lengths[:, :, None])
         prefixes.scatter_(2, old_lengths[:, :, None], torch.where(is_new[:, :, None], token[:, :, None], end))
-        prefix_lengths = old_lengths + is_new
-        if (prefix_lengths == prefixes.shape[2]).any():
-            prefixes = torch.nn.functional.pad(prefixes, (0, 1), value=-1)
-    found = zip(prefixes.tolist(), prefix_lengths.tolist(), torch.logaddexp(blank, nonblank).tolist(), strict=True)
-    return [
-        best([Hypothesis(tuple(p[:length]), s) for p, length, s in zip(*beam, strict=True) if s > -INF], beam_size)
-        for beam in found
-    ]
+        self.lengths = old_lengths + is_new
+        is_full = (self.lengths == prefixes.shape[2]).any()
+        self.prefixes = torch.nn.functional.pad(prefixes, (0, 1), value=-1) if is_full else prefixes
+
+    def hypotheses(self) -> list[list[Hypothesis]]:
+        """Returns the prefixes as hypotheses, best first."""
+        scores = torch.logaddexp(self.blank, self.nonblank).tolist()
+        found = zip(self.prefixes.tolist(), self.lengths.tolist(), scores, strict=True)
+        return [
+            best(
+                [Hypothesis(tuple(p[:length]), s) for p, length, s in zip(*beam, strict=True) if s > -INF],
+                self.beam_size,
+            )
+            for beam in found
+        ]

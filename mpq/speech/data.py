@@ -30,7 +30,7 @@ from mpq.speech.trn import trn_fault
 
 
 class Listener(Protocol):
-    """What the data are checked for: a recogniser.
+    """The demands of a recogniser on data.
 
     Attributes:
         sample_rate: Hz.
@@ -45,13 +45,13 @@ class Listener(Protocol):
 
 @dataclass(frozen=True)
 class CheckedData:
-    """What `check_data` found.
+    """The result of `check_data`.
 
     Attributes:
         utterances: Those without a fault, in the order of the manifest.
         durations: Their durations as measured, seconds.
         faults: One line for each fault, in the order of the manifest.
-        skipped: How many utterances have faults.
+        skipped: The number of utterances with faults.
     """
 
     utterances: tuple[Utterance, ...]
@@ -79,7 +79,7 @@ def check_data(
         utterances: The utterances, as `read_data` returns them.
         sample_rate: The model's, Hz.
         min_samples: The fewest samples at that rate that the model accepts.
-        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
+        channel: The channel that is heard, as in `mpq.speech.audio.read_audio`.
         missing: The model's `Tokenizer.missing`; None is not to look at the words.
         need_text: Whether an utterance without a transcript is faulty.
         decode: Whether files are decoded to the end; false for data that would take hours.
@@ -223,7 +223,7 @@ def prepare_data(
     Args:
         path: The manifest or directory.
         model: Says the sample rate, the shortest waveform and the vocabulary.
-        channel: Which channel is heard, as in `mpq.speech.audio.read_audio`.
+        channel: The channel that is heard, as in `mpq.speech.audio.read_audio`.
         skip_bad: Leave faulty utterances out (they are counted in the result).
         need_text: Whether each utterance needs a transcript (that the vocabulary can spell, unless it is a closed one).
 

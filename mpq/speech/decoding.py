@@ -1,4 +1,4 @@
-"""What the searches from posteriors to tokens share: options, hypotheses, ties and checks.
+"""The common part of the searches from posteriors to tokens: options, hypotheses, ties and checks.
 
 The searches are `mpq.speech.ctc_search` (greedy and prefix beam) and `mpq.speech.joint_search` (CTC and an attention
 decoder together). All probabilities are natural logarithms, summed in float64. Scores that agree to nine decimals are a
@@ -27,13 +27,13 @@ METHODS: tuple[str, ...] = get_args(DecodeMethod)
 
 @dataclass(frozen=True)
 class DecodeOptions:
-    """How transcripts are searched for.
+    """The options of a search for transcripts.
 
     Attributes:
         method: "greedy", "prefix" or "joint".
         beam_size: K, the hypotheses that the two beam searches keep.
         ctc_weight: The share of CTC in the scores of the joint search, 0 to 1.
-        length_bonus: What the joint search adds to a score for each token, nats.
+        length_bonus: The bonus that the joint search adds to a score for each token, nats.
         candidates: C, the tokens by which the two beam searches extend a hypothesis.
     """
 
@@ -63,7 +63,7 @@ class Hypothesis:
 
     Attributes:
         tokens: Ids without blank, <sos> and <eos>.
-        score: Natural logarithm.
+        score: The natural logarithm of its probability, or the weighted score of the joint search.
     """
 
     tokens: tuple[int, ...]

@@ -22,7 +22,7 @@ NORMALIZATIONS = ("per_feature", "all_features", "none")
 
 @dataclass(frozen=True)
 class LogMelOptions:
-    """All that defines the features.
+    """The options of log-mel features.
 
     Attributes:
         sample_rate: Hz.

@@ -9,7 +9,6 @@ B live hypotheses of all utterances.
 """
 
 from collections.abc import Callable
-from itertools import count
 
 import torch
 from torch import Tensor
@@ -44,6 +43,7 @@ def joint_beam(
     length_bonus: float = 0.0,
     max_length: int | None = None,
     candidates: int | None = None,
+    blank_id: int | None = None,
 ) -> list[list[Hypothesis]]:
     """Returns the best label sequences by CTC and the attention decoder together, found in one pass.
 
@@ -59,18 +59,17 @@ def joint_beam(
 
     Args:
         next_log_probs: Gives the (B, V) natural-log probabilities of the token after (B, U + 1) prefixes, which start
-            with eos_id (as <sos>), for the (B,) utterances of the batch that they belong to. Not called when
-            ctc_weight is 1.
+            with eos_id (as <sos>), for the (B,) utterances that they belong to. Not called when ctc_weight is 1.
         log_probs: (N, T, V) CTC natural logarithms; only their shape is used when ctc_weight is 0.
         lengths: (N,) valid frames; the others are ignored.
-        eos_id: Index of <eos> and <sos> in the decoder's classes and of the blank in CTC's.
+        eos_id: Index of <eos> and <sos> in the decoder's classes.
         beam_size: Hypotheses that are kept after a step.
         ctc_weight: CTC's share of the score, 0 to 1.
         length_bonus: Added to the score for each token.
-        max_length: Tokens at which a hypothesis must end; None for the utterance's frames, since CTC cannot spell
-            more tokens than frames.
-        candidates: Only so many tokens extend a hypothesis, the decoder's likeliest (CTC's when ctc_weight is 1, which
-            saves no time: all have been scored by then); None for all.
+        max_length: Tokens at which a hypothesis must end; None: as many as the utterance has frames.
+        candidates: Only so many tokens extend a hypothesis: the decoder's likeliest, or CTC's when ctc_weight is 1;
+            None for all.
+        blank_id: Index of the blank in CTC's classes; None: that of <eos>.
 
     Returns:
         For each utterance 1 to beam_size finished hypotheses, best first. An utterance without frames has the empty
@@ -85,15 +84,14 @@ def joint_beam(
         raise MpqError(
             f"expected ctc_weight within 0..1 and max_length of 0 or more, got {ctc_weight} and {max_length}"
         )
-    if not ctc_weight:
-        log_probs = torch.zeros_like(log_probs)
-    by_class = certain_blanks(log_probs, lengths, eos_id).mT.contiguous()  # (N, V, T)
+    log_probs = log_probs if ctc_weight else torch.zeros_like(log_probs)
+    blank_id = eos_id if blank_id is None else blank_id
+    by_class = certain_blanks(log_probs, lengths, blank_id).mT.contiguous()  # (N, V, T)
     limits = torch.where(lengths > 0, lengths if max_length is None else max_length, 0).to(by_class.device)
-    beam = _Beam(next_log_probs, by_class, lengths, limits, eos_id, beam_size, ctc_weight, length_bonus, candidates)
-    for length in count():
-        if not len(beam.utterance):
-            break
-        beam.grow(length)
+    ends = (eos_id, blank_id)
+    beam = _Beam(next_log_probs, by_class, lengths, limits, ends, beam_size, ctc_weight, length_bonus, candidates)
+    while len(beam.utterance):
+        beam.grow()
     return [best(done, beam_size) for done in beam.finished]
 
 
@@ -107,7 +105,8 @@ class _Beam:
         by_class: (N, V, T) CTC log probabilities.
         lengths: (N,) valid frames.
         limits: (N,) tokens at which a hypothesis must end.
-        eos_id, beam_size, ctc_weight, length_bonus, candidates: As in `joint_beam`.
+        ends: eos_id and blank_id, as in `joint_beam`; neither is a token.
+        beam_size, ctc_weight, length_bonus, candidates: As in `joint_beam`.
     """
 
     def __init__(
@@ -116,13 +115,14 @@ class _Beam:
         by_class: Tensor,
         lengths: Tensor,
         limits: Tensor,
-        eos_id: int,
+        ends: tuple[int, int],
         beam_size: int,
         ctc_weight: float,
         length_bonus: float,
         candidates: int | None,
     ) -> None:
-        self.next_log_probs, self.by_class, self.limits, self.eos_id = next_log_probs, by_class, limits, eos_id
+        self.next_log_probs, self.by_class, self.limits = next_log_probs, by_class, limits
+        self.eos_id, self.blank_id = ends
         self.beam_size, self.candidates = beam_size, candidates
         self.ctc_weight, self.length_bonus = ctc_weight, length_bonus
         self.use_ctc, self.use_attention = ctc_weight > 0, ctc_weight < 1
@@ -130,17 +130,18 @@ class _Beam:
         self.finished = [[] if length else [Hypothesis((), 0.0)] for length in lengths.tolist()]
         self.utterance = lengths.to(device).nonzero().flatten()  # (B,)
         self.slot = torch.zeros_like(self.utterance)
-        self.prefixes = torch.full((len(self.utterance), 1), eos_id, device=device)  # (B, U + 1)
+        self.prefixes = torch.full((len(self.utterance), 1), self.eos_id, device=device)  # (B, U + 1)
         self.attention = torch.zeros(len(self.utterance), dtype=torch.float64, device=device)  # (B,)
-        blanks = by_class[self.utterance, eos_id].cumsum(1)
+        blanks = by_class[self.utterance, self.blank_id].cumsum(1)
         self.blank = torch.nn.functional.pad(blanks, (1, 0))  # (B, T + 1), 0 is before all frames
         self.total = self.blank
 
-    def grow(self, length: int) -> None:
-        """Ends the live hypotheses, which have so many tokens, or extends them by one."""
+    def grow(self) -> None:
+        """Ends the live hypotheses, or extends them by one token."""
+        length = self.prefixes.shape[1] - 1
         tokens, ctc, attended = self._scored()
         extend = self._combined(ctc, attended.gather(1, tokens), length + 1)
-        extend = extend.masked_fill((tokens == self.eos_id) | (length >= self.limits[self.utterance])[:, None], -INF)
+        extend = extend.masked_fill(self._is_no_token(tokens) | (length >= self.limits[self.utterance])[:, None], -INF)
         end = self._combined(self.total[:, -1], attended[:, self.eos_id], length)
         row, column, picked = self._picked(torch.cat([end[:, None], extend], dim=1))  # column 0 ends the hypothesis
         ends = (column == 0) & (picked > -INF)
@@ -164,14 +165,17 @@ class _Beam:
             following = torch.zeros(live, classes, dtype=torch.float64, device=by_class.device)
         tokens = torch.arange(classes, device=by_class.device).expand(live, classes)
         if self.candidates is not None and self.use_attention:
-            tokens = largest(following.masked_fill(tokens == self.eos_id, -INF), self.candidates)
+            tokens = largest(following.masked_fill(self._is_no_token(tokens), -INF), self.candidates)
         ctc = torch.zeros(tokens.shape, dtype=torch.float64, device=by_class.device)
         if self.use_ctc:
             ctc = _prefix_scores(by_class, self.utterance, self.total, self.blank, self.prefixes[:, -1], tokens)
         if self.candidates is not None and not self.use_attention:
-            tokens = largest(ctc.masked_fill(tokens == self.eos_id, -INF), self.candidates)
+            tokens = largest(ctc.masked_fill(self._is_no_token(tokens), -INF), self.candidates)
             ctc = ctc.gather(1, tokens)
         return tokens, ctc, self.attention[:, None] + following
+
+    def _is_no_token(self, classes: Tensor) -> Tensor:
+        return (classes == self.eos_id) | (classes == self.blank_id)
 
     def _combined(self, ctc: Tensor, attention: Tensor, tokens: int) -> Tensor:
         """Returns the scores of hypotheses of so many tokens."""
@@ -192,7 +196,7 @@ class _Beam:
         return row.gather(1, slots), picks % extensions.shape[1], scores.flatten(1).gather(1, picks)
 
     def _is_open(self, bounds: Tensor) -> Tensor:
-        """Returns (N,) bool: whether a live hypothesis may still reach the best; `bounds` are what they may reach."""
+        """Returns (N,) bool: whether a live hypothesis, which reaches `bounds` at most, may still be among the best."""
         is_open = [
             len(done) < self.beam_size or best(done, self.beam_size)[-1].score < bound + 10**-TIE_DECIMALS
             for done, bound in zip(self.finished, bounds.tolist(), strict=True)
@@ -205,7 +209,7 @@ class _Beam:
         if self.use_ctc:
             repeats = token == self.prefixes[row, -1]
             start = torch.where(repeats[:, None], self.blank[row], self.total[row])
-            of_token, of_blank = self.by_class[self.utterance, token], self.by_class[self.utterance, self.eos_id]
+            of_token, of_blank = self.by_class[self.utterance, token], self.by_class[self.utterance, self.blank_id]
             self.total, self.blank = _extend(start, of_token, of_blank)
         else:
             self.total, self.blank = self.total[row], self.blank[row]

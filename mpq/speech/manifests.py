@@ -1,6 +1,6 @@
-"""Manifests: which utterances there are, and what they say.
+"""Manifests: lists of utterances and their transcripts.
 
-What is read: JSON lines in NeMo's shape, and Kaldi or ESPnet data directories of plain paths. Relative audio paths are
+They are JSON lines in NeMo's shape, or Kaldi or ESPnet data directories of plain paths. Relative audio paths are
 relative to the folder of the file that names them, `wav.scp` included (unlike Kaldi, where they are relative to
 wherever the command is started). All lines are looked at, and all faults are reported together, each as
 "FILE:LINE: what is wrong and what to do".
@@ -27,7 +27,7 @@ _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 @dataclass(frozen=True)
 class Utterance:
-    """What a manifest says of one utterance.
+    """One utterance of a manifest.
 
     Attributes:
         utt_id: Unique in its manifest, without whitespace and parentheses, so that it can stand in a trn file.
@@ -36,7 +36,7 @@ class Utterance:
         duration: Seconds, as the manifest says; with an offset, how much of the file to read.
         offset: Seconds from the start of the file; None is the whole file.
         speaker: The speaker.
-        source: Where it was read, such as "dev.jsonl:12".
+        source: The file and line that it was read from, such as "dev.jsonl:12".
     """
 
     utt_id: str

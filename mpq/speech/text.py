@@ -20,7 +20,7 @@ class Tokenizer(ABC):
     pieces: tuple[str, ...]
     """The V tokens, as the vocabulary spells them."""
     is_closed = False
-    """Whether the tokens are words, so that a test may have others; else a missing character shows an odd text."""
+    """Whether the tokens are words. A test may have other words; a character that is missing is a fault of the text."""
 
     @abstractmethod
     def encode(self, text: str) -> list[int]:

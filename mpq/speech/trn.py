@@ -25,7 +25,7 @@ class Trn:
     """A transcript file.
 
     Attributes:
-        path: Where it came from, for messages.
+        path: The file that it was read from, for messages.
         utterances: {utterance id without its parentheses: words}, in the file's order, A-Z folded to a-z in both.
     """
 

@@ -1,21 +1,23 @@
 """A family and a head that no module of mpq knows: one line of the table, and everything else works with them."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any, Self
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny_models import LABELS, tiny_model
 from torch import Tensor, nn
 
 from mpq.artifact.file import fixed_bytes, write_artifact
 from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
-from mpq.loading import load_model
+from mpq.loading import load_model, model_files, model_sha256, open_float_model
 from mpq.models import families
 from mpq.models.base import AsrModel
-from mpq.models.checkpoint import write_checkpoint
+from mpq.models.checkpoint import MODEL_FILE, write_checkpoint
 from mpq.models.families import Family, ForeignFiles, family_class, read_foreign
 from mpq.models.heads import CtcHead, Head, HeadContext, Targets
 from mpq.models.segment import Segment
@@ -36,8 +38,8 @@ NEAREST = WeightFormat(QuantSpec(8, rounding="nearest"))
 class LatticeHead(Head):
     """(N, T', U + 1, V) logits, as a transducer has: for each frame and each number of tokens so far.
 
-    Its loss, which no recogniser has, and its search, which is that of the embedding of <sos> alone, keep the test
-    short.
+    Its loss, which no recogniser has, and its search, which is that of the embedding of <sos> alone and emits at most
+    one token a frame, keep the test short.
     """
 
     name, output, needs_tokens, searches = "lattice", "lattice", True, ("greedy",)
@@ -57,7 +59,8 @@ class LatticeHead(Head):
         prefixes = nn.functional.pad(targets.tokens, (1, 0), value=self.model.blank_id)
         spoken = torch.arange(prefixes.shape[1]) <= targets.lengths[:, None]
         valid = torch.arange(frames) < encoded_lengths[:, None]
-        return HeadContext(valid[:, :, None] & spoken[:, None], prefixes)
+        rows = valid[:, :, None] & spoken[:, None] if targets.path is None else targets.path
+        return HeadContext(rows, prefixes)
 
     def log_probs(self, logits: Tensor) -> Tensor:
         return logits.log_softmax(dim=-1)
@@ -73,11 +76,26 @@ class LatticeHead(Head):
         return tokens + utterances
 
     def search(self, encoded: Tensor, encoded_lengths: Tensor, options: DecodeOptions = GREEDY) -> list[list[int]]:
+        return [[t for t in row if t != self.model.blank_id] for row in self._steps(encoded, encoded_lengths)]
+
+    def recognised(self, encoded: Tensor, encoded_lengths: Tensor) -> Targets:
+        found = Targets.of(self.search(encoded, encoded_lengths), least=0)
+        path = torch.zeros(len(encoded), encoded.shape[1], found.tokens.shape[1] + 1, dtype=torch.bool)
+        for points, steps in zip(path, self._steps(encoded, encoded_lengths), strict=True):
+            spoken = 0
+            for frame, token in enumerate(steps):
+                points[frame, spoken] = True
+                if token != self.model.blank_id:
+                    spoken += 1
+                    points[frame, spoken] = True  # the blank after the token leads to the next frame
+        return Targets(found.tokens, found.lengths, path)
+
+    def _steps(self, encoded: Tensor, encoded_lengths: Tensor) -> list[list[int]]:
+        """Returns what each valid frame of each utterance emits."""
         empty = Targets.of([[] for _ in encoded], least=0)
         logits = self.logits(encoded, self.context(encoded_lengths, encoded.shape[1], empty).inputs)
         best = logits[:, :, 0].argmax(dim=-1).tolist()
-        counts = encoded_lengths.tolist()
-        return [[t for t in row[:count] if t != self.model.blank_id] for row, count in zip(best, counts, strict=True)]
+        return [row[:count] for row, count in zip(best, encoded_lengths.tolist(), strict=True)]
 
 
 class ToyModel(AsrModel):
@@ -136,22 +154,30 @@ def toy(seed: int = 0) -> ToyModel:
     return model
 
 
-def write_toy(path: Path, model: ToyModel) -> Path:
-    """Writes the toy framework's own file."""
-    path.write_text(json.dumps({name: tensor.tolist() for name, tensor in model.state_dict().items()}))
-    return path
+def write_toy(folder: Path, model: ToyModel) -> Path:
+    """Writes the toy framework's own folder: two files, one of them of a name that mpq's checkpoints have too."""
+    folder.mkdir()
+    (folder / "labels.json").write_text(json.dumps(model.tokenizer.pieces))
+    save_file(model.state_dict(), folder / MODEL_FILE)
+    return folder
+
+
+def toy_files(path: Path) -> tuple[Path, ...]:
+    files = path / "labels.json", path / MODEL_FILE
+    return files if all(file.is_file() for file in files) else ()
 
 
 def read_toy(path: Path) -> ToyModel:
-    model = ToyModel([" ", "a", "b", "c"])
-    model.load_state_dict({name: torch.tensor(values) for name, values in json.loads(path.read_text()).items()})
+    labels, weights = toy_files(path)
+    model = ToyModel(json.loads(labels.read_text()))
+    model.load_state_dict(load_file(weights))
     return model
 
 
 @pytest.fixture
 def known(monkeypatch: pytest.MonkeyPatch) -> None:
     """All that a new family has to touch: one line of the table."""
-    files = ForeignFiles("a toy (.toy)", lambda path: path.suffix == ".toy", read_toy)
+    files = ForeignFiles("a toy (a folder with labels.json)", toy_files, read_toy)
     monkeypatch.setattr(families, "FAMILIES", [*families.FAMILIES, Family(ToyModel, files)])
 
 
@@ -165,8 +191,11 @@ def three(model: AsrModel) -> list[tuple[Tensor, Tensor]]:
 def test_a_new_family_is_loaded_packed_and_read_back(known: None, tmp_path: Path) -> None:
     model = toy()
     state = model.state_dict()
-    loaded = load_model(write_toy(tmp_path / "m.toy", model))
-    assert isinstance(loaded, ToyModel)
+    folder = write_toy(tmp_path / "toy", model)
+    opened = open_float_model(folder, "cpu", "measure")
+    loaded = opened.model
+    assert isinstance(loaded, ToyModel) and opened.path == folder
+    assert model_files(folder) == (folder / "labels.json", folder / MODEL_FILE)
     write_checkpoint(tmp_path / "model.safetensors", loaded)
     again = load_model(tmp_path)
     assert isinstance(again, ToyModel) and again.tokenizer.pieces == model.tokenizer.pieces
@@ -180,9 +209,20 @@ def test_a_new_family_is_loaded_packed_and_read_back(known: None, tmp_path: Path
         torch.testing.assert_close(packed.state_dict()[name], state[name], rtol=0, atol=0.03)
 
 
+def test_the_fingerprint_of_a_folder_is_that_of_all_files_of_the_model(known: None, tmp_path: Path) -> None:
+    folder = write_toy(tmp_path / "toy", toy())
+    before = model_sha256(folder)
+    (folder / "README").write_text("not read")
+    assert model_sha256(folder) == before == model_sha256(shutil.copytree(folder, tmp_path / "copy"))
+    (folder / "labels.json").write_text(json.dumps([" ", "a", "b", "d"]))
+    assert model_sha256(folder) != before
+
+
 def test_a_family_that_is_not_in_the_table_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(MpqError, match=r"m\.toy: not a format that mpq reads; expected a NeMo archive \(\.nemo\), a"):
-        load_model(write_toy(tmp_path / "m.toy", toy()))
+    with pytest.raises(
+        MpqError, match=r"labels\.json: not a format that mpq reads; expected a NeMo archive \(\.nemo\)"
+    ):
+        load_model(write_toy(tmp_path / "toy", toy()) / "labels.json")
     write_checkpoint(tmp_path / "model.safetensors", toy())
     with pytest.raises(MpqError, match="family: expected mpq or nemo, got 'toy'"):
         load_model(tmp_path)
@@ -207,16 +247,22 @@ def test_a_new_head_takes_part_in_every_measurement() -> None:
     joint = JointDivergence(model, data)
     expected = 0.0
     rows = 0
-    for features, lengths in data:  # written out: each frame with each prefix of what the model recognises, and CTC
+    for features, lengths in data:  # written out: each frame with each prefix that its search passed, and CTC
         with torch.no_grad():
             encoded, _ = model.encode(features, lengths)
             (tokens,) = model.greedy(encoded, lengths)
             prefixes = torch.tensor([model.blank_id, *tokens])
             hidden = (encoded[0, :, None] + model.embed(prefixes)[None]).tanh()
             one, other = (each.joint(hidden).double().log_softmax(dim=-1) for each in (model, changed))
+            steps = model.joint(hidden[:, 0]).argmax(dim=-1).tolist()
         assert tokens
-        expected += float((one.exp() * (one - other)).sum(dim=-1).clamp(max=1).sum())
-        rows += int(lengths) * (len(tokens) + 2)
+        spoken = 0
+        for frame, token in enumerate(steps):
+            for prefix in (spoken,) if token == model.blank_id else (spoken, spoken + 1):
+                expected += min(1.0, float((one.exp() * (one - other))[frame, prefix].sum()))
+                rows += 1
+            spoken += token != model.blank_id
+        rows += int(lengths)
     found = joint.measure({"joint.weight": changed.joint.weight.data})
     assert float(found.sum()) == pytest.approx(expected, rel=1e-5) and joint.frames == rows
     assert output_divergence(model, changed, data) == pytest.approx(expected / rows, rel=1e-5)
@@ -227,7 +273,7 @@ def test_a_new_head_takes_part_in_every_measurement() -> None:
         scores, count = fisher_scores(model, rounding_errors(model, NEAREST, (4,), {}), *data[0], output=output)
         assert scores.shape == (4, 1) and bool((scores > 0).all())
         (tokens,) = model.greedy(*model.encode(*data[0]))
-        assert count == int(data[0][1]) * (len(tokens) + 1 if output == "lattice" else 1)
+        assert count == int(data[0][1]) + (len(tokens) if output == "lattice" else 0)
     with torch.no_grad():  # the CTC head after the other's: its state is the encoder output, not the last one computed
         rounded = model.ctc.weight + rounding_errors(model, NEAREST, (4,), {})["ctc.weight"][0].view(5, 6)
         pairs = []

@@ -11,7 +11,7 @@ from torch import Tensor
 from mpq.errors import MpqError
 from mpq.quantization import gptq as module
 from mpq.quantization.gptq import gptq
-from mpq.quantization.grids import choose_grid, code_range, nearest_codes
+from mpq.quantization.grids import choose_grid, nearest_codes
 from mpq.quantization.quantizers import dequantize, quantize, quantize_widths
 from mpq.quantization.spec import QuantSpec
 
@@ -70,7 +70,7 @@ def assert_each_step_is_optimal(matrix: Tensor, spec: QuantSpec, gram: Tensor, r
     per_column = np.minimum(np.arange(columns) // size, scale.shape[1] - 1)
     scale, zero = (np.broadcast_to(part, (rows, part.shape[1]))[:, per_column] for part in (scale, zero))  # (C, K)
     original, errors = matrix.double().numpy(), (codes - zero) * scale - matrix.double().numpy()
-    q_min, q_max = code_range(spec)
+    q_min, q_max = spec.codes[0], spec.codes[-1]
     for block in range(len(gram)):
         own = slice(block * rows // len(gram), (block + 1) * rows // len(gram))
         H = damped(gram[block])
@@ -121,7 +121,7 @@ def test_equal_to_the_textbook(scheme: str) -> None:
             torch.testing.assert_close(scales[:, j // 5], scale[:, 0], rtol=1e-4, atol=0)
             assert torch.equal(zeros[:, j // 5], zero[:, 0])
             scale, zero = scale.double().numpy()[:, 0], zero.double().numpy()[:, 0]
-        code = np.clip(np.round(w[:, j] / scale + zero), *code_range(spec))
+        code = np.clip(np.round(w[:, j] / scale + zero), spec.codes[0], spec.codes[-1])
         assert (codes[:, j].numpy() == code).all()
         e = (w[:, j] - (code - zero) * scale) / inverse[j, j]
         w = w - np.outer(e, inverse[j])
@@ -159,7 +159,7 @@ def test_between_the_best_codes_of_all_and_rounding_to_nearest(bits: int, scheme
     spec = spec_of(bits, scheme=scheme, scale_dtype="float32")
     result, plain = gptq(matrix, [spec], gram)[0], nearest(matrix, [spec])[0]
     assert equal(result[1:], plain[1:])
-    q_min, q_max = code_range(spec)
+    q_min, q_max = spec.codes[0], spec.codes[-1]
     usable = (-1, 1) if spec.is_sign else range(q_min, q_max + 1)
     tried = torch.tensor(list(itertools.product(usable, repeat=3)), dtype=torch.float64)  # (P, 3)
     scale, zero = result[1].double(), result[2].double()  # (C, 1)

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from mpq.errors import MpqError
 from mpq.quantization import soft_assignment as module
+from mpq.quantization.grids import scale_shape
 from mpq.quantization.mu_law import MUS, mu_law_centroids
-from mpq.quantization.quantizers import dequantize, quantize, scale_shape
+from mpq.quantization.quantizers import dequantize, quantize
 from mpq.quantization.soft_assignment import GeneralQuantizer, SoftToHard, annealed_alpha, soft_assign
 from mpq.quantization.spec import QuantSpec
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-from mpq.quantization import grids
 from mpq.quantization.grids import choose_grid, nearest_codes
 from mpq.quantization.levels import levels_of
 from mpq.quantization.spec import QuantSpec
@@ -19,7 +18,7 @@ def test_codes_are_the_closest_of_all_levels() -> None:
         for scheme in ("symmetric", "asymmetric"):
             spec = QuantSpec(bits, scheme=scheme, clip="percentile:80")  # many weights lie outside
             scale, zero_point = choose_grid(groups, spec)
-            q_min, q_max = grids.code_range(spec)
+            q_min, q_max = spec.codes[0], spec.codes[-1]
             codes = torch.arange(q_min, q_max + 1, dtype=torch.float64)
             levels = (codes - zero_point[..., None].double()) * scale[..., None].double()  # (C, G, P)
             distance = (groups[..., None].double() - levels[..., None, :]).abs()  # (C, G, size, P)

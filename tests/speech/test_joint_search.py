@@ -192,3 +192,27 @@ def test_faults_of_the_caller(change: dict, message: str) -> None:
     if not {"ctc_weight", "max_length", "decoder"} & set(change):
         with pytest.raises(MpqError, match=message):
             ctc_prefix_beam(*frames, **given)
+
+
+@pytest.mark.parametrize("ctc_weight", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("candidates", [None, 2])
+def test_the_blank_may_be_another_class_than_the_end(ctc_weight: float, candidates: int | None) -> None:
+    """Blank first and <eos> last, as in ESPnet and WeNet; the decoder's score of the blank counts for nothing."""
+    random = torch.Generator().manual_seed(5)
+    ctc = (2 * torch.randn(2, 7, 4, generator=random)).log_softmax(dim=-1)  # three tokens and the blank, which is <eos>
+    table = (2 * torch.randn(8, 4, generator=random)).log_softmax(dim=-1)
+    lengths, options = torch.tensor([7, 5]), {"beam_size": 3, "ctc_weight": ctc_weight, "candidates": candidates}
+
+    def following(prefixes: Tensor, _: Tensor) -> Tensor:
+        return table[prefixes.sum(dim=1) % 8 if prefixes.shape[1] > 1 else torch.zeros(len(prefixes)).long()]
+
+    def shifted(prefixes: Tensor, utterances: Tensor) -> Tensor:
+        before = torch.cat((torch.full((len(prefixes), 1), 3), prefixes[:, 1:] - 1), dim=1)
+        return torch.nn.functional.pad(following(before, utterances), (1, 0), value=9.0)
+
+    apart = torch.cat((ctc[..., 3:], ctc[..., :3], torch.full((2, 7, 1), -torch.inf)), dim=-1)
+    expected = joint_beam(following, ctc, lengths, 3, **options)
+    found = joint_beam(shifted, apart, lengths, 4, **options, blank_id=0)
+    for one, other in zip(expected, found, strict=True):
+        assert [tuple(token + 1 for token in each.tokens) for each in one] == [each.tokens for each in other]
+        assert [each.score for each in one] == pytest.approx([each.score for each in other])
