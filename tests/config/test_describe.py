@@ -32,7 +32,9 @@ def test_the_page_says_what_the_schema_says() -> None:
     if os.environ.get("MPQ_WRITE_DOCS"):
         PAGE.write_text(head + mark + tables())
         return
-    assert old == tables(), "docs/recipes.md is behind mpq/config: MPQ_WRITE_DOCS=1 pytest tests/config/test_describe.py"
+    assert old == tables(), (
+        "docs/recipes.md is behind mpq/config: MPQ_WRITE_DOCS=1 pytest tests/config/test_describe.py"
+    )
 
 
 def test_the_schema_is_described_in_full() -> None:

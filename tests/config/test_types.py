@@ -43,7 +43,9 @@ class Kettle(Section):
     litres: types.Positive = 1.5
 
 
-@pytest.mark.parametrize("table", [{"liters": 1.0}, {"litres": "2"}, {"litres": float("nan")}, {"litres": float("inf")}])
+@pytest.mark.parametrize(
+    "table", [{"liters": 1.0}, {"litres": "2"}, {"litres": float("nan")}, {"litres": float("inf")}]
+)
 def test_a_section_refuses_what_it_does_not_know(table: dict[str, Any]) -> None:
     assert Kettle.model_validate({"litres": 2}).litres == 2
     with pytest.raises(ValidationError):

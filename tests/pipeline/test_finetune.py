@@ -150,35 +150,6 @@ def test_what_was_cut_off_goes_on(tiny: Path, whole: Path, tmp_path: Path, monke
     steps.clear()
 
 
-def test_faults_of_the_stage_are_told_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare.jsonl"
-    bare.write_text(json.dumps({"audio_filepath": str(tiny.parent / "dev-0.wav")}) + "\n")
-    out = tmp_path / "run"
-    for options, words in (
-        (('stages=["sensitivity","finetune"]',), "stages: finetune needs allocate before it"),
-        (("data.train=[]", "data.calibration=dev.jsonl"), "[data] train: expected one manifest or more, got none"),
-        (("data.train=['gone.jsonl']",), "gone.jsonl: no such file or folder"),
-        (("finetune_augment.noise=['street']",), "[finetune_augment] noise: "),
-        (("finetune.epoch=3",), "[finetune] epoch: unknown key; did you mean epochs?"),
-        (
-            (f"data.dev={bare}", "finetune.select=wer"),
-            f'[finetune] select: "wer" needs transcripts in {bare}, which has none',
-        ),
-        (
-            (f"data.train=['{bare}']", "finetune.transcript_weight=0.5"),
-            f"[finetune] transcript_weight: 0.5 needs transcripts in {bare}, which has none",
-        ),
-    ):
-        done = mpq_run(tiny, out, *(word for option in options for word in ("--set", option)))
-        assert done.exit_code == 2 and words in done.stderr and done.stdout == "", (options, done.output)
-        assert not out.exists()
-    text = tiny.read_text().replace('dev = "dev.jsonl"\n', "")
-    lacking = tiny.parent / "lacking.toml"
-    lacking.write_text(text)
-    done = mpq_run(lacking, out)
-    assert done.exit_code == 2 and "[data] dev: the stage finetune needs held-out data, got none" in done.stderr
-
-
 def test_after_a_move_the_calibration_audio_is_found_again(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

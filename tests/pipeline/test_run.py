@@ -398,11 +398,3 @@ def test_a_recipe_with_a_nemo_checkpoint(tmp_path: Path, tiny_archive: Path, tin
     recipe.write_text(recipe.read_text().replace(str(tiny_archive), "gone.nemo"))
     done = mpq_run(recipe, tmp_path / "run")
     assert done.exit_code == 2 and f"checkpoint: {tmp_path}/gone.nemo: no such file" in done.stderr
-
-
-def test_two_processes_are_refused(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    done = mpq_run(tiny, tmp_path / "run")
-    assert done.exit_code == 2 and "mpq run is one process; train with torchrun" in done.stderr
-    assert not (tmp_path / "run").exists()
