@@ -11,7 +11,7 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
-from tiny_finetune import OPTIONS, Spy, four, one_thread, speech, tune, with_data
+from tiny_finetune import OPTIONS, Spy, four, speech, tune, with_data
 from tiny_training import log_of
 
 from mpq.cli.main import main
@@ -22,7 +22,7 @@ from mpq.finetuning.record import FinetuneResult
 from mpq.loading import load_model
 from mpq.pipeline.read import make_recipe
 
-__all__ = ["four", "one_thread", "speech"]  # fixtures
+__all__ = ["four", "speech"]  # fixtures
 
 KEYS = describe_section(FinetuneConfig)
 

@@ -10,7 +10,6 @@ import torch
 from tiny_finetune import (
     NEAREST,
     assert_same_training,
-    one_thread,
     speech,
     tune,
     tuning_recipe,
@@ -28,7 +27,7 @@ from mpq.finetuning.record import FinetuneResult
 from mpq.quantization.spec import QuantSpec
 from mpq.training.loop import TrainingLoop
 
-__all__ = ["one_thread", "speech"]  # fixtures
+__all__ = ["speech"]  # a fixture
 
 MULAW = WeightFormat(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
 CASES: dict[str, tuple[tuple[int, ...], WeightFormat, dict[str, Any]]] = {

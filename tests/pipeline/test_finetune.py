@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_finetune import OPTIONS, one_thread, write_hybrid
+from tiny_finetune import OPTIONS, write_hybrid
 from tiny_training import write_speech
 
 from mpq.cli.main import main
 from mpq.config import Recipe
 from mpq.finetuning.loop import Finetuner
 from mpq.loading import load_model
-
-__all__ = ["one_thread"]  # a fixture
 
 STAGES = ("evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
 SKIPPED = dict.fromkeys(STAGES, "skipped")

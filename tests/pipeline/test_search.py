@@ -5,7 +5,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tiny_finetune import one_thread
 from tiny_search_runs import (
     AFTER_SEARCH,
     SKIPPED,
@@ -27,7 +26,7 @@ from tiny_search_runs import (
 from mpq.config import STAGES
 from mpq.loading import load_model
 
-__all__ = ["one_thread", "tiny", "whole"]  # fixtures
+__all__ = ["tiny", "whole"]  # fixtures
 
 
 def test_the_model_found_is_what_follows_works_on(whole: Path) -> None:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_finetune import one_thread
 from tiny_search_runs import (
     AFTER_SEARCH,
     SKIPPED,
@@ -30,7 +29,7 @@ from mpq.loading import load_model
 from mpq.search.loop import ArchitectureSearch
 from mpq.training.weights import WeightTrainer
 
-__all__ = ["one_thread", "tiny", "whole"]  # fixtures
+__all__ = ["tiny", "whole"]  # fixtures
 
 
 def stopped_at(owner: type, folder: str, update: int, monkeypatch: pytest.MonkeyPatch) -> None:

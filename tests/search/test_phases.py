@@ -13,7 +13,7 @@ from tiny_search import (
     speech,
     write_search,
 )
-from tiny_training import log_of, one_thread
+from tiny_training import log_of
 
 from mpq.loading import load_model
 from mpq.search.loop import ArchitectureSearch
@@ -22,7 +22,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.orthogonal import constrained_factors, orthogonality_error
 from mpq.training.weights import WeightTrainer
 
-__all__ = ["one_thread", "speech"]  # fixtures
+__all__ = ["speech"]  # a fixture
 
 
 def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(

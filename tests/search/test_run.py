@@ -1,6 +1,7 @@
 """Architecture search from end to end: three phases, their folders, interruptions, faults."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from tiny_search import (
     whole,
     write_search,
 )
-from tiny_training import CrashError, fails_at, log_of, one_thread
+from tiny_training import CrashError, fails_at, log_of
 
 from mpq.cli.inspection import inspect
 from mpq.cli.main import main
@@ -40,7 +41,7 @@ from mpq.training.loop import TrainingLoop
 from mpq.training.losses import JointLoss
 from mpq.training.weights import WeightTrainer
 
-__all__ = ["one_thread", "recipe", "speech", "supernet", "whole"]  # fixtures
+__all__ = ["recipe", "speech", "supernet", "whole"]  # fixtures
 
 
 def test_a_search_leaves_a_checkpoint_folder(whole: Path, recipe: Recipe) -> None:
@@ -134,14 +135,14 @@ POINTS = {
     "2: inside an update": (ArchitectureSearch, "losses", 2, True),
     "2: between the log and a candidate": (ArchitectureSearch, "write_candidate", 2, False),
     "2: between a candidate and the state": (ArchitectureSearch, "write_candidate", 2, True),
-    "2: while the architecture is scored": (objectives, "held_out_errors", 6, False),
+    "2: while the architecture is scored": (objectives, "held_out_errors", 2, False),
     "2: before the architecture": (search_loop, "write_json", 2, False),
     "2: after the architecture": (search_loop, "clean_up", 1, False),
-    "3: before it claims its folder": (weight_loop, "claim_folder", 2, False),
-    "3: between a candidate and the state": (weight_loop, "write_checkpoint", 4, True),
-    "3: before the model": (weight_loop, "write_checkpoint", 6, False),
-    "3: between the model and the result": (weight_loop, "write_checkpoint", 6, True),
-    "3: after the result": (weight_loop, "clean_up", 2, False),
+    "3: before it claims its folder": (weight_loop, "claim_folder", 1, False),
+    "3: between a candidate and the state": (weight_loop, "write_checkpoint", 1, True),
+    "3: before the model": (weight_loop, "write_checkpoint", 3, False),
+    "3: between the model and the result": (weight_loop, "write_checkpoint", 3, True),
+    "3: after the result": (weight_loop, "clean_up", 1, False),
     "before the recipe": (search_module, "write_text", 1, False),
     "before the result": (search_module, "write_json", 1, False),
 }
@@ -151,8 +152,10 @@ POINTS = {
 def test_a_killed_search_ends_as_if_it_had_not_been(
     point: str, speech: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a saved state after each update."""
+    """With a saved state after each update; where it is killed after the first phase, the supernet is there already."""
     often = search_recipe(speech, train__save_minutes=1e-9)
+    if not point.startswith("1: "):
+        shutil.copytree(whole / "supernet", tmp_path / "supernet")
     with monkeypatch.context() as patch:
         fails_at(*POINTS[point][:3], patch, POINTS[point][3])
         with pytest.raises(CrashError):

@@ -6,7 +6,6 @@ from typing import Any
 import pytest
 import torch
 from tiny_search import from_checkpoint, search_recipe, speech
-from tiny_training import one_thread
 from torch import Tensor
 
 from mpq.errors import MpqError
@@ -18,7 +17,7 @@ from mpq.search.start import Start, largest_model, search_start, statistics_sour
 from mpq.sensitivity.calibration import draw, one_by_one
 from mpq.sensitivity.statistics import input_grams
 
-__all__ = ["one_thread", "speech"]  # fixtures
+__all__ = ["speech"]  # a fixture
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,6 @@ from tiny_training import (
     WITHOUT_GRADIENT,
     dropping,
     environment,
-    one_thread,
     recipe,
     speech,
     train_as_process,
@@ -42,7 +41,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.record import TrainingResult
 from mpq.training.run import train
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 def test_updates_by_hand(speech: Path, tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def two_processes(path: Path, out: Path, stops: Sequence[int | None]) -> list[in
     for process in running:
         process.start()
     for process in running:
-        process.join(120)
+        process.join(600)  # a loaded machine is slow
     return [process.exitcode for process in running]
 
 

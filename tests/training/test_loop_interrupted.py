@@ -16,7 +16,6 @@ from tiny_training import (
     dropping,
     environment,
     fails_at,
-    one_thread,
     recipe,
     speech,
     updates,
@@ -34,7 +33,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.record import TrainingResult
 from mpq.training.run import train
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 POINTS = {
