@@ -48,3 +48,11 @@ def stages(out: Path) -> dict[str, Any]:
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def stamps(folder: Path) -> dict[str, tuple[bytes, int, int]]:
+    """Returns what tells files that were left alone from those that were written again; run.json is left out."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name != "run.json"]
+    return {
+        str(one.relative_to(folder)): (one.read_bytes(), one.stat().st_ino, one.stat().st_mtime_ns) for one in files
+    }

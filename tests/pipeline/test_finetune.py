@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 from tiny_finetune import OPTIONS, write_hybrid
+from tiny_runs import stamps
 from tiny_training import write_speech
 
 from mpq.cli.main import main
@@ -81,11 +82,15 @@ def test_the_figures_of_the_run_are_those_of_the_folder(tiny: Path, whole: Path)
 
 
 def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq.pipeline.stages.finetune", None)
+    before = stamps(finished)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
+    assert stamps(finished) == before
     monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade does not train anew
     assert actions(tiny, finished) == dict.fromkeys(STAGES, "run") | {"finetune": "skipped"}
+    assert stamps(finished / "finetune") == {
+        name.removeprefix("finetune/"): one for name, one in before.items() if name.startswith("finetune/")
+    }
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tiny_runs import stamps
 from tiny_search_runs import (
     AFTER_SEARCH,
     SKIPPED,
@@ -80,24 +81,18 @@ def test_the_table_has_the_true_sizes_and_their_ratios(tiny: Path, whole: Path) 
 
 
 def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = contents(finished)
-    for name in ("train", "search", "finetune", "evaluate"):
-        monkeypatch.setattr(f"mpq.pipeline.stages.{name}", None)
+    before, written = contents(finished), stamps(finished)
     assert actions(tiny, finished) == SKIPPED and actions(tiny, finished, "--dry-run") == SKIPPED
     assert actions(tiny, finished, "train.save_minutes=3.0", "search.supernet=elsewhere") == SKIPPED
-    assert contents(finished) == before
+    assert contents(finished) == before and stamps(finished) == written
     monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade neither trains nor searches anew
     done = actions(tiny, finished, "--dry-run")
     assert {name for name, action in done.items() if action == "skipped"} == {"train", "search"}
 
 
-def test_data_that_are_copied_or_moved_are_the_same_data(
-    tiny: Path, whole: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_data_that_are_copied_or_moved_are_the_same_data(tiny: Path, finished: Path, tmp_path: Path) -> None:
     """Other paths, times and inodes, the same contents: nothing is done again, not even a supernet."""
-    for name in ("train", "search", "finetune", "evaluate", "measure_sensitivity", "pack", "compare"):
-        monkeypatch.setattr(f"mpq.pipeline.stages.{name}", None)
-    before, inodes = contents(finished), {path: path.stat().st_ino for path in finished.iterdir()}
+    before, written = contents(finished), stamps(finished)
     (tmp_path / "data").mkdir()
     for path in tiny.parent.iterdir():
         if path.is_file():
@@ -106,7 +101,7 @@ def test_data_that_are_copied_or_moved_are_the_same_data(
     (tmp_path / "data").rename(tmp_path / "elsewhere")
     recipe = tmp_path / "elsewhere/recipe.toml"
     assert actions(recipe, finished) == SKIPPED
-    assert contents(finished) == before and {path: path.stat().st_ino for path in finished.iterdir()} == inodes
+    assert contents(finished) == before and stamps(finished) == written
     (tmp_path / "elsewhere/train-0.wav").write_bytes((tmp_path / "elsewhere/train-1.wav").read_bytes())
     assert actions(recipe, finished, "--dry-run") == dict.fromkeys(STAGES, "run")  # nor is the name what counts
 
