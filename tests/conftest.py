@@ -9,9 +9,12 @@ import hypothesis
 import numpy as np
 import pytest
 import soundfile
+import torch
 from tiny_data import noisy_tone
 from tiny_models import nemo_config, tiny_model, write_nemo
 
+torch.set_num_threads(1)  # sums of several threads differ in a bit, and there may be a process of tests for each core
+os.environ["OMP_NUM_THREADS"] = "1"  # for the commands that tests start, too
 hypothesis.settings.register_profile("mpq", deadline=None)  # machines are shared, and slow at times
 hypothesis.settings.load_profile("mpq")
 

@@ -1,4 +1,4 @@
-"""Imports point one way, the command line starts without torch, and nothing unsafe is used."""
+"""Imports point one way, help starts without torch, nothing unsafe is used, and every module has its test."""
 
 import ast
 import subprocess
@@ -98,6 +98,32 @@ def test_no_private_parts_of_libraries_are_used() -> None:
             if isinstance(node, ast.Attribute) and is_private(node.attr):
                 base = ast.unparse(node.value).split(".")[0]
                 assert base not in imported, f"{path}:{node.lineno}: {ast.unparse(node)}"
+
+
+UNTESTED = {
+    "errors.py": "a class without a body; tests/cli/test_main.py shows what becomes of it at the border",
+    "__main__.py": "one call; every test that starts `python -m mpq` runs it",
+}
+"""The modules without a test of their own, and why."""
+TESTS = Path(__file__).resolve().parent
+
+
+def test_every_module_has_its_test() -> None:
+    names = {str(path.relative_to(PACKAGE)): path.relative_to(PACKAGE) for path in MODULES}
+    lacking = {name for name, path in names.items() if not (TESTS / path.parent / f"test_{path.name}").exists()}
+    assert lacking == set(UNTESTED)
+
+
+def test_files_of_tests_are_short_and_import_no_other_test() -> None:
+    """What they share is in tiny_*.py and knapsacks.py, and in the fixtures of conftest.py."""
+    own = {path.stem for path in TESTS.rglob("*.py")}
+    shared = {path.stem for path in TESTS.glob("tiny_*.py")} | {"knapsacks"}
+    for path in TESTS.rglob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or "."] if isinstance(node, ast.ImportFrom) else []
+            assert not {name.split(".")[0] for name in names} & (own - shared | {"tests", ""}), f"{path}:{node.lineno}"
 
 
 def is_private(name: str) -> bool:

@@ -35,6 +35,15 @@ def search_recipe(folder: Path, **changes: Any) -> Recipe:
     return load_recipe(write_search(folder / "recipe.toml", **changes), [f"seed={seed}"], stages=["search"])
 
 
+FROM = {"model__dropout": 0.0, "search__supernet_epochs": 1, "search__epochs": 2, "search__final_epochs": 1}
+
+
+def from_checkpoint(speech: Path, path: Path, **changes: Any) -> Recipe:
+    """Returns a recipe of a short search that begins with a trained model."""
+    written = write_search(speech / "from.toml", **(FROM | changes))
+    return load_recipe(written, [f"checkpoint={path}"], stages=["search"])
+
+
 def run(recipe: Recipe, out: Path) -> SearchResult:
     return search(recipe, out, device="cpu", quiet=True)
 

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +75,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
         "time_mask_width": 8,
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For modules that import it: processes that tests start have one thread, and sums of several differ in a bit."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def write_recipe(path: Path, **changes: Any) -> Path:

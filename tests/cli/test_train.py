@@ -5,13 +5,12 @@ from pathlib import Path
 
 from click.testing import CliRunner
 from tiny_search import command, contents, recipe, refusal, speech, supernet, whole, write_search
-from tiny_training import one_thread
 
 from mpq.cli.main import main
 from mpq.loading import load_model
 from mpq.pipeline.read import load_recipe
 
-__all__ = ["one_thread", "recipe", "speech", "supernet", "whole"]  # fixtures
+__all__ = ["recipe", "speech", "supernet", "whole"]  # fixtures
 
 
 def test_a_nemo_model_from_the_command_line(tiny_archive: Path, many_tones: Path, tmp_path: Path) -> None:

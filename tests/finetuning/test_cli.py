@@ -11,7 +11,8 @@ import pytest
 import soundfile
 import torch
 from click.testing import CliRunner, Result
-from tiny_finetune import OPTIONS, Spy, four, one_thread, speech, tune, with_data
+from tiny_finetune import OPTIONS, Spy, four, speech, tune, with_data
+from tiny_runs import stamps
 from tiny_training import log_of
 
 from mpq.cli.main import main
@@ -22,7 +23,7 @@ from mpq.finetuning.record import FinetuneResult
 from mpq.loading import load_model
 from mpq.pipeline.read import make_recipe
 
-__all__ = ["four", "one_thread", "speech"]  # fixtures
+__all__ = ["four", "speech"]  # fixtures
 
 KEYS = describe_section(FinetuneConfig)
 
@@ -175,14 +176,12 @@ def test_the_same_options_in_python_give_the_same_file(
     assert (tmp_path / "out/packed.safetensors").read_bytes() == (done[1] / "packed.safetensors").read_bytes()
 
 
-def test_a_finished_folder_answers_at_once_and_in_words(
-    done: tuple[Result, Path], speech: Path, four: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mpq.finetuning.run.Finetuner", None)
+def test_a_finished_folder_answers_at_once_and_in_words(done: tuple[Result, Path], speech: Path, four: Path) -> None:
+    before = stamps(done[1])
     more = ["--seed", 3, "--set", "finetune_augment.speed=[0.9,1.1]", "--set", "finetune.betas=[0.5,0.9]"]
     again = command(speech, four, done[1], *options(), *more)
     result = FinetuneResult.load(done[1] / "finetune.json")
-    assert again.exit_code == 0 and again.stderr == ""
+    assert again.exit_code == 0 and again.stderr == "" and stamps(done[1]) == before
     for words in (str(result.sizes[0].size_bytes), f"{result.sizes[0].ratio:.2f}", "kept epochs 2 of 2", "seed 3",
                   "4 utterances", "4 with a transcript"):  # fmt: skip
         assert words in again.stdout, words

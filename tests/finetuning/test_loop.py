@@ -12,7 +12,6 @@ from tiny_finetune import (
     assert_holds,
     assert_same_training,
     four,
-    one_thread,
     speech,
     tune,
     with_data,
@@ -30,7 +29,7 @@ from mpq.quantization.mu_law import MUS, mu_law_centroids
 from mpq.quantization.soft_assignment import SoftToHard
 from mpq.quantization.spec import QuantSpec
 
-__all__ = ["four", "one_thread", "speech"]  # fixtures
+__all__ = ["four", "speech"]  # fixtures
 
 
 def held_out(patch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:

@@ -10,7 +10,6 @@ import torch
 from tiny_finetune import (
     NEAREST,
     assert_same_training,
-    one_thread,
     speech,
     tune,
     tuning_recipe,
@@ -22,13 +21,12 @@ from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.finetuning import loop as finetune_loop
-from mpq.finetuning import run as finetune_module
 from mpq.finetuning.loop import Finetuner
 from mpq.finetuning.record import FinetuneResult
 from mpq.quantization.spec import QuantSpec
 from mpq.training.loop import TrainingLoop
 
-__all__ = ["one_thread", "speech"]  # fixtures
+__all__ = ["speech"]  # a fixture
 
 MULAW = WeightFormat(QuantSpec(8, "mulaw", "channel", rounding="nearest"))
 CASES: dict[str, tuple[tuple[int, ...], WeightFormat, dict[str, Any]]] = {
@@ -172,32 +170,28 @@ def test_the_interruptions_are_where_they_should_be(cases: dict[str, Case]) -> N
             assert size.dev[1][0] != size.dev[0][0] != size.dev[2][0]
 
 
-def test_a_finished_folder_is_left_as_it_is(
-    cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_folder_is_left_as_it_is(cases: dict[str, Case], tmp_path: Path) -> None:
     case = cases["frozen"]
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in case.whole.iterdir()}
     assert set(before) >= {"packed.safetensors", "float.safetensors", "recipe.json", "log.jsonl", "finetune.json"}
     assert not set(before) & {"state.pt", "started.json", "epochs"}
-    with monkeypatch.context() as patch:
-        patch.setattr(finetune_module, "Finetuner", None)
-        result = case.run(case.whole)
-        assert result == FinetuneResult.load(case.whole / "finetune.json")
-        case.run(case.whole, save_minutes=1.0, workers=1, tensorboard=True)  # which change no weight
+    result = case.run(case.whole)
+    assert result == FinetuneResult.load(case.whole / "finetune.json")
+    case.run(case.whole, save_minutes=1.0, workers=1, tensorboard=True)  # which change no weight
+    with pytest.raises(MpqError, match="holds a finished training with other options or data"):
+        case.run(case.whole, learning_rate=0.2)
+    with pytest.raises(MpqError, match="holds a finished training with other options or data"):
+        case.run(case.whole, seed=4)
+    with pytest.raises(MpqError, match="holds a finished training with other options or data"):
+        case.run(case.whole, finetune_augment={"speed": [1.1]})
+    speech, others = case.speech, write_allocation(tmp_path / "b2.json", case.checkpoint, 3)
+    for train, dev, allocations in (
+        (speech / "dev.jsonl", speech / "dev.jsonl", case.allocations),
+        (speech / "train.jsonl", speech / "train.jsonl", case.allocations),
+        (speech / "train.jsonl", speech / "dev.jsonl", [others]),
+    ):
         with pytest.raises(MpqError, match="holds a finished training with other options or data"):
-            case.run(case.whole, learning_rate=0.2)
-        with pytest.raises(MpqError, match="holds a finished training with other options or data"):
-            case.run(case.whole, seed=4)
-        with pytest.raises(MpqError, match="holds a finished training with other options or data"):
-            case.run(case.whole, finetune_augment={"speed": [1.1]})
-        speech, others = case.speech, write_allocation(tmp_path / "b2.json", case.checkpoint, 3)
-        for train, dev, allocations in (
-            (speech / "dev.jsonl", speech / "dev.jsonl", case.allocations),
-            (speech / "train.jsonl", speech / "train.jsonl", case.allocations),
-            (speech / "train.jsonl", speech / "dev.jsonl", [others]),
-        ):
-            with pytest.raises(MpqError, match="holds a finished training with other options or data"):
-                tune(case.checkpoint, allocations, tuning_recipe(train, dev, **case.options), case.whole)
+            tune(case.checkpoint, allocations, tuning_recipe(train, dev, **case.options), case.whole)
     assert before == {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in case.whole.iterdir()}
     lost = case.whole / "packed.safetensors"
     lost.unlink()  # then it is made again

@@ -15,7 +15,6 @@ from tiny_finetune import (
     Spy,
     assert_holds,
     four,
-    one_thread,
     speech,
     tune,
     tuning_recipe,
@@ -43,7 +42,7 @@ from mpq.speech.audio import read_audio
 from mpq.speech.augment import generator, spec_mask
 from mpq.training.distillation import Distillation
 
-__all__ = ["four", "one_thread", "speech"]  # fixtures
+__all__ = ["four", "speech"]  # fixtures
 
 
 def mixed_bits(name: str) -> int:

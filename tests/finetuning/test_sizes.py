@@ -17,7 +17,6 @@ from tiny_finetune import (
     Spy,
     assert_holds,
     four,
-    one_thread,
     speech,
     tune,
     tuning_recipe,
@@ -48,7 +47,7 @@ from mpq.training import held_out
 from mpq.training.data import plan_epoch, read_set
 from mpq.training.held_out import changed_errors
 
-__all__ = ["four", "one_thread", "speech"]  # fixtures
+__all__ = ["four", "speech"]  # fixtures
 
 
 def updates(out: Path) -> list[dict[str, Any]]:

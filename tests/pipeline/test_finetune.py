@@ -7,15 +7,14 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_finetune import OPTIONS, one_thread, write_hybrid
+from tiny_finetune import OPTIONS, write_hybrid
+from tiny_runs import stamps
 from tiny_training import write_speech
 
 from mpq.cli.main import main
 from mpq.config import Recipe
 from mpq.finetuning.loop import Finetuner
 from mpq.loading import load_model
-
-__all__ = ["one_thread"]  # a fixture
 
 STAGES = ("evaluate", "sensitivity", "allocate", "pack", "finetune", "compare")
 SKIPPED = dict.fromkeys(STAGES, "skipped")
@@ -83,11 +82,15 @@ def test_the_figures_of_the_run_are_those_of_the_folder(tiny: Path, whole: Path)
 
 
 def test_a_second_run_does_nothing(tiny: Path, finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mpq.pipeline.stages.finetune", None)
+    before = stamps(finished)
     assert actions(tiny, finished) == SKIPPED
     assert actions(tiny, finished, "--set", "finetune.save_minutes=3.0", "--set", "finetune.workers=1") == SKIPPED
+    assert stamps(finished) == before
     monkeypatch.setattr("mpq.pipeline.stages.__version__", "99.0")  # an upgrade does not train anew
     assert actions(tiny, finished) == dict.fromkeys(STAGES, "run") | {"finetune": "skipped"}
+    assert stamps(finished / "finetune") == {
+        name.removeprefix("finetune/"): one for name, one in before.items() if name.startswith("finetune/")
+    }
 
 
 @pytest.mark.parametrize(
@@ -148,35 +151,6 @@ def test_what_was_cut_off_goes_on(tiny: Path, whole: Path, tmp_path: Path, monke
     assert (out / packed).read_bytes() == (whole / packed).read_bytes()
     monkeypatch.setattr(Finetuner, "finish_update", finish)
     steps.clear()
-
-
-def test_faults_of_the_stage_are_told_before_anything_starts(tiny: Path, tmp_path: Path) -> None:
-    bare = tmp_path / "bare.jsonl"
-    bare.write_text(json.dumps({"audio_filepath": str(tiny.parent / "dev-0.wav")}) + "\n")
-    out = tmp_path / "run"
-    for options, words in (
-        (('stages=["sensitivity","finetune"]',), "stages: finetune needs allocate before it"),
-        (("data.train=[]", "data.calibration=dev.jsonl"), "[data] train: expected one manifest or more, got none"),
-        (("data.train=['gone.jsonl']",), "gone.jsonl: no such file or folder"),
-        (("finetune_augment.noise=['street']",), "[finetune_augment] noise: "),
-        (("finetune.epoch=3",), "[finetune] epoch: unknown key; did you mean epochs?"),
-        (
-            (f"data.dev={bare}", "finetune.select=wer"),
-            f'[finetune] select: "wer" needs transcripts in {bare}, which has none',
-        ),
-        (
-            (f"data.train=['{bare}']", "finetune.transcript_weight=0.5"),
-            f"[finetune] transcript_weight: 0.5 needs transcripts in {bare}, which has none",
-        ),
-    ):
-        done = mpq_run(tiny, out, *(word for option in options for word in ("--set", option)))
-        assert done.exit_code == 2 and words in done.stderr and done.stdout == "", (options, done.output)
-        assert not out.exists()
-    text = tiny.read_text().replace('dev = "dev.jsonl"\n', "")
-    lacking = tiny.parent / "lacking.toml"
-    lacking.write_text(text)
-    done = mpq_run(lacking, out)
-    assert done.exit_code == 2 and "[data] dev: the stage finetune needs held-out data, got none" in done.stderr
 
 
 def test_after_a_move_the_calibration_audio_is_found_again(

@@ -54,9 +54,12 @@ def test_nvidias_model_has_nemos_word_errors(shared: Path, tmp_path: Path) -> No
     independent = jiwer.process_words([" ".join(words) for words in ref.values()], [" ".join(hyp[u]) for u in ref])
     assert independent.wer == pytest.approx(m.wer)
     assert 0 < result.real_time_factor < 10 and m.audio_seconds == pytest.approx(472.35, abs=0.01)
-    again = run(shared / "data/stt_en_conformer_ctc_small.nemo", data, tmp_path / "other", max_batch_seconds=25)
-    assert read_trn(tmp_path / "other/hyp.trn").utterances == hyp  # whatever the batches are
-    assert again.metrics == m
+    lines = [json.loads(line) for line in data.read_text().splitlines()[:40]]
+    few = [line | {"audio_filepath": str(data.parent / line["audio_filepath"])} for line in lines]
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in few))
+    run(shared / "data/stt_en_conformer_ctc_small.nemo", tmp_path / "few.jsonl", tmp_path / "few", max_batch_seconds=25)
+    again = read_trn(tmp_path / "few/hyp.trn").utterances
+    assert len(again) == 40 and again.items() <= hyp.items()  # whatever the batches are
 
 
 def test_a_finished_batch_is_not_done_again(

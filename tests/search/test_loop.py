@@ -15,7 +15,7 @@ from tiny_search import (
     supernet,
     whole,
 )
-from tiny_training import log_of, one_thread
+from tiny_training import log_of
 from torch import Tensor
 
 from mpq.config import Recipe
@@ -29,7 +29,7 @@ from mpq.search.supernet import Supernet
 from mpq.training import objectives
 from mpq.training.data import read_set
 
-__all__ = ["one_thread", "recipe", "speech", "supernet", "whole"]  # fixtures
+__all__ = ["recipe", "speech", "supernet", "whole"]  # fixtures
 
 
 def test_the_logs_of_the_phases(whole: Path) -> None:

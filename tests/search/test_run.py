@@ -1,43 +1,47 @@
 """Architecture search from end to end: three phases, their folders, interruptions, faults."""
 
-import itertools
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from click.testing import CliRunner
 from tiny_finetune import disturbed, two_processes
-from tiny_search import command, contents, recipe, refusal, run, search_recipe, speech, supernet, whole, write_search
-from tiny_training import CrashError, fails_at, log_of, one_thread
-from torch import Tensor
+from tiny_search import (
+    command,
+    contents,
+    from_checkpoint,
+    recipe,
+    refusal,
+    run,
+    search_recipe,
+    speech,
+    supernet,
+    whole,
+    write_search,
+)
+from tiny_training import CrashError, fails_at, log_of
 
 from mpq.cli.inspection import inspect
 from mpq.cli.main import main
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.loading import load_model
-from mpq.models.base import AsrModel
 from mpq.models.checkpoint import write_checkpoint
 from mpq.pipeline.read import load_recipe
 from mpq.search import loop as search_loop
 from mpq.search import run as search_module
-from mpq.search.importance import unit_importance
 from mpq.search.loop import ArchitectureSearch
 from mpq.search.record import Architecture, SearchResult
-from mpq.search.supernet import Supernet
-from mpq.sensitivity.calibration import draw, one_by_one
-from mpq.sensitivity.statistics import input_grams
 from mpq.training import objectives
 from mpq.training import weights as weight_loop
 from mpq.training.loop import TrainingLoop
 from mpq.training.losses import JointLoss
-from mpq.training.orthogonal import constrained_factors, orthogonality_error
 from mpq.training.weights import WeightTrainer
 
-__all__ = ["one_thread", "recipe", "speech", "supernet", "whole"]  # fixtures
+__all__ = ["recipe", "speech", "supernet", "whole"]  # fixtures
 
 
 def test_a_search_leaves_a_checkpoint_folder(whole: Path, recipe: Recipe) -> None:
@@ -131,14 +135,14 @@ POINTS = {
     "2: inside an update": (ArchitectureSearch, "losses", 2, True),
     "2: between the log and a candidate": (ArchitectureSearch, "write_candidate", 2, False),
     "2: between a candidate and the state": (ArchitectureSearch, "write_candidate", 2, True),
-    "2: while the architecture is scored": (objectives, "held_out_errors", 6, False),
+    "2: while the architecture is scored": (objectives, "held_out_errors", 2, False),
     "2: before the architecture": (search_loop, "write_json", 2, False),
     "2: after the architecture": (search_loop, "clean_up", 1, False),
-    "3: before it claims its folder": (weight_loop, "claim_folder", 2, False),
-    "3: between a candidate and the state": (weight_loop, "write_checkpoint", 4, True),
-    "3: before the model": (weight_loop, "write_checkpoint", 6, False),
-    "3: between the model and the result": (weight_loop, "write_checkpoint", 6, True),
-    "3: after the result": (weight_loop, "clean_up", 2, False),
+    "3: before it claims its folder": (weight_loop, "claim_folder", 1, False),
+    "3: between a candidate and the state": (weight_loop, "write_checkpoint", 1, True),
+    "3: before the model": (weight_loop, "write_checkpoint", 3, False),
+    "3: between the model and the result": (weight_loop, "write_checkpoint", 3, True),
+    "3: after the result": (weight_loop, "clean_up", 1, False),
     "before the recipe": (search_module, "write_text", 1, False),
     "before the result": (search_module, "write_json", 1, False),
 }
@@ -148,8 +152,10 @@ POINTS = {
 def test_a_killed_search_ends_as_if_it_had_not_been(
     point: str, speech: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With a saved state after each update."""
+    """With a saved state after each update; where it is killed after the first phase, the supernet is there already."""
     often = search_recipe(speech, train__save_minutes=1e-9)
+    if not point.startswith("1: "):
+        shutil.copytree(whole / "supernet", tmp_path / "supernet")
     with monkeypatch.context() as patch:
         fails_at(*POINTS[point][:3], patch, POINTS[point][3])
         with pytest.raises(CrashError):
@@ -277,132 +283,6 @@ def test_without_development_data(speech: Path, tmp_path: Path) -> None:
     assert result.training.dev_loss is None and result.architecture.loss > 0
 
 
-def test_the_supernet_is_trained_in_paths_and_scored_as_a_whole(
-    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained: list[tuple[Any, ...]] = []
-    scored: list[tuple[Any, ...]] = []
-
-    def path(loss: JointLoss) -> tuple[Any, ...]:
-        block = loss.model.encoder.layers[0]
-        return tuple(getattr(one, "_width", "plain") for one in (block.feed_forward1, block.feed_forward2))
-
-    forward, held_out = JointLoss.forward, objectives.held_out_errors
-
-    def training(self: JointLoss, *arguments: Any) -> Any:
-        if self.model.training:
-            trained.append(path(self))
-        return forward(self, *arguments)
-
-    def scoring(loss: JointLoss, *arguments: Any) -> Any:
-        scored.append(path(loss))
-        return held_out(loss, *arguments)
-
-    monkeypatch.setattr(JointLoss, "forward", training)
-    monkeypatch.setattr(objectives, "held_out_errors", scoring)
-    result = run(search_recipe(speech, train__accumulate=2, search__supernet_epochs=6), tmp_path)
-    updates = [line for line in log_of(tmp_path / "supernet") if "rate" in line]
-    paths = [one for one in trained if one != ("plain", "plain")]
-    assert trained[: len(paths)] == paths and len(trained) > len(paths)  # the last phase has no paths
-    assert set(itertools.chain(*paths)) == {4, 12, 32} and len(set(paths)) >= 4
-    assert len(updates) < len(paths) <= 2 * len(updates)
-    assert len(list(itertools.groupby(paths))) <= len(updates)  # one path for both batches of an update
-    chosen = tuple(width for width, _ in result.architecture.shapes()[0])
-    whole, plain = [(None, None)], [("plain", "plain")]
-    assert scored == whole * (6 + 2) + whole + [chosen] + plain * (2 + 2)  # epochs, their average, the best of them
-
-
-def test_factors_are_kept_semi_orthogonal_in_both_trainings(speech: Path, tmp_path: Path) -> None:
-    options = {
-        "search__space": "ranks", "search__ffn_width": None, "search__ffn_rank": [3, 6, 12], "train__batch_frames": 200,
-        "train__semi_orthogonal_every": 1, "train__average": 1, "train__select": "last",
-        "search__supernet_epochs": 6, "search__final_epochs": 6,
-    }  # fmt: skip
-    for placing in ("SLLS", "LLLL"):
-        run(search_recipe(speech, **options, train__semi_orthogonal=placing), tmp_path / placing)
-        for folder in ("supernet", "."):
-            encoder = load_model(tmp_path / placing / folder).encoder
-            factors = constrained_factors(encoder, "SLLS")
-            assert len(factors) == 4
-            errors = [orthogonality_error(one.detach()) for one in factors]
-            assert max(errors) < 0.1 if placing == "SLLS" else min(errors) > 0.1, (folder, errors)
-
-
-def outputs(model: AsrModel) -> Tensor:
-    waveforms = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        encoded, _ = model.encode(*model.features(waveforms, torch.tensor([9000, 6000])))
-        return model.ctc_log_probs(encoded)
-
-
-FROM = {"model__dropout": 0.0, "search__supernet_epochs": 1, "search__epochs": 2, "search__final_epochs": 1}
-
-
-def from_checkpoint(speech: Path, path: Path, **changes: Any) -> Recipe:
-    written = write_search(speech / "from.toml", **(FROM | changes))
-    return load_recipe(written, [f"checkpoint={path}"], stages=["search"])
-
-
-@pytest.fixture
-def prepared(monkeypatch: pytest.MonkeyPatch) -> list[AsrModel]:
-    """Will have copies of the models that supernets are made of."""
-    found: list[AsrModel] = []
-
-    class Kept(Supernet):
-        def __init__(self, model: AsrModel, space: Any) -> None:
-            found.append(type(model).from_config(*model.to_config()))
-            found[-1].load_state_dict(model.state_dict())
-            found[-1].eval()
-            super().__init__(model, space)
-
-    monkeypatch.setattr("mpq.search.phases.Supernet", Kept)
-    return found
-
-
-@pytest.mark.parametrize("loss", ["transcripts", "distillation"])
-def test_a_trained_models_units_are_in_order_at_the_start(
-    loss: str, speech: Path, tmp_path: Path, prepared: list[AsrModel]
-) -> None:
-    checkpoint = speech / "hybrid"
-    changed = from_checkpoint(speech, checkpoint, search__loss=loss, search__ffn_width=None)
-    result = run(changed, tmp_path)
-    model, start = load_model(checkpoint), prepared[0]
-    assert result.architecture.modules[0].widths == tuple(range(8, 33))
-    assert result.checkpoint["path"] == str(checkpoint / "model.safetensors")
-    torch.testing.assert_close(outputs(start), outputs(model), atol=1e-4, rtol=1e-4)
-    assert not torch.equal(
-        start.encoder.layers[0].feed_forward1.linear1.weight, model.encoder.layers[0].feed_forward1.linear1.weight
-    )
-    audio = draw(model, speech / "train.jsonl", 60.0, 0, "error")
-    for scores in unit_importance(start, input_grams(start, one_by_one(start, audio)))[0]:
-        assert scores.tolist() == list(range(31, -1, -1))
-    logged = {"transcripts": {"ctc", "attention"}, "distillation": {"ctc_kl", "attention_kl", "hidden"}}
-    for folder in ("supernet", "architecture", "."):
-        lines = [line for line in log_of(tmp_path / folder) if "rate" in line]
-        rest = set(lines[0]) - {"step", "epoch", "loss", "norm", "rate", "millions"}
-        assert rest == logged[loss], folder
-    if loss == "distillation":
-        found = result.architecture  # the teacher's divergence from itself, but for what rounding does
-        assert 0 <= found.largest_loss < found.loss
-
-
-def test_a_trained_model_in_factors(speech: Path, tmp_path: Path, prepared: list[AsrModel]) -> None:
-    options = {"search__space": "both", "search__ffn_width": [8, 24], "search__ffn_rank": [2, 16]}
-    result = run(from_checkpoint(speech, speech / "hybrid", **options), tmp_path / "a")
-    start = prepared[0]
-    assert start.encoder.options.ffn_shapes() == [((24, 16), (24, 16))]
-    assert result.architecture.largest_millions * 1e6 == pytest.approx(start.parameter_counts()["total"])
-    run(
-        from_checkpoint(
-            speech, speech / "hybrid", search__space="ranks", search__ffn_width=None, search__ffn_rank=[2, 16]
-        ),
-        tmp_path / "b",
-    )
-    whole = prepared[2]
-    assert whole.encoder.options.ffn_shapes() == [((32, 16), (32, 16))]
-    torch.testing.assert_close(outputs(whole), outputs(load_model(speech / "hybrid")), atol=2e-2, rtol=1e-2)
-
-
 def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
     (tmp_path / "ctc").mkdir()
     without = {"model__decoder_layers": 0, "train__ctc_weight": 1.0}
@@ -418,10 +298,6 @@ def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
     shared = without | {"search__loss": "transcripts", "search__ffn_width": [2, 4]}
     one = run(from_checkpoint(speech, tmp_path / "ctc", **shared | {"train__ctc_weight": 0.2}), tmp_path / "d")
     assert one.training.fingerprint == json.loads((tmp_path / "transcripts/training.json").read_text())["fingerprint"]
-    with pytest.raises(MpqError, match="ctc_weight: 1 would leave the decoder untrained"):
-        run(from_checkpoint(speech, speech / "hybrid", **without), tmp_path / "e")
-    with pytest.raises(MpqError, match=r"model\.safetensors: \[search\] ffn_width: expected candidates up to 32"):
-        run(from_checkpoint(speech, speech / "hybrid", search__ffn_width=[2, 33]), tmp_path / "f")
 
 
 def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None:
@@ -440,23 +316,3 @@ def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None
         for module, same in zip(other.modules, one.modules, strict=True):
             assert module.width_probabilities == pytest.approx(same.width_probabilities, abs=tolerance)
     assert json.loads((tmp_path / "two/search.json").read_text())["training"]["processes"] == 2
-
-
-@pytest.mark.parametrize("phase", [1, 2, 3])
-def test_a_loss_that_is_not_finite_is_told(
-    phase: int, speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = write_search(speech / "nan.toml", train__workers=0)
-    owner = ArchitectureSearch if phase == 2 else WeightTrainer
-    folder = {1: tmp_path / "supernet", 2: tmp_path / "architecture", 3: tmp_path}[phase]
-    losses = owner.losses
-
-    def spoilt(self: Any, batch: Any, index: int) -> Any:
-        loss, values, each = losses(self, batch, index)
-        is_bad = self.out == folder and self.step == 1
-        return (loss * float("nan"), values, each * float("nan")) if is_bad else (loss, values, each)
-
-    monkeypatch.setattr(owner, "losses", spoilt)
-    line = refusal(path, "--out", tmp_path)
-    assert "the loss or its gradient is not finite; utterances" in line
-    assert ("dev-" if phase == 2 else "train-") in line

@@ -2,69 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_hybrid, tiny_model
+from tiny_models import tiny_model
+from tiny_supernets import FAMILIES, SPACES, architectures, model_of, output, with_logits
 from torch import Tensor, nn
 
 from mpq.errors import MpqError
-from mpq.models.base import AsrModel
 from mpq.models.conformer import FeedForward
 from mpq.models.reshaping import FfnShapes, feed_forwards, sliced
 from mpq.search.space import ModuleSpace
 from mpq.search.supernet import NestedFeedForward, Supernet, budget, nested_mask
 from mpq.speech.augment import generator
-
-SPACES = {
-    "widths": [
-        (ModuleSpace((5, 17, 32), (0,)), ModuleSpace((24,), (0,))),
-        (ModuleSpace((1, 20), (0,)), ModuleSpace((8, 9, 16, 32), (0,))),
-    ],
-    "ranks": [
-        (ModuleSpace((32,), (3, 8)), ModuleSpace((24,), (1, 2, 16))),
-        (ModuleSpace((20,), (5,)), ModuleSpace((32,), (4, 8))),
-    ],
-    "both": [
-        (ModuleSpace((12, 32), (3, 8)), ModuleSpace((7, 24), (1, 5))),
-        (ModuleSpace((1, 10, 20), (5,)), ModuleSpace((32,), (4, 8))),
-    ],
-}
-FAMILIES: dict[str, Callable[..., AsrModel]] = {"nemo": tiny_model, "mpq": tiny_hybrid}
-
-
-def model_of(family: str, space: str) -> AsrModel:
-    """Returns a model of the largest candidates."""
-    widths, ranks = (
-        [[getattr(block[part], name)[-1] for block in SPACES[space]] for part in (0, 1)] for name in ("widths", "ranks")
-    )
-    model = FAMILIES[family](ffn_width=widths[0], ffn2_width=widths[1], ffn_rank=ranks[0], ffn2_rank=ranks[1])
-    return model.eval()
-
-
-def architectures(space: str) -> list[FfnShapes]:
-    """Returns all of them."""
-    modules = [list(itertools.product(one.widths, one.ranks)) for block in SPACES[space] for one in block]
-    return [list(zip(flat[::2], flat[1::2], strict=True)) for flat in itertools.product(*modules)]
-
-
-def output(model: AsrModel) -> Tensor:
-    """Returns the encoder's output for a padded batch."""
-    waveforms = 0.1 * torch.randn(2, 9000, generator=torch.Generator().manual_seed(0))
-    encoded, lengths = model.encode(*model.features(waveforms, torch.tensor([9000, 6000])))
-    assert lengths[0] > lengths[1] > 3
-    return torch.cat([row[: int(length)] for row, length in zip(encoded, lengths, strict=True)])
-
-
-def with_logits(supernet: Supernet, seed: int = 0, scale: float = 1.0) -> Supernet:
-    random = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for one in (*supernet.width_logits, *supernet.rank_logits):
-            one.copy_(scale * torch.randn(one.shape, generator=random))
-    return supernet
-
 
 # ---- sums of candidates against modules of their own
 
@@ -236,97 +188,6 @@ def test_a_single_candidate_is_no_choice() -> None:
     assert supernet.arch_logits() == [] and supernet.best() == [((32, 0), (32, 0))] * 2
     supernet.be_sum(0.1, generator(0, 0, "", ""))
     torch.testing.assert_close(output(supernet.model), expected)
-
-
-# ---- lambda
-
-
-def lambdas(supernet: Supernet, monkeypatch: pytest.MonkeyPatch) -> list[tuple[tuple[int, ...], Tensor]]:
-    """Returns (candidates, weights) of each choice that `be_sum` makes a mask of."""
-    found: list[tuple[tuple[int, ...], Tensor]] = []
-
-    def kept(candidates: Sequence[int], weights: Tensor) -> Tensor:
-        found.append((tuple(candidates), weights))
-        return nested_mask(candidates, weights)
-
-    monkeypatch.setattr("mpq.search.supernet.nested_mask", kept)
-    return found
-
-
-def test_lambda_is_the_gumbel_softmax_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torch's own, which is given the same noise, as the exponential draws that it makes of it."""
-    supernet = with_logits(Supernet(model_of("mpq", "both"), SPACES["both"]))
-    found = lambdas(supernet, monkeypatch)
-    supernet.be_sum(0.7, np.random.default_rng(5))
-    random, masks = np.random.default_rng(5), iter(found)
-    for index, one in enumerate(supernet.space):
-        for candidates, logits in (
-            (one.widths, supernet.width_logits[index]),
-            (one.ranks, supernet.rank_logits[index]),
-        ):
-            if len(candidates) == 1:
-                continue
-            noise = torch.from_numpy(random.gumbel(size=len(candidates))).float()
-            draws = (-noise).exp()
-            monkeypatch.setattr(Tensor, "exponential_", lambda self, draws=draws: self.copy_(draws))
-            expected = nn.functional.gumbel_softmax(logits, tau=0.7)
-            monkeypatch.undo()
-            sizes, weights = next(masks)
-            assert sizes == candidates
-            torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-4)
-    assert next(masks, None) is None
-
-
-def test_the_coldest_lambda_draws_by_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    supernet = with_logits(Supernet(model_of("mpq", "widths"), SPACES["widths"]))
-    found, random, draws = lambdas(supernet, monkeypatch), np.random.default_rng(0), 3000
-    for _ in range(draws):
-        supernet.be_sum(0.001, random)
-    choices = [one for one in supernet.width_logits if len(one) > 1]
-    for place, logits in enumerate(choices):
-        weights = torch.stack([weights for _, weights in found[place :: len(choices)]]).detach()
-        assert (weights.max(dim=1).values > 0.99).float().mean() > 0.98
-        shares = weights.argmax(dim=1).bincount(minlength=len(logits)) / draws
-        error = (shares - logits.detach().softmax(0)).abs()
-        assert (error < 4 * (logits.softmax(0) * (1 - logits.softmax(0)) / draws).sqrt()).all()
-
-
-@pytest.mark.parametrize("space", SPACES)
-def test_gradients_of_all_logits_by_differences(space: str) -> None:
-    """Through the whole model."""
-    supernet = with_logits(Supernet(model_of("mpq", space), SPACES[space]))
-    random = torch.Generator().manual_seed(1)
-    features, direction = torch.randn(2, 40, 23, generator=random), torch.randn(16, generator=random)
-
-    def value() -> Tensor:
-        supernet.be_sum(0.5, np.random.default_rng(3))
-        return (supernet.model.encode(features, torch.tensor([40, 30]))[0].double() @ direction.double()).sum()
-
-    value().backward()
-    for logits in supernet.arch_logits():
-        expected = []
-        for index in range(len(logits)):
-            ends = []
-            for change in (1e-2, -1e-2):
-                with torch.no_grad():
-                    logits[index] += change
-                    ends.append(value().item())
-                    logits[index] -= change
-            expected.append((ends[0] - ends[1]) / 2e-2)
-        assert max(map(abs, expected)) > 1e-3
-        assert logits.grad.tolist() == pytest.approx(expected, rel=1e-2, abs=1e-3 + 1e-2 * max(map(abs, expected)))
-
-
-def test_without_noise_lambda_is_the_softmax(monkeypatch: pytest.MonkeyPatch) -> None:
-    supernet = with_logits(Supernet(model_of("mpq", "ranks"), SPACES["ranks"]))
-    found = lambdas(supernet, monkeypatch)
-    supernet.be_sum(1.0, None)
-    choices = [one for one in supernet.rank_logits if len(one) > 1]
-    for (_, weights), logits in zip(found, choices, strict=True):
-        torch.testing.assert_close(weights, logits.exp() / logits.exp().sum())
-    assert [one[0] for one in supernet.probabilities()] == [[1.0]] * 4
-    for (_, ranks), logits in zip(supernet.probabilities(), supernet.rank_logits, strict=True):
-        assert ranks == pytest.approx(logits.detach().softmax(0).tolist())
 
 
 # ---- paths

@@ -58,8 +58,7 @@ def test_speed_changes_length_and_pitch(factor: float, rate: int) -> None:
     assert float(middle.square().mean()) == pytest.approx(0.5, rel=0.01)  # as loud as before
 
 
-@pytest.mark.parametrize("rate", [8000, 16000, 44100])
-@pytest.mark.parametrize("factor", [0.9, 1.1, 0.95, 1.013])
+@pytest.mark.parametrize(("factor", "rate"), [(0.9, 8000), (1.1, 16000), (0.95, 44100), (1.013, 8000)])
 def test_a_kept_filter_gives_the_very_samples_of_a_new_one(factor: float, rate: int) -> None:
     waveform = torch.randn(5000, generator=torch.Generator().manual_seed(0))
     for part in (waveform, waveform[:777]):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_finetune import disturbed
 from tiny_models import tiny_model
-from tiny_training import one_thread, recipe, write_speech
+from tiny_training import recipe, write_speech
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -20,8 +20,6 @@ from mpq.quantization.spec import QuantSpec
 from mpq.speech.text import CharTokenizer
 from mpq.training.building import build_model
 from mpq.training.distillation import Distillation, DistillationLosses
-
-__all__ = ["one_thread"]  # a fixture
 
 FRAMES = (61, 96, 33, 80)
 TOKENS = ([0, 1, 2], [3], [], [4, 4, 5])

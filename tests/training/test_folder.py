@@ -10,7 +10,6 @@ from tiny_training import (
     assert_same,
     dropping,
     fails_at,
-    one_thread,
     recipe,
     speech,
     whole,
@@ -25,7 +24,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.record import TrainingResult
 from mpq.training.run import train
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 @pytest.fixture(scope="module")

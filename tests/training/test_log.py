@@ -4,14 +4,14 @@ import logging
 from pathlib import Path
 
 import pytest
-from tiny_training import assert_same, dropping, log_of, one_thread, speech, updates, whole, with_options
+from tiny_training import assert_same, dropping, log_of, speech, updates, whole, with_options
 
 from mpq.config import Recipe
 from mpq.training.log import TrainingLog
 from mpq.training.record import EpochResult, TrainingResult
 from mpq.training.run import train
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 def test_a_log_that_is_shorter_than_the_state_says_gets_no_zeros(tmp_path: Path) -> None:

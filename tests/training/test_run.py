@@ -12,7 +12,6 @@ from tiny_training import (
     TEXTS,
     dropping,
     log_of,
-    one_thread,
     recipe,
     speech,
     updates,
@@ -31,7 +30,7 @@ from mpq.training.losses import JointLoss
 from mpq.training.record import TrainingResult
 from mpq.training.run import train
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 def test_a_checkpoint_folder_has_what_it_should(whole: Path, dropping: Recipe) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_training import CrashError, assert_same, dropping, fails_at, one_thread, speech, whole, with_options
+from tiny_training import CrashError, assert_same, dropping, fails_at, speech, whole, with_options
 
 from mpq.config import Recipe
 from mpq.errors import MpqError
@@ -13,7 +13,7 @@ from mpq.training import objectives
 from mpq.training.run import train
 from mpq.training.state import candidate_path, read_state, remove_candidates, write_state
 
-__all__ = ["dropping", "one_thread", "speech", "whole"]  # fixtures
+__all__ = ["dropping", "speech", "whole"]  # fixtures
 
 
 def test_a_state_that_was_cut_off_leaves_the_one_before(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_training import PLAIN, CrashError, fails_at, one_thread, recipe, speech, updates
+from tiny_training import PLAIN, CrashError, fails_at, recipe, speech, updates
 
 from mpq.loading import load_model
 from mpq.training import objectives
@@ -16,7 +16,7 @@ from mpq.training import weights as weight_loop
 from mpq.training.orthogonal import constrained_factors, orthogonality_error
 from mpq.training.run import train
 
-__all__ = ["one_thread", "speech"]  # fixtures
+__all__ = ["speech"]  # a fixture
 
 
 def held_out(patch: pytest.MonkeyPatch, *results: tuple[float, float]) -> None:
