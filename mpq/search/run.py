@@ -184,7 +184,9 @@ def _plan(recipe: Recipe, start: Start, data: _Data, out: Path) -> _Plan:
 
 def _statistics_identity(recipe: Recipe) -> str | None:
     """Returns what tells the audio of a trained model's statistics from other; None for a search from scratch."""
-    return None if recipe.checkpoint is None else data_identity(read_data(statistics_source(recipe)))
+    return (
+        None if recipe.checkpoint is None else data_identity(read_data(statistics_source(recipe), recipe.data.skip_bad))
+    )
 
 
 def _check_folders(plan: _Plan) -> None:

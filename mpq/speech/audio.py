@@ -25,6 +25,9 @@ import torch
 from mpq.errors import MpqError
 
 TOLERANCE_SECONDS = 0.1  # by how much a file may fall short of what its header or the manifest says
+OVERSHOOT_SECONDS = (
+    0.5  # a segment that ends less than this after its recording is cut, as Kaldi's extract-segments does
+)
 MAX_PEAK = 8.0  # float samples above this are integers that nobody scaled; a decoder's overshoot stays below 2
 _BLOCK_FRAMES = 1 << 16  # bounds the memory of a check, whatever the file's length
 _MAX_KERNEL = 50_000_000  # numbers in a resampling kernel, 400 MB while torchaudio builds it
@@ -79,8 +82,9 @@ def read_audio(
         path: The file.
         sample_rate: The rate of the result, Hz.
         channel: "error" (more than one channel is refused), "mix" (their mean), or a channel's number from "0".
-        offset: Where the segment starts, seconds; None is the whole file.
-        duration: How long the segment is, seconds; None is up to the end. Without an offset it is information only.
+        offset: Where the segment starts, seconds; None is 0.
+        duration: How long the segment is, seconds; None is up to the end. Without an offset, a file that is at most
+            `TOLERANCE_SECONDS` longer, or shorter, is read whole: durations are rounded.
 
     Returns:
         (S,) float32 in [-1, 1); see `selected_samples` for S.
@@ -114,14 +118,16 @@ class AudioReader:
 
     def __init__(self, sample_rate: int, channel: str, kept_bytes: int = _KEPT_BYTES) -> None:
         self.sample_rate, self.channel, self._room = sample_rate, channel, kept_bytes
-        self._kept: dict[tuple[Path, float | None, float | None], torch.Tensor] = {}  # the last one was asked for last
+        self._kept: dict[tuple[object, ...], torch.Tensor] = {}  # the last one was asked for last
 
-    def read(self, path: Path, offset: float | None = None, duration: float | None = None) -> torch.Tensor:
-        """Returns a waveform (S,) as `read_audio` does; it is not to be changed in place."""
-        key = (path, offset, duration)
+    def read(
+        self, path: Path, offset: float | None = None, duration: float | None = None, channel: str | None = None
+    ) -> torch.Tensor:
+        """Returns a waveform (S,) as `read_audio` does (channel None: the reader's); not to be changed in place."""
+        key = (path, offset, duration, channel)
         samples = self._kept.pop(key, None)
         if samples is None:
-            samples = _compact(read_audio(path, self.sample_rate, self.channel, offset, duration))
+            samples = _compact(read_audio(path, self.sample_rate, channel or self.channel, offset, duration))
             self._room -= samples.nbytes
         self._kept[key] = samples
         while self._room < 0:
@@ -140,7 +146,7 @@ def selected_samples(
 ) -> int:
     """Returns how many samples `read_audio` returns with the same arguments, reading nothing.
 
-    A segment may run past the end of the file by `TOLERANCE_SECONDS`, and is shorter by as much then.
+    A segment may run past the end of the file by less than `OVERSHOOT_SECONDS`, and is shorter by as much then.
 
     Raises:
         MpqError: The channel cannot be chosen, the segment is not within the file, or the two rates have no small
@@ -197,10 +203,12 @@ def pad_batch(waveforms: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 def _segment(path: Path, info: AudioInfo, offset: float | None, duration: float | None) -> tuple[int, int]:
     """Returns the first frame of a segment and the one after its last, at the file's own rate."""
     if offset is None:
-        return 0, info.frames
+        if duration is None or info.frames <= (duration + TOLERANCE_SECONDS) * info.sample_rate:
+            return 0, info.frames
+        offset = 0.0
     start = round(offset * info.sample_rate)
     stop = info.frames if duration is None else round((offset + duration) * info.sample_rate)
-    if start >= info.frames or stop > info.frames + TOLERANCE_SECONDS * info.sample_rate:
+    if start >= info.frames or stop >= info.frames + OVERSHOOT_SECONDS * info.sample_rate:
         segment = f"{offset:g} s to " + ("the end" if duration is None else f"{offset + duration:g} s")
         raise MpqError(f"{path}: the segment {segment} is not within the {info.frames / info.sample_rate:.2f} s of it")
     if stop <= start:

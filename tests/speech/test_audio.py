@@ -87,9 +87,11 @@ def test_segment_is_that_part_of_the_whole(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(part, whole[20000:28000], rtol=0, atol={"opus": 1e-3, "mp3": 2e-7}.get(kind, 0))
     assert torch.equal(part, read_audio(path, RATE, offset=1.25, duration=0.5))
     assert torch.equal(read_audio(path, RATE, offset=0.0), whole)
-    assert torch.equal(read_audio(path, RATE, duration=0.5), whole)  # without an offset it is information only
-    assert len(read_audio(path, RATE, offset=2.5, duration=0.59)) == 8000  # past the end, within the tolerance
-    for offset, duration in [(2.5, 0.7), (3.0, 0.1), (4.0, None), (1.0, 1e-6)]:
+    assert torch.equal(read_audio(path, RATE, duration=0.5), read_audio(path, RATE, offset=0.0, duration=0.5))
+    for rounded in (2.9, 2.999, 3.0, 3.3):  # of the whole file
+        assert torch.equal(read_audio(path, RATE, duration=rounded), whole)
+    assert len(read_audio(path, RATE, offset=2.5, duration=0.99)) == 8000  # past the end, as Kaldi's extract-segments
+    for offset, duration in [(2.5, 1.0), (3.0, 0.1), (4.0, None), (1.0, 1e-6)]:
         with pytest.raises(MpqError, match="segment"):
             read_audio(path, RATE, offset=offset, duration=duration)
 
