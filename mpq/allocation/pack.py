@@ -5,7 +5,7 @@ seen: sums of one-layer divergences say little about it (docs/rounding.md).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from mpq.allocation.assignment import Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
-from mpq.artifact.weights import WeightFormat
+from mpq.artifact.weights import WeightFormat, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output
 from mpq.loading import model_file, open_float_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
+from mpq.quantization.spec import FLOAT_BITS
 from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
@@ -47,6 +48,7 @@ class PackResult:
         float_bytes: The size of all parameters in float32, for the ratio.
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
+        unreached: The layers that were rounded to nearest all the same, because no calibration data reach them.
         predicted_kl: The divergence that the allocation predicted; None without an allocation.
         measured_kl: Divergence of the file's outputs from the checkpoint's (bounded: `mpq.sensitivity.divergence`),
             nats per frame, or of an attention decoder per token; None if not measured.
@@ -64,6 +66,7 @@ class PackResult:
     predicted_kl: float | None
     measured_kl: float | None
     measured_on: str
+    unreached: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -85,6 +88,7 @@ class PackResult:
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
             "measured_on": self.measured_on,
+            **({"unreached": list(self.unreached)} if self.unreached else {}),
         }
 
 
@@ -152,7 +156,9 @@ def pack(
             measured_kl, note = _measured(model, out, drawn, allocation, held_out_seconds)
         except MpqError as error:  # the file is whole all the same
             note = str(error)
-    return _result(model, out, assigned, allocation, measured_kl, note)
+    rounded = [name for name, width in assigned.bits.items() if width not in FLOAT_BITS]
+    missed = unreached(rounded, weight_format, grams)
+    return replace(_result(model, out, assigned, allocation, measured_kl, note), unreached=missed)
 
 
 def _result(

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
+from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
 from mpq.journal import Journal
@@ -291,6 +291,7 @@ def _table(
         method=method,
         quantizer=weight_format.to_json(),
         fingerprint=fingerprint,
+        unreached=unreached((ref.name for ref in model.weights()), weight_format, task.grams),
     )
 
 

@@ -23,6 +23,7 @@ import soundfile
 import torch
 
 from mpq.errors import MpqError
+from mpq.files import file_start, foreign_content
 
 TOLERANCE_SECONDS = 0.1  # by how much a file may fall short of what its header or the manifest says
 OVERSHOOT_SECONDS = (
@@ -233,6 +234,8 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
     except TypeError:  # soundfile's answer to the name *.raw
         raise MpqError(f"{path}: raw samples without a header; write a WAV or FLAC file of them") from None
     except soundfile.LibsndfileError as error:
+        if what := foreign_content(file_start(path)):
+            raise MpqError(f"{path}: expected audio, got {what}") from None
         raise MpqError(
             f"{path}: not audio that libsndfile reads, or cut in its header ({error.error_string.rstrip('.')}); "
             f"expected WAV, FLAC, OGG, OPUS, MP3 or SPH: convert it, or {_REWRITE}"

@@ -20,6 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from mpq.errors import MpqError
 from mpq.faults import JsonObject, by_place, fault, named, shown
+from mpq.files import foreign_content
 from mpq.speech.trn import fold
 
 _SHOWN_FAULTS = 20
@@ -151,6 +152,8 @@ def _lines(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
         data = path.read_bytes()
     except OSError as error:
         raise MpqError(f"{path}: cannot be read: {error.strerror or error}") from error
+    if data and (what := foreign_content(data[:512])):
+        raise MpqError(f"{path}: expected lines of text, got {what}")
     # not str.splitlines, which also splits at characters that may stand in a JSON string, such as U+2028
     for number, line in enumerate(data.removeprefix(b"\xef\xbb\xbf").split(b"\n"), 1):
         try:
