@@ -192,6 +192,28 @@ def test_mp3_of_variable_bitrate_without_its_header_is_refused(tmp_path: Path, r
     assert probe_audio(path).frames >= len(samples)
 
 
+def test_a_short_mp3_without_its_header_is_refused(tmp_path: Path) -> None:
+    """At 8 kHz what encoders pad a file by is longer than a word, but a file without a Xing header is not trimmed."""
+    samples = np.random.default_rng(0).standard_normal(8000) * 0.1
+    path = write(tmp_path / "a.mp3", samples, 8000)
+    data = path.read_bytes()
+    path.write_bytes(data[data.find(data[:2], 4) :])
+    assert soundfile.info(path).frames < len(samples) - 2000
+    assert "cut short" in fault_of(path)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "ogg", "opus", "flac"])
+@pytest.mark.parametrize("between", [b"", b"ID3\x04\0\0\0\0\0\x05title"])
+def test_files_put_end_to_end_are_refused(tmp_path: Path, kind: str, between: bytes) -> None:
+    path = write(tmp_path / f"a.{kind}", integers(1.5), 8000 if kind == "mp3" else RATE)
+    first, second = path.read_bytes(), write(tmp_path / f"b.{kind}", integers(0.5), 8000 if kind == "mp3" else RATE)
+    probe_audio(path)
+    path.write_bytes(first + between + second.read_bytes())
+    assert any(words in fault_of(path) for words in ("files put end to end", "cut short"))
+    with pytest.raises(MpqError, match=r"end to end|cut short"):
+        read_audio(path, RATE)
+
+
 @pytest.mark.parametrize("kind", ["wav", "sph", "ogg"])
 def test_file_of_no_samples_is_refused(tmp_path: Path, kind: str) -> None:
     assert fault_of(write(tmp_path / f"a.{kind}", np.zeros((0, 1), np.int16))) == "no samples (zero length)"
