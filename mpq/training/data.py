@@ -27,7 +27,7 @@ from mpq.models.base import AsrModel
 from mpq.models.heads import Targets
 from mpq.speech.audio import AudioReader, pad_batch
 from mpq.speech.augment import NoiseSource, augmented, generator
-from mpq.speech.data import check_data
+from mpq.speech.data import CheckedData, check_data
 from mpq.speech.manifests import Utterance, list_faults, read_data, read_manifest
 
 _log = logging.getLogger(__name__)
@@ -87,22 +87,7 @@ def read_set(
     Raises:
         MpqError: All faults, unless they may be skipped.
     """
-    manifests = [read_manifest(Path(config.root) / name) for name in names]
-    checked = check_data(
-        [item for manifest in manifests for item in manifest.utterances],
-        sample_rate=model.sample_rate,
-        min_samples=math.ceil(model.min_samples * fastest) + 1,
-        channel=config.channel,
-        missing=None if texts == "ignored" else model.tokenizer.missing,
-        spelled=None if texts == "ignored" else model.tokenizer.spelled,
-        need_text=texts == "needed",
-        decode=False,
-        lines=[fault for manifest in manifests for fault in manifest.faults],
-    )
-    for note in [note for manifest in manifests for note in manifest.notes]:
-        _log.info("%s", note)
-    for note in checked.notes:
-        _log.warning("%s", note)
+    checked = _checked(names, config, model, fastest, texts)
     limit = config.max_seconds if is_training and config.max_seconds else math.inf
     kept: list[tuple[Utterance, float, list[int]]] = []
     faults, too_long = list(checked.faults), 0
@@ -129,6 +114,33 @@ def read_set(
         raise MpqError(f"data.max_seconds: all {too_long} utterances are longer than {limit:g} s; raise it")
     items, durations, encoded = zip(*kept, strict=True)
     return TrainingSet(items, durations, encoded, skipped=skipped, too_long=too_long)
+
+
+def _checked(
+    names: Sequence[str],
+    config: DataConfig,
+    model: AsrModel,
+    fastest: float,
+    texts: Literal["needed", "used", "ignored"],
+) -> CheckedData:
+    """Returns the utterances of manifests with what is wrong with them; the arguments are those of `read_set`."""
+    manifests = [read_manifest(Path(config.root) / name) for name in names]
+    checked = check_data(
+        [item for manifest in manifests for item in manifest.utterances],
+        sample_rate=model.sample_rate,
+        min_samples=math.ceil(model.min_samples * fastest) + 1,
+        channel=config.channel,
+        missing=None if texts == "ignored" else model.tokenizer.missing,
+        spelled=None if texts == "ignored" else model.tokenizer.spelled,
+        need_text=texts == "needed",
+        decode=False,
+        lines=[fault for manifest in manifests for fault in manifest.faults],
+    )
+    for note in [note for manifest in manifests for note in manifest.notes]:
+        _log.info("%s", note)
+    for note in checked.notes:
+        _log.warning("%s", note)
+    return checked
 
 
 def _ctc_fault(item: Utterance, seconds: float, tokens: list[int], model: AsrModel) -> str | None:
