@@ -24,12 +24,23 @@ class _Path(click.Path):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         path = Path(os.fsdecode(super().convert(value, param, ctx)))
-        try:
-            str(path.absolute()).encode()
-        except UnicodeEncodeError:
-            shown = os.fsencode(path.absolute()).decode("utf-8", "backslashreplace")
-            raise MpqError(f"{shown}: the name is not UTF-8; rename the file or folder (mv, convmv)") from None
+        _check_utf8(str(path.absolute()))
         return path
+
+
+def _check_utf8(text: str) -> None:
+    """Raises MpqError for a name that cannot be written down."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise MpqError(f"{shown}: the name is not UTF-8; rename the file or folder (mv, convmv)") from None
+
+
+def _utf8(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        _check_utf8(value)
+    return values
 
 
 PATH = _Path(path_type=Path)
@@ -73,7 +84,12 @@ common_options = _together(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="A value that replaces the recipe's."
+    "--set",
+    "overrides",
+    multiple=True,
+    callback=_utf8,
+    metavar="SECTION.KEY=VALUE",
+    help="A value that replaces the recipe's.",
 )
 recipe_options = _together(
     click.argument("recipe", type=PATH),

@@ -107,3 +107,4 @@ def test_a_name_that_is_not_utf8_is_refused_before_the_work(place: str, tmp_path
     fails("evaluate", tiny_archive, *options, words="/m\\xf6")
     fails("evaluate", tiny_archive, "--data", tmp_path, "--out", path, words="the name is not UTF-8; rename the file")
     assert not (tmp_path / "out").exists()
+    fails("inspect", tiny_archive, "--set", f"data.dev={name}", words="data.dev=m\\xf6: the name is not UTF-8")
