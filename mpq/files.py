@@ -136,6 +136,50 @@ def read_json(path: Path, format: str) -> dict[str, Any]:
     return value
 
 
+_REMEDIES = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file itself; fetch that with `git lfs pull`"),
+    (
+        rb"(?i)\s*<(!doctype|html|head|\?xml)",
+        "a web page, not the file itself; look at it in a browser, then download again",
+    ),
+    (
+        rb"PK\x03\x04|\x80[\x02-\x05]",
+        "a file of torch.save or another zip archive or pickle, which has no configuration; save "
+        "the whole model (NeMo: model.save_to('model.nemo'))",
+    ),
+    (
+        rb"GGUF|\x89HDF|\x08[\x03-\x0f]\x12",
+        "a model in another format (GGUF, HDF5 or ONNX); give the checkpoint that it was made from",
+    ),
+    (rb"7z\xbc\xaf|Rar!|\xfd7zXZ|BZh[1-9]|\x28\xb5\x2f\xfd", "a compressed file; unpack it"),
+)
+
+
+def foreign_content(start: bytes) -> str | None:
+    """Returns what a file is, by its first bytes, and what to do; None for one that is none of what users mix up.
+
+    >>> foreign_content(b"")
+    'empty (0 bytes); copy or download it again'
+    """
+    if not start:
+        return "empty (0 bytes); copy or download it again"
+    start = start.removeprefix(b"\xef\xbb\xbf")
+    return next((words for pattern, words in _REMEDIES if re.match(pattern, start, re.DOTALL)), None)
+
+
+def file_start(path: Path) -> bytes:
+    """Returns the first bytes of a file, for `foreign_content`.
+
+    Raises:
+        MpqError: The file cannot be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            return file.read(512)
+    except OSError as error:
+        raise MpqError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
 def sha256_file(path: Path) -> str:
     """Returns the SHA-256 of a file's bytes in hexadecimal.
 

@@ -55,6 +55,8 @@ class Spoken(Protocol):
     def offset(self) -> float | None: ...
     @property
     def speaker(self) -> str | None: ...
+    @property
+    def channel(self) -> str | None: ...
 
 
 # ---- inputs
@@ -163,6 +165,7 @@ def data_identity(utterances: Iterable[Spoken]) -> str:
     whole = hashlib.sha256()
     for item in items:
         said = [item.utt_id, item.text, item.offset, item.duration, item.speaker, contents[item.audio_path]]
+        said += [] if item.channel is None else [item.channel]  # so that data without are as they always were
         whole.update(json.dumps(said).encode() + b"\n")
     return whole.hexdigest()
 

@@ -5,7 +5,7 @@ have not seen: sums of one-layer divergences say little about it (docs/rounding.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,13 @@ from torch import Tensor
 from mpq.allocation.assignment import NO_AUDIO, Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
-from mpq.artifact.weights import WeightFormat
+from mpq.artifact.weights import WeightFormat, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output
 from mpq.loading import model_files, open_float_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
+from mpq.quantization.spec import FLOAT_BITS
 from mpq.runtime import choose_device, memory_for
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
@@ -46,6 +47,7 @@ class PackResult:
         float_bytes: The size of all parameters in float32, for the ratio.
         average_bits: Code bits per weight.
         rounding: "nearest" or "gptq".
+        unreached: The layers that were rounded to nearest all the same, because no calibration data reach them.
         predicted_kl: The divergence that the allocation predicted; None without an allocation.
         measured_kl: The bounded divergence of the file's outputs from the checkpoint's (`mpq.sensitivity.divergence`),
             nats per row: a frame for CTC, a token for an attention decoder; None if it was not measured.
@@ -63,6 +65,7 @@ class PackResult:
     predicted_kl: float | None
     measured_kl: float | None
     measured_on: str
+    unreached: tuple[str, ...] = ()
 
     @property
     def ratio(self) -> float:
@@ -84,6 +87,7 @@ class PackResult:
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
             "measured_on": self.measured_on,
+            **({"unreached": list(self.unreached)} if self.unreached else {}),
         }
 
 
@@ -144,7 +148,9 @@ def pack(
     with progress("packing", len(assigned.bits), quiet, "layers") as advance:
         write_artifact(out, model, assigned.bits, weight_format, assigned.size_bytes, grams, advance)
     measured = (None, note) if drawn is None else _measured(model, out, drawn, allocation, held_out_seconds)
-    return _result(model, out, assigned, allocation, *measured)
+    rounded = [name for name, width in assigned.bits.items() if width not in FLOAT_BITS]
+    missed = unreached(rounded, weight_format, grams)
+    return replace(_result(model, out, assigned, allocation, *measured), unreached=missed)
 
 
 def _result(

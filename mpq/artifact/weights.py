@@ -1,6 +1,6 @@
 """One weight in the packed file: its size, its bytes, and back. docs/artifact-format.md describes the bytes."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -112,19 +112,35 @@ def quantize_weight(
 ) -> list[Quantized]:
     """Returns a weight's codes, scales and zero points at each of several widths.
 
-    The arguments are those of `quantize_layer`.
+    The arguments are those of `quantize_layer`. A weight that the data of the statistics never reach is rounded to
+    nearest (`unreached`).
 
     Raises:
         MpqError: The weight cannot be quantized; the message names it.
     """
-    if weight_format.spec.needs_statistics and name not in grams:
+    spec = weight_format.spec
+    if spec.needs_statistics and not grams:
         raise MpqError(
             f"{name}: no calibration data reached it, so there are no statistics to round it by; use --rounding nearest"
         )
+    if unreached([name], weight_format, grams):
+        spec = replace(spec, rounding="nearest")
     try:
-        return quantize_widths(weight, weight_format.spec, widths, grams.get(name))
+        return quantize_widths(weight, spec, widths, grams.get(name))
     except MpqError as error:
         raise MpqError(f"{name}: {error}") from None
+
+
+def unreached(names: Iterable[str], weight_format: WeightFormat, grams: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Returns the weights that are rounded to nearest because no data reach them: their inputs are all zero.
+
+    Args:
+        names: The weights that are to be rounded.
+        weight_format, grams: As in `quantize_layer`.
+    """
+    if not weight_format.spec.needs_statistics:
+        return ()
+    return tuple(name for name in names if name not in grams or not bool(grams[name].any()))
 
 
 def encode_floats(name: str, weight: Tensor, bits: int) -> bytes:

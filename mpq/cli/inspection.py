@@ -106,7 +106,8 @@ def _described_model(path: Path, overrides: Sequence[str] = ()) -> HybridConform
         )
     else:
         try:
-            texts = [item.text or "" for name in recipe.data.train for item in read_data(recipe.path(name))]
+            names, skip_bad = recipe.data.train, recipe.data.skip_bad
+            texts = [item.text or "" for name in names for item in read_data(recipe.path(name), skip_bad)]
         except MpqError as error:
             raise MpqError(
                 f"{path}: the vocabulary ([tokens] type = {recipe.tokens.type!r}) is that of the training transcripts, "

@@ -4,6 +4,7 @@ Everything else is imported inside the commands, so that `mpq --help` starts wit
 """
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import click
 
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
-from mpq.cli.messages import shown_on_stderr
+from mpq.cli.messages import say, shown_on_stderr
 from mpq.cli.options import PATH, common_options, data_options, decode_options, print_result, set_option
+from mpq.cli.streams import checked_stdout, open_streams
 from mpq.cli.train import finetune, run, search, train
 from mpq.errors import MpqError
 
@@ -22,18 +24,27 @@ class Cli(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
-            with shown_on_stderr():
+            with open_streams(), shown_on_stderr():
                 status = super().main(*args, **{**options, "standalone_mode": False})
         except MpqError as error:
-            click.echo(f"mpq: {error}", err=True)
+            say(f"mpq: {error}")
             status = 2
         except click.ClickException as error:
-            error.show()
+            with suppress(OSError):  # a full stderr
+                error.show()
             status = 2
         except (click.Abort, KeyboardInterrupt):
-            click.echo("mpq: interrupted; the same command goes on where it stopped", err=True)
+            say("mpq: interrupted; the same command goes on where it stopped")
             status = 130
         sys.exit(status if isinstance(status, int) else 0)
+
+    def make_context(self, *args: Any, **options: Any) -> click.Context:
+        with checked_stdout():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        with checked_stdout():
+            return super().invoke(ctx)
 
 
 @click.group(cls=Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

@@ -4,7 +4,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from mpq.progress import Advance, progress_shown_by
 
@@ -35,12 +35,18 @@ def show_warnings_only() -> None:
             handler.setLevel(logging.WARNING)
 
 
+def say(line: str) -> None:
+    """Prints a line on stderr; a stderr that takes no more is left alone, so that the work goes on."""
+    with suppress(OSError):
+        print(line, file=sys.stderr, flush=True)
+
+
 class _Stderr(logging.Handler):
     """Prints each message as a line on the present `sys.stderr`, which rich replaces to put lines above its bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
         command = _COMMANDS.get(record.name, "mpq")
-        print(f"{command}: {self.format(record)}", file=sys.stderr, flush=True)
+        say(f"{command}: {self.format(record)}")
 
 
 @contextmanager
@@ -85,6 +91,6 @@ def _lines(description: str, total: float, unit: str) -> Advance:
         if now - last >= _SECONDS_BETWEEN_LINES:
             last = now
             left = (now - start) / done * (total - done) if done else float("nan")
-            print(f"{description}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left", file=sys.stderr, flush=True)
+            say(f"{description}: {done:.0f}/{total:.0f} {unit}, {left:.0f} s left")
 
     return advance

@@ -12,12 +12,38 @@ from click.core import ParameterSource
 from pydantic import BaseModel
 
 from mpq.cli.messages import show_warnings_only
+from mpq.cli.streams import has_unicode
 from mpq.config.describe import describe_section
 from mpq.config.types import DecodeMethod
 from mpq.errors import MpqError
 from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
 
-PATH = click.Path(path_type=Path)
+
+class _Path(click.Path):
+    """A path whose name can be written down in the files that name it: JSON is UTF-8."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        _check_utf8(str(path.absolute()))
+        return path
+
+
+def _check_utf8(text: str) -> None:
+    """Raises MpqError for a name that cannot be written down."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        shown = os.fsencode(text).decode("utf-8", "backslashreplace")
+        raise MpqError(f"{shown}: the name is not UTF-8; rename the file or folder (mv, convmv)") from None
+
+
+def _utf8(_: click.Context, __: click.Parameter, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        _check_utf8(value)
+    return values
+
+
+PATH = _Path(path_type=Path)
 
 
 def _together(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -60,7 +86,12 @@ common_options = _together(
     click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
 )
 set_option = click.option(
-    "--set", "overrides", multiple=True, metavar="SECTION.KEY=VALUE", help="A value that replaces the recipe's."
+    "--set",
+    "overrides",
+    multiple=True,
+    callback=_utf8,
+    metavar="SECTION.KEY=VALUE",
+    help="A value that replaces the recipe's.",
 )
 recipe_options = _together(
     click.argument("recipe", type=PATH),
@@ -179,7 +210,7 @@ class PatternBits(click.ParamType):  # type: ignore[type-arg]  # generic in newe
 def print_result(result: Any, as_json: bool, *views: Any) -> None:
     """Prints a result on stdout: as JSON, or its views for a person."""
     if as_json:
-        click.echo(json.dumps(result.to_json(), ensure_ascii=False))
+        print(json.dumps(result.to_json(), ensure_ascii=not has_unicode()))
         return
     from mpq.cli.tables import console
 

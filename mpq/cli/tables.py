@@ -1,5 +1,6 @@
 """Records -> tables for a person. Nothing is computed here but sums and percentages."""
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Console, Group
@@ -22,10 +23,15 @@ if TYPE_CHECKING:  # these import torch, which a comparison does not need
 MB = 2**20
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # rich calls this while it handles the error, and would end the process
+
+
 def console() -> Console:
     """Returns a console on stdout that does not cut names short where stdout is no terminal."""
-    plain = Console(highlight=False, markup=False, emoji=False)
-    return plain if plain.is_terminal else Console(width=160, highlight=False, markup=False, emoji=False)
+    plain = _Console(highlight=False, markup=False, emoji=False)
+    return plain if plain.is_terminal else _Console(width=160, highlight=False, markup=False, emoji=False)
 
 
 def evaluation_view(evaluation: "Evaluation") -> Group:
@@ -88,7 +94,13 @@ def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
         table,
         f"measured on {data.get('utterances')} utterances, {data.get('frames')} frames of {data.get('path')}"
         + ("; nothing is left of it to measure a whole model on (--seconds)" if data.get("left_seconds") == 0 else ""),
+        *_unreached_note(sensitivity.unreached),
     )
+
+
+def _unreached_note(names: Sequence[str]) -> list[str]:
+    """Returns a line about the layers that no calibration data reach, if there are any."""
+    return [f"rounded to nearest, because no calibration data reach them: {', '.join(names)}"] if names else []
 
 
 def allocation_view(allocation: Allocation) -> Group:
@@ -136,6 +148,7 @@ def pack_line(result: "PackResult") -> str:
     )
     if result.predicted_bytes is not None:
         line += f"; predicted {result.predicted_bytes}, at most {result.target_bytes}"
+    line += "".join(f"\n{note}" for note in _unreached_note(result.unreached))
     line += f"\nrounding {result.rounding}; divergence, nats per frame: "
     if result.predicted_kl is not None:
         line += f"predicted {result.predicted_kl:.4g} (sum over the layers), "

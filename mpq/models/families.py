@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mpq.errors import MpqError
+from mpq.files import file_start, foreign_content
 from mpq.models.base import AsrModel
 from mpq.models.hybrid import HybridConformer
 from mpq.models.nemo import NemoConformerCtc, read_nemo
@@ -78,6 +79,8 @@ def read_foreign(path: Path) -> AsrModel:
     for files in _readers():
         if files.find(path):
             return files.read(path)
+    if what := foreign_content(file_start(path)):
+        raise MpqError(f"{path}: {what}")
     words = ", ".join(files.words for files in _readers())
     raise MpqError(
         f"{path}: not a format that mpq reads; expected {words}, a checkpoint of `mpq train` or a file that `mpq pack` "

@@ -17,6 +17,7 @@ import yaml
 from torch import Tensor
 
 from mpq.errors import MpqError
+from mpq.files import file_start, foreign_content
 
 CONFIG_FILE = "model_config.yaml"
 WEIGHTS_FILE = "model_weights.ckpt"
@@ -44,7 +45,9 @@ def read_members(path: Path) -> dict[str, bytes]:
     except FileNotFoundError:
         raise MpqError(f"{path}: no such file") from None
     except (tarfile.TarError, EOFError, OSError, zlib.error, lzma.LZMAError) as error:
-        raise MpqError(f"{path}: not a whole .nemo (tar) archive: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].rstrip(":")
+        what = foreign_content(file_start(path)) or f"{reason}; copy or download it again"
+        raise MpqError(f"{path}: not a whole .nemo (tar) archive: {what}") from None
     return members
 
 
@@ -80,11 +83,39 @@ def read_weights(path: Path, members: dict[str, bytes]) -> dict[str, Tensor]:
     try:
         state = torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = " ".join(str(error).split())[:200]
+        is_torch = data.startswith((b"PK", b"\x80"))
+        reason = (None if is_torch else foreign_content(data[:512])) or " ".join(str(error).split())[:200]
         raise MpqError(f"{path}: {WEIGHTS_FILE}: not a plain dictionary of tensors (refused): {reason}") from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise MpqError(f"{path}: {WEIGHTS_FILE}: expected a dictionary of tensors, got {type(state).__name__}")
+        raise MpqError(
+            f"{path}: {WEIGHTS_FILE}: expected a dictionary of tensors and nothing else, got {_other(state)}"
+        )
     for name, tensor in state.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_complex():
             raise MpqError(f"{path}: {WEIGHTS_FILE}: tensor {name}: expected plain real numbers, got {tensor.dtype}")
     return {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def _other(state: Any) -> str:
+    """Returns what was saved where weights were expected, and what to do."""
+    if not isinstance(state, dict):
+        return f"a {type(state).__name__}; save the model's state_dict()"
+    if wrapped := _wrapped(state):
+        keys = "".join(f"[{key!r}]" for key in wrapped)
+        return (
+            f"a dictionary that has them at {keys}, as trainers save checkpoints; save these alone as {WEIGHTS_FILE} "
+            f"(torch.save(checkpoint{keys}, ...)) and make the archive again"
+        )
+    name, value = next((name, value) for name, value in state.items() if not isinstance(value, Tensor))
+    return f"a {type(value).__name__} at {str(name)[:60]!r}; save the model's state_dict()"
+
+
+def _wrapped(state: dict[Any, Any], depth: int = 3) -> list[Any] | None:
+    """Returns the keys that lead to a dictionary of tensors inside another, the first that there is."""
+    for key, value in state.items():
+        if isinstance(value, dict) and value and depth:
+            if all(isinstance(one, Tensor) for one in value.values()):
+                return [key]
+            if inner := _wrapped(value, depth - 1):
+                return [key, *inner]
+    return None

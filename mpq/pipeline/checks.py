@@ -56,7 +56,7 @@ def _manifest_faults(recipe: Recipe) -> list[str]:
     names += [data.calibration] if "search" in stages and (recipe.search.trained or recipe.checkpoint) else []
     for name in dict.fromkeys(name for name in names if name):
         try:
-            read_data(recipe.path(name))
+            read_data(recipe.path(name), data.skip_bad)
         except MpqError as error:
             faults.append(str(error))
     return faults
@@ -76,5 +76,5 @@ def _transcript_faults(recipe: Recipe) -> list[str]:
     return [
         f"[{section}] {key}: {json.dumps(value)} needs transcripts in {', '.join(names)}, which has none"
         for section, key, value, names in wanted
-        if all(item.text is None for name in names for item in read_data(recipe.path(name)))
+        if all(item.text is None for name in names for item in read_data(recipe.path(name), data.skip_bad))
     ]

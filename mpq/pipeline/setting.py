@@ -128,7 +128,7 @@ class Setting:
         """Returns the identity of the data in a manifest or Kaldi directory of the recipe (`mpq.identity`)."""
         path = self.recipe.path(name)
         if path not in self._identities:
-            self._identities[path] = data_identity(read_data(path))
+            self._identities[path] = data_identity(read_data(path, self.recipe.data.skip_bad))
         return self._identities[path]
 
     def calibration_identity(self) -> str:

@@ -184,7 +184,9 @@ def _plan(recipe: Recipe, start: Start, data: _Data, out: Path) -> _Plan:
 
 def _statistics_identity(recipe: Recipe) -> str | None:
     """Returns the identity of the audio for a trained model's statistics; None for a search from scratch."""
-    return None if recipe.checkpoint is None else data_identity(read_data(recipe.path(recipe.calibration())))
+    if recipe.checkpoint is None:
+        return None
+    return data_identity(read_data(recipe.path(recipe.calibration()), recipe.data.skip_bad))
 
 
 def _check_folders(plan: _Plan) -> None:

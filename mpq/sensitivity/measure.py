@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer
+from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
 from mpq.journal import Journal
@@ -114,9 +114,10 @@ def measure_sensitivity(
             journal.begin()
         workers.barrier()
         with memory_for(f"{data}: utterances or batches of {BATCH_SECONDS:g} s"):
+            grams = task.statistics(workers)
             measure = _measure_fisher if method == "fisher" else _measure_kl
-            scores = done | measure(task, done.keys(), journal, workers)
-        table = _table(task, scores)
+            scores = done | measure(task, grams, done.keys(), journal, workers)
+        table = _table(task, grams, scores)
         if workers.rank == 0:
             table.save(out)
             journal.remove()
@@ -194,9 +195,11 @@ class _Task:
         return grams
 
 
-def _measure_kl(task: _Task, done: Set[Point], journal: Journal, workers: Processes) -> dict[Point, Score]:
+def _measure_kl(
+    task: _Task, grams: Mapping[str, Tensor], done: Set[Point], journal: Journal, workers: Processes
+) -> dict[Point, Score]:
     """Returns all points that are not done; the journal has {"name", "bits", "kl"} for each."""
-    model, grams = task.model, task.statistics(workers)
+    model = task.model
     known = set(done) | {(entry["name"], entry["bits"]) for entry in journal.read()}
     workers.barrier()  # so that all have read the same
     todo = [(ref.name, width) for ref in model.weights() for width in task.widths if (ref.name, width) not in known]
@@ -214,13 +217,15 @@ def _measure_kl(task: _Task, done: Set[Point], journal: Journal, workers: Proces
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 
 
-def _measure_fisher(task: _Task, done: Set[Point], journal: Journal, workers: Processes) -> dict[Point, Score]:
+def _measure_fisher(
+    task: _Task, grams: Mapping[str, Tensor], done: Set[Point], journal: Journal, workers: Processes
+) -> dict[Point, Score]:
     """Returns the points of all widths of which one is not done.
 
     The journal has {"utterance", "bits", "frames", "scores"} for each utterance: the scores of all layers (L) at all
     widths (W).
     """
-    model, grams, silent = task.model, task.statistics(workers), task.quiet or workers.rank > 0
+    model, silent = task.model, task.quiet or workers.rank > 0
     features = one_by_one(model, task.data)
     names = [ref.name for ref in model.weights()]
     todo = [width for width in task.widths if any((name, width) not in done for name in names)]
@@ -255,7 +260,7 @@ def _measure_fisher(task: _Task, done: Set[Point], journal: Journal, workers: Pr
     }
 
 
-def _table(task: _Task, scores: Mapping[Point, Score]) -> SensitivityTable:
+def _table(task: _Task, grams: Mapping[str, Tensor], scores: Mapping[Point, Score]) -> SensitivityTable:
     """Returns the record of a measurement with the scores of all points."""
     model, widths, weight_format = task.model, task.widths, task.weight_format
     lengths = (model.feature_lengths(samples) for _, samples in task.data.waveforms)
@@ -284,6 +289,7 @@ def _table(task: _Task, scores: Mapping[Point, Score]) -> SensitivityTable:
         method=task.method,
         quantizer=weight_format.to_json(),
         fingerprint=task.fingerprint,
+        unreached=unreached((ref.name for ref in model.weights()), weight_format, grams),
     )
 
 

@@ -65,6 +65,7 @@ class SensitivityTable:
         quantizer: {"scheme", "granularity", "clip", "rounding", "scale_dtype", "rest_dtype"}; a file from elsewhere
             may hold fewer keys.
         fingerprint: Digest of model, data, output, method and quantizer; None in a file from elsewhere.
+        unreached: The layers that are rounded to nearest, whatever the rounding is, because no data reach them.
     """
 
     layers: tuple[LayerSensitivity, ...]
@@ -76,6 +77,7 @@ class SensitivityTable:
     method: str = "kl"
     quantizer: dict[str, Any] = field(default_factory=dict)
     fingerprint: str | None = None
+    unreached: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         layers = []
@@ -104,6 +106,7 @@ class SensitivityTable:
             "quantizer": self.quantizer,
             "fingerprint": self.fingerprint,
             "fixed_bytes": self.fixed_bytes,
+            **({"unreached": list(self.unreached)} if self.unreached else {}),
             "layers": layers,
         }
 
@@ -144,6 +147,7 @@ class SensitivityTable:
             method=file.method,
             quantizer=file.quantizer,
             fingerprint=file.fingerprint,
+            unreached=tuple(file.unreached),
         )
 
 
@@ -181,6 +185,7 @@ class _File(JsonObject):
     method: Text = "kl"
     quantizer: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Text | None = None
+    unreached: list[Text] = Field(default_factory=list)
 
     @field_validator("bits")
     @classmethod

@@ -2,7 +2,8 @@
 
 soundfile (libsndfile) decodes WAV, FLAC, OGG Vorbis, OPUS, MP3 and SPH; torchaudio resamples. libsndfile is silent
 about most damage: of a WAV, SPH, OGG or OPUS file that was cut it returns what is left, and of an MP3 with a variable
-bitrate and no Xing header it returns as much as the first frame's bitrate suggests (46 % of one of the test files).
+bitrate and no Xing header it returns as much as the first frame's bitrate suggests (46 % of one of the test files); of
+Ogg or FLAC files that were put end to end it returns the first.
 So the length that a file claims is compared with what can be read, for every read. Some damage is not found: a cut of
 less than `TOLERANCE_SECONDS`, a cut MP3 without a Xing header, damage inside an OGG or OPUS file (the decoder
 resynchronizes). The duration in the manifest guards against these.
@@ -23,8 +24,10 @@ import soundfile
 import torch
 
 from mpq.errors import MpqError
+from mpq.files import file_start, foreign_content
 
 TOLERANCE_SECONDS = 0.1  # a file may fall short of its header or the manifest by so much
+OVERSHOOT_SECONDS = 0.5  # a segment that ends less than this after its recording is cut, as by Kaldi's extract-segments
 MAX_PEAK = 8.0  # float samples above this are integers that nobody scaled; a decoder's overshoot stays below 2
 _BLOCK_FRAMES = 1 << 16  # bounds the memory of a check, whatever the file's length
 _MAX_KERNEL = 50_000_000  # numbers in a resampling kernel, 400 MB while torchaudio builds it
@@ -61,7 +64,7 @@ def probe_audio(path: Path, decode: bool = True) -> AudioInfo:
         MpqError: The file is missing, not audio, cut short, damaged or without a sample, or has samples that are not
             finite or above `MAX_PEAK`.
     """
-    with _open(Path(path)) as file:
+    with _open(Path(path), is_read=decode) as file:
         frames = sum(len(block) for block in _decode(path, file, 0, file.frames)) if decode else file.frames
         return AudioInfo(file.samplerate, file.channels, frames)
 
@@ -79,8 +82,9 @@ def read_audio(
         path: The file.
         sample_rate: The rate of the result, Hz.
         channel: "error" (more than one channel is refused), "mix" (their mean), or a channel's number from "0".
-        offset: The start of the segment, seconds; None is the whole file.
-        duration: The length of the segment, seconds; None is up to the end. It is ignored without an offset.
+        offset: The start of the segment, seconds; None is 0.
+        duration: The length of the segment, seconds; None is up to the end. Without an offset, a file that is at most
+            `TOLERANCE_SECONDS` longer, or shorter, is read whole: durations are rounded.
 
     Returns:
         (S,) float32 in [-1, 1); see `selected_samples` for S.
@@ -114,14 +118,16 @@ class AudioReader:
 
     def __init__(self, sample_rate: int, channel: str, kept_bytes: int = _KEPT_BYTES) -> None:
         self.sample_rate, self.channel, self._room = sample_rate, channel, kept_bytes
-        self._kept: dict[tuple[Path, float | None, float | None], torch.Tensor] = {}  # the last one was asked for last
+        self._kept: dict[tuple[object, ...], torch.Tensor] = {}  # the last one was asked for last
 
-    def read(self, path: Path, offset: float | None = None, duration: float | None = None) -> torch.Tensor:
-        """Returns a waveform (S,) as `read_audio` does; it is not to be changed in place."""
-        key = (path, offset, duration)
+    def read(
+        self, path: Path, offset: float | None = None, duration: float | None = None, channel: str | None = None
+    ) -> torch.Tensor:
+        """Returns a waveform (S,) as `read_audio` does (channel None: the reader's); not to be changed in place."""
+        key = (path, offset, duration, channel)
         samples = self._kept.pop(key, None)
         if samples is None:
-            samples = _compact(read_audio(path, self.sample_rate, self.channel, offset, duration))
+            samples = _compact(read_audio(path, self.sample_rate, channel or self.channel, offset, duration))
             self._room -= samples.nbytes
         self._kept[key] = samples
         while self._room < 0:
@@ -140,7 +146,7 @@ def selected_samples(
 ) -> int:
     """Returns how many samples `read_audio` returns with the same arguments, reading nothing.
 
-    A segment may run past the end of the file by `TOLERANCE_SECONDS`, and is shorter by as much then.
+    A segment may run past the end of the file by less than `OVERSHOOT_SECONDS`, and is shorter by as much then.
 
     Raises:
         MpqError: The channel cannot be chosen, the segment is not within the file, or the two rates have no small
@@ -197,10 +203,12 @@ def pad_batch(waveforms: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor
 def _segment(path: Path, info: AudioInfo, offset: float | None, duration: float | None) -> tuple[int, int]:
     """Returns the first frame of a segment and the one after its last, at the file's own rate."""
     if offset is None:
-        return 0, info.frames
+        if duration is None or info.frames <= (duration + TOLERANCE_SECONDS) * info.sample_rate:
+            return 0, info.frames
+        offset = 0.0
     start = round(offset * info.sample_rate)
     stop = info.frames if duration is None else round((offset + duration) * info.sample_rate)
-    if start >= info.frames or stop > info.frames + TOLERANCE_SECONDS * info.sample_rate:
+    if start >= info.frames or stop >= info.frames + OVERSHOOT_SECONDS * info.sample_rate:
         segment = f"{offset:g} s to " + ("the end" if duration is None else f"{offset + duration:g} s")
         raise MpqError(f"{path}: the segment {segment} is not within the {info.frames / info.sample_rate:.2f} s of it")
     if stop <= start:
@@ -209,8 +217,13 @@ def _segment(path: Path, info: AudioInfo, offset: float | None, duration: float 
 
 
 @contextmanager
-def _open(path: Path) -> Iterator[soundfile.SoundFile]:
-    """Yields an audio file that has samples, and all that its header promises as far as that shows unread."""
+def _open(path: Path, is_read: bool = True) -> Iterator[soundfile.SoundFile]:
+    """Yields an audio file that has samples, and all that its header promises as far as that shows without decoding.
+
+    Args:
+        path: The file.
+        is_read: Whether all bytes may be looked at, for another file that was put behind the first.
+    """
     if not os.path.exists(path):  # unlike Path.exists, also for a name that is too long
         raise MpqError(f"{path}: no such file")
     if not path.is_file():
@@ -225,6 +238,8 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
     except TypeError:  # soundfile's answer to the name *.raw
         raise MpqError(f"{path}: raw samples without a header; write a WAV or FLAC file of them") from None
     except soundfile.LibsndfileError as error:
+        if what := foreign_content(file_start(path)):
+            raise MpqError(f"{path}: expected audio, got {what}") from None
         raise MpqError(
             f"{path}: not audio that libsndfile reads, or cut in its header ({error.error_string.rstrip('.')}); "
             f"expected WAV, FLAC, OGG, OPUS, MP3 or SPH: convert it, or {_REWRITE}"
@@ -242,6 +257,11 @@ def _open(path: Path) -> Iterator[soundfile.SoundFile]:
             )
         if file.frames == 0:
             raise MpqError(f"{path}: no samples (zero length)")
+        if is_read and _is_chained(path, file):
+            raise MpqError(
+                f"{path}: several {file.format} files put end to end, of which only the first "
+                f"{file.frames / file.samplerate:.2f} s can be read; {_REWRITE}"
+            )
         yield file
 
 
@@ -310,6 +330,16 @@ def _is_ogg_cut(path: Path) -> bool:
     return not page[5] & 4 or len(page) < 27 + page[26] + sum(page[27 : 27 + page[26]])
 
 
+def _is_chained(path: Path, file: soundfile.SoundFile) -> bool:
+    """Returns whether another Ogg or FLAC stream begins after the first (RFC 3533, section 4; RFC 9639, section 8)."""
+    if file.format == "FLAC":
+        return len(re.findall(rb"fLaC[\0\x80]\0\0\x22", path.read_bytes())) > 1
+    if file.format != "OGG":
+        return False
+    firsts = [bool(flags[0] & 2) for flags in re.findall(rb"OggS\0([\0-\x07])", path.read_bytes())]
+    return True in firsts[firsts.index(False) :] if False in firsts else False
+
+
 _MP3_KBITS = {
     3: (0, 32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320),  # MPEG 1
     2: (0, 8, 16, 24, 32, 40, 48, 56, 64, 80, 96, 112, 128, 144, 160),  # MPEG 2, and 2.5
@@ -318,22 +348,35 @@ _MP3_PADDING = 5000  # the most frames that an encoder adds before and after the
 
 
 def _mp3_frames(data: bytes) -> int:
-    """Returns the audio that an MP3 file's chain of frame headers holds at least, less what encoders pad it by.
+    """Returns the audio that an MP3 file's chain of frame headers holds at least, less what decoders leave out of it.
 
-    The header's fields and the length of a frame are those of ISO/IEC 11172-3 (2.4.2.3) for layer III.
+    That is what encoders pad it by, where a Xing header in the first frame says how long it is; else a frame. The
+    header's fields and the length of a frame are those of ISO/IEC 11172-3 (2.4.2.3) for layer III.
     """
-    position = 0
-    if data[:3] == b"ID3":  # its size is four times seven bits
-        position = 10 + sum((byte & 0x7F) << shift for byte, shift in zip(data[6:10], (21, 14, 7, 0), strict=True))
-    frames = 0
+    position, frames, samples, count = 0, 0, 0, 0
+    promised = -1  # frames after the first
     while position + 4 <= len(data):
+        if data[position : position + 3] == b"ID3":  # its size is four times seven bits
+            size = zip(data[position + 6 : position + 10], (21, 14, 7, 0), strict=False)
+            position += 10 + sum((byte & 0x7F) << shift for byte, shift in size)
+            continue
+        if data[position : position + 3] == b"TAG":
+            position += 128
+            continue
         sync, version, layer = data[position : position + 2], data[position + 1] >> 3 & 3, data[position + 1] >> 1 & 3
         bitrate, rate = data[position + 2] >> 4, data[position + 2] >> 2 & 3
         if sync[0] != 0xFF or sync[1] < 0xE0 or version == 1 or layer != 1 or bitrate in (0, 15) or rate == 3:
             break
         hertz = (44100, 48000, 32000)[rate] // {3: 1, 2: 2, 0: 4}[version]
         samples = 1152 if version == 3 else 576
+        if not count and (
+            tag := re.search(
+                rb"(?:Xing|Info)...[\x01\x03\x05\x07-\x0f](.{4})", data[position : position + 64], re.DOTALL
+            )
+        ):
+            promised = int.from_bytes(tag[1], "big")
+        count += 1
         bits = 1000 * _MP3_KBITS[3 if version == 3 else 2][bitrate]
         position += samples // 8 * bits // hertz + (data[position + 2] >> 1 & 1)
         frames += samples
-    return frames - _MP3_PADDING
+    return frames - (_MP3_PADDING if count <= promised + 2 else samples)

@@ -84,7 +84,7 @@ class NoiseSource:
         total = torch.zeros(samples)
         for index in random.integers(len(self.utterances), size=BABBLE_TALKERS):
             item = self.utterances[index]
-            speech = self.reader.read(item.audio_path, item.offset, item.duration).flip(0)
+            speech = self.reader.read(item.audio_path, item.offset, item.duration, item.channel).flip(0)
             level = speech.square().mean().sqrt().clamp(min=1e-5)
             total += _looped(speech, samples, int(random.integers(len(speech)))) / level
         return total

@@ -1,14 +1,17 @@
 """From a manifest to batches of waveforms.
 
 Nothing starts on data that cannot be finished: `check_data` decodes every file and looks at every text, and reports
-all faults together. An utterance is left out only if the caller says so (`require_good(..., skip_bad=True)`).
+all faults together, those of the manifest's lines among them. An utterance is left out only if the caller says so
+(`require_good(..., skip_bad=True)`), and then it is counted, by what is wrong with it.
 """
 
 import hashlib
+import logging
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -24,9 +27,11 @@ from mpq.speech.audio import (
     read_audio,
     selected_samples,
 )
-from mpq.speech.manifests import Utterance, list_faults, read_data
+from mpq.speech.manifests import Fault, Utterance, list_faults, read_manifest
 from mpq.speech.text import Tokenizer
-from mpq.speech.trn import trn_fault
+from mpq.speech.trn import split_words, trn_fault
+
+_log = logging.getLogger(__name__)
 
 
 class Listener(Protocol):
@@ -50,14 +55,18 @@ class CheckedData:
     Attributes:
         utterances: Those without a fault, in the order of the manifest.
         durations: Their durations as measured, seconds.
-        faults: One line for each fault, in the order of the manifest.
+        faults: One line for each fault, those of the manifest's lines first, each in the order of the manifest.
         skipped: The number of utterances with faults.
+        kinds: {kind of fault: the number of faults}.
+        notes: What the user should know although it is no fault, a line each.
     """
 
     utterances: tuple[Utterance, ...]
     durations: tuple[float, ...]
     faults: tuple[str, ...]
     skipped: int
+    kinds: dict[str, int] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
 
 def check_data(
@@ -67,8 +76,10 @@ def check_data(
     min_samples: int = 1,
     channel: str = "error",
     missing: Callable[[str], list[str]] | None = None,
+    spelled: Callable[[str], str] | None = None,
     need_text: bool = False,
     decode: bool = True,
+    lines: Sequence[Fault] = (),
 ) -> CheckedData:
     """Returns which utterances can be used, how long they are, and the faults of the others.
 
@@ -81,17 +92,21 @@ def check_data(
         min_samples: The fewest samples at that rate that the model accepts.
         channel: The channel that is heard, as in `mpq.speech.audio.read_audio`.
         missing: The model's `Tokenizer.missing`; None is not to look at the words.
+        spelled: The model's `Tokenizer.spelled`: a text that it spells with other words is replaced by these, so that
+            what is scored is what the vocabulary was checked for. None leaves the texts as they are.
         need_text: Whether an utterance without a transcript is faulty.
         decode: Whether files are decoded to the end; false for data that would take hours.
+        lines: The faults that the manifest has already, as `read_manifest` returns them.
 
     Raises:
         MpqError: `channel` is not one of its values.
     """
     check_channel(channel)
     files: dict[Path, AudioInfo | MpqError] = {}
-    good, durations, faults, skipped = [], [], [], 0
+    good, durations, faults = [], [], list(lines)
+    surprises = _Surprises()
     for utterance in utterances:
-        found = []
+        found: list[tuple[str, str]] = []  # kind and words
         try:
             samples = _measured_samples(utterance, files, sample_rate, channel, decode)
             if samples < min_samples:
@@ -100,15 +115,45 @@ def check_data(
                     f"({min_samples} samples at {sample_rate} Hz), got {samples / sample_rate:.3f} s ({samples})"
                 )
         except MpqError as error:
-            found.append(str(error))
-        found += _text_faults(utterance, missing, need_text)
-        faults += [f"{utterance.source}: {fault}" for fault in found]
-        if found:
-            skipped += 1
-        else:
-            good.append(utterance)
+            found.append(("audio" if os.path.exists(utterance.audio_path) else "no such audio file", str(error)))
+        lacking = _lacking(utterance, missing)
+        heard = utterance if lacking or not spelled else _spelled(utterance, spelled)
+        found += lacking + _text_faults(heard, need_text)
+        faults += [Fault(utterance.source, *one) for one in found]
+        if not found:
+            surprises.look(utterance, heard, files[utterance.audio_path])
+            good.append(heard)
             durations.append(samples / sample_rate)
-    return CheckedData(tuple(good), tuple(durations), tuple(faults), skipped)
+    skipped = len({fault.source for fault in faults})
+    kinds = dict(Counter(fault.kind for fault in faults))
+    return CheckedData(tuple(good), tuple(durations), tuple(map(str, faults)), skipped, kinds, tuple(surprises.notes()))
+
+
+class _Surprises:
+    """What is read of good utterances otherwise than a user may think."""
+
+    def __init__(self) -> None:
+        self.longer: list[str] = []
+        self.overshoot: list[str] = []
+        self.spelled: list[str] = []
+
+    def look(self, utterance: Utterance, heard: Utterance, info: AudioInfo | MpqError) -> None:
+        assert isinstance(info, AudioInfo), "faulty files are left out"
+        seconds, said = info.frames / info.sample_rate, utterance.duration
+        if utterance.offset is None and said and seconds > said + TOLERANCE_SECONDS:
+            self.longer.append(f"{utterance.source}: {said:.2f} s of the {seconds:.2f} s of {utterance.audio_path}")
+        if utterance.offset is not None and said and utterance.offset + said > seconds + TOLERANCE_SECONDS:
+            self.overshoot.append(f"{utterance.source}: {utterance.offset + said - seconds:.2f} s")
+        if heard.text != utterance.text:
+            self.spelled.append(f"{utterance.source}: {heard.text!r}")
+
+    def notes(self) -> list[str]:
+        found = [
+            (self.longer, "no offset, and a duration that is shorter than the file: only that much is read from 0 s"),
+            (self.overshoot, "the segment ends after its recording, and is cut there"),
+            (self.spelled, "the text has characters that the tokenizer replaces: what it makes of them is scored"),
+        ]
+        return [f"{len(which)} utterances: {what} (the first is {which[0]})" for which, what in found if which]
 
 
 def require_good(checked: CheckedData, skip_bad: bool = False) -> CheckedData:
@@ -119,6 +164,11 @@ def require_good(checked: CheckedData, skip_bad: bool = False) -> CheckedData:
     """
     total = checked.skipped + len(checked.utterances)
     if checked.utterances and (skip_bad or not checked.faults):
+        if checked.faults:
+            kinds = ", ".join(f"{kind}: {count}" for kind, count in checked.kinds.items())
+            _log.warning("%d of %d utterances are left out (%s)", checked.skipped, total, kinds)
+        for note in checked.notes:
+            _log.warning("%s", note)
         return checked
     if not total:
         raise MpqError("no utterances to check; expected at least one")
@@ -200,19 +250,36 @@ def _measured_samples(
     seconds = info.frames / info.sample_rate
     if utterance.offset is None and seconds < (utterance.duration or 0) - TOLERANCE_SECONDS:
         raise MpqError(f"{path}: cut short: expected {utterance.duration:.2f} s as its line says, got {seconds:.2f} s")
-    return selected_samples(path, info, sample_rate, channel, utterance.offset, utterance.duration)
+    heard = utterance.channel or channel
+    return selected_samples(path, info, sample_rate, heard, utterance.offset, utterance.duration)
 
 
-def _text_faults(utterance: Utterance, missing: Callable[[str], list[str]] | None, need_text: bool) -> list[str]:
+def _text_faults(utterance: Utterance, need_text: bool) -> list[tuple[str, str]]:
+    """Returns the kind and the words of what makes a text unfit to be scored."""
+    if not need_text:
+        return []
     if utterance.text is None:
-        return [f'"{utterance.utt_id}" has no text; give one'] if need_text else []
-    fault = trn_fault(utterance.text) if need_text else None
-    found = [f'the text of "{utterance.utt_id}": {fault}'] if fault else []
-    lacking = missing(utterance.text) if missing else []
+        return [("no text", f'"{utterance.utt_id}" has no text; give one')]
+    fault = trn_fault(utterance.text)
+    return [("markup in the text", f'the text of "{utterance.utt_id}": {fault}')] if fault else []
+
+
+def _lacking(utterance: Utterance, missing: Callable[[str], list[str]] | None) -> list[tuple[str, str]]:
+    """Returns the kind and the words of the characters that the vocabulary lacks."""
+    lacking = missing(utterance.text) if missing and utterance.text is not None else []
     if not lacking:
-        return found
+        return []
     names = ", ".join(f"{one!r} (U+{ord(one):04X})" if len(one) == 1 else repr(one) for one in lacking)
-    return [*found, f'the text of "{utterance.utt_id}" has what the vocabulary lacks: {names}; replace it']
+    words = f'the text of "{utterance.utt_id}" has what the vocabulary lacks: {names}; replace it'
+    return [("text that the vocabulary lacks", words)]
+
+
+def _spelled(utterance: Utterance, spelled: Callable[[str], str]) -> Utterance:
+    """Returns the utterance with the text that the tokenizer makes of it, where that has other words."""
+    text = utterance.text and spelled(utterance.text)
+    if text is None or utterance.text is None or split_words(text) == split_words(utterance.text):
+        return utterance
+    return replace(utterance, text=text)
 
 
 def prepare_data(
@@ -230,17 +297,28 @@ def prepare_data(
     Raises:
         MpqError: All faults, unless they may be skipped.
     """
+    manifest = read_manifest(path)
     checked = check_data(
-        read_data(path),
+        manifest.utterances,
         sample_rate=model.sample_rate,
         min_samples=model.min_samples,
         channel=channel,
         missing=model.tokenizer.missing if need_text and not model.tokenizer.is_closed else None,
+        spelled=model.tokenizer.spelled if need_text else None,
         need_text=need_text,
+        lines=manifest.faults,
     )
-    return require_good(checked, skip_bad)
+    require_good(checked, skip_bad)
+    for note in manifest.notes:
+        _log.info("%s", note)
+    return checked
 
 
 def read_batch(batch: Sequence[Utterance], sample_rate: int, channel: str = "error") -> tuple[Tensor, Tensor]:
     """Returns the (N, S) waveforms of a batch, zero-padded, and their (N,) lengths in samples."""
-    return pad_batch([read_audio(item.audio_path, sample_rate, channel, item.offset, item.duration) for item in batch])
+    return pad_batch(
+        [
+            read_audio(item.audio_path, sample_rate, item.channel or channel, item.offset, item.duration)
+            for item in batch
+        ]
+    )

@@ -42,6 +42,10 @@ class Tokenizer(ABC):
     def to_config(self) -> tuple[dict[str, Any], bytes]:
         """Returns a JSON object and a blob from which `tokenizer_from_config` makes the same tokenizer."""
 
+    def spelled(self, text: str) -> str:
+        """Returns a text without missing characters as the tokens spell it: what a perfect recogniser would output."""
+        return text
+
     def _refuse_missing(self, text: str) -> None:
         if missing := self.missing(text):
             lacks = ", ".join(map(repr, missing))
@@ -85,6 +89,9 @@ class WordTokenizer(Tokenizer):
     def decode(self, tokens: Sequence[int]) -> str:
         return " ".join(self.pieces[token] for token in tokens)
 
+    def spelled(self, text: str) -> str:
+        return " ".join(text.split())
+
     def missing(self, text: str) -> list[str]:
         return list(dict.fromkeys(word for word in text.split() if word not in self._ids))
 
@@ -117,6 +124,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, tokens: Sequence[int]) -> str:
         return str(self._processor.decode(list(tokens)))
+
+    def spelled(self, text: str) -> str:
+        return self.decode(self.encode(text))
 
     def missing(self, text: str) -> list[str]:
         unknown = self._processor.unk_id()

@@ -7,6 +7,7 @@ which takes its share of the utterances of every batch. So a training gives the 
 Legend: N utterances, S samples.
 """
 
+import logging
 import math
 import signal
 from collections.abc import Iterator, Sequence
@@ -26,8 +27,10 @@ from mpq.models.base import AsrModel
 from mpq.models.heads import Targets
 from mpq.speech.audio import AudioReader, pad_batch
 from mpq.speech.augment import NoiseSource, augmented, generator
-from mpq.speech.data import check_data
-from mpq.speech.manifests import Utterance, list_faults, read_data
+from mpq.speech.data import CheckedData, check_data
+from mpq.speech.manifests import Utterance, list_faults, read_data, read_manifest
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def read_transcripts(config: DataConfig) -> list[str]:
     Raises:
         MpqError: A manifest that cannot be read, or utterances without text.
     """
-    utterances = [item for name in config.train for item in read_data(Path(config.root) / name)]
+    utterances = [item for name in config.train for item in read_data(Path(config.root) / name, config.skip_bad)]
     faults = [f'{item.source}: "{item.utt_id}" has no text; give one' for item in utterances if item.text is None]
     if faults and not config.skip_bad:
         raise MpqError(list_faults(faults))
@@ -84,16 +87,7 @@ def read_set(
     Raises:
         MpqError: All faults, unless they may be skipped.
     """
-    utterances = [item for name in names for item in read_data(Path(config.root) / name)]
-    checked = check_data(
-        utterances,
-        sample_rate=model.sample_rate,
-        min_samples=math.ceil(model.min_samples * fastest) + 1,
-        channel=config.channel,
-        missing=None if texts == "ignored" else model.tokenizer.missing,
-        need_text=texts == "needed",
-        decode=False,
-    )
+    checked = _checked(names, config, model, fastest, texts)
     limit = config.max_seconds if is_training and config.max_seconds else math.inf
     kept: list[tuple[Utterance, float, list[int]]] = []
     faults, too_long = list(checked.faults), 0
@@ -105,15 +99,48 @@ def read_set(
             faults.append(fault)
         else:
             kept.append((item, seconds, tokens))
-    skipped = len(utterances) - too_long - len(kept)
+    total = len(checked.utterances) + checked.skipped
+    skipped = total - too_long - len(kept)
     if faults and not (kept and config.skip_bad):
         remedy = "mend them, or leave them out with data.skip_bad = true" if kept else "mend them"
-        counted = f"{skipped} of {len(utterances)} utterances cannot be used; {remedy}"
+        counted = f"{skipped} of {total} utterances cannot be used; {remedy}"
         raise MpqError(f"{list_faults(faults)}\n{counted}")
+    too_dense = len(faults) - len(checked.faults)
+    if faults:
+        kinds = checked.kinds | ({"text too long for its audio": too_dense} if too_dense else {})
+        counted = ", ".join(f"{kind}: {count}" for kind, count in kinds.items())
+        _log.warning("%d of %d utterances are left out (%s)", skipped, total, counted)
     if not kept:
         raise MpqError(f"data.max_seconds: all {too_long} utterances are longer than {limit:g} s; raise it")
     items, durations, encoded = zip(*kept, strict=True)
     return TrainingSet(items, durations, encoded, skipped=skipped, too_long=too_long)
+
+
+def _checked(
+    names: Sequence[str],
+    config: DataConfig,
+    model: AsrModel,
+    fastest: float,
+    texts: Literal["needed", "used", "ignored"],
+) -> CheckedData:
+    """Returns the utterances of manifests with what is wrong with them; the arguments are those of `read_set`."""
+    manifests = [read_manifest(Path(config.root) / name) for name in names]
+    checked = check_data(
+        [item for manifest in manifests for item in manifest.utterances],
+        sample_rate=model.sample_rate,
+        min_samples=math.ceil(model.min_samples * fastest) + 1,
+        channel=config.channel,
+        missing=None if texts == "ignored" else model.tokenizer.missing,
+        spelled=None if texts == "ignored" else model.tokenizer.spelled,
+        need_text=texts == "needed",
+        decode=False,
+        lines=[fault for manifest in manifests for fault in manifest.faults],
+    )
+    for note in [note for manifest in manifests for note in manifest.notes]:
+        _log.info("%s", note)
+    for note in checked.notes:
+        _log.warning("%s", note)
+    return checked
 
 
 def _ctc_fault(item: Utterance, seconds: float, tokens: list[int], model: AsrModel) -> str | None:
@@ -185,7 +212,7 @@ class _Waveforms(Dataset["tuple[Tensor, Tensor] | MpqError"]):
         waveforms = []
         for index in indices:
             item = self.data.utterances[index]
-            waveform = self.reader.read(item.audio_path, item.offset, item.duration)
+            waveform = self.reader.read(item.audio_path, item.offset, item.duration, item.channel)
             random = generator(self.seed, epoch, item.utt_id, "audio")
             waveforms.append(augmented(waveform, self.config, self.noise, self.reader.sample_rate, random))
         return waveforms

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny_cli import fails, result_json, run
+from tiny_models import nemo_config, tiny_model, write_nemo
 
 from mpq.loading import load_model
 from mpq.quantization.quantizers import fake_quantize
@@ -200,3 +201,24 @@ def test_an_allocation_written_by_hand(tmp_path: Path, chain: dict, tiny_archive
     out = tmp_path / "m.safetensors"
     done = result_json("pack", tiny_archive, "--allocation", tmp_path / "alloc.json", "--out", out)
     assert done["size_bytes"] == out.stat().st_size == chain["pack"]["size_bytes"]
+
+
+def test_a_layer_that_no_data_reach_is_rounded_to_nearest_and_named(tmp_path: Path, tiny_manifest: Path) -> None:
+    model, name = tiny_model(), "encoder.layers.1.conv.depthwise_conv.weight"
+    state = model.state_dict()
+    for part in ("weight", "bias"):
+        state[f"encoder.layers.1.conv.pointwise_conv1.{part}"].zero_()
+    archive = write_nemo(tmp_path / "dead.nemo", nemo_config(), state)
+    sens, alloc, small = (tmp_path / one for one in ("sens.json", "alloc.json", "small.safetensors"))
+    measured = run("sensitivity", archive, "--data", tiny_manifest, "--bits", "2,8", "--seconds", 2, "--out", sens)
+    said = f"rounded to nearest, because no calibration data reach them: {name}"
+    assert measured.exit_code == 0 and said in measured.stdout
+    assert json.loads(sens.read_text())["unreached"] == [name]
+    assert result_json("allocate", sens, "--average-bits", 4, "--out", alloc)
+    packed = run("pack", archive, "--allocation", alloc, "--out", small)
+    assert packed.exit_code == 0 and said in packed.stdout
+    assert result_json("pack", archive, "--allocation", alloc, "--out", small)["unreached"] == [name]
+    width = {layer["name"]: layer["bits"] for layer in json.loads(alloc.read_text())["layers"]}[name]
+    spec = QuantSpec(width, granularity="group:64", rounding="nearest")
+    weight = load_model(small).state_dict()[name]
+    assert torch.equal(weight, fake_quantize(model.state_dict()[name], spec))

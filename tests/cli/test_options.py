@@ -1,12 +1,15 @@
 """Options that several commands share, and how a result is printed."""
 
 import json
+import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import click
 import pytest
 from click.testing import CliRunner
+from tiny_cli import fails
 
 from mpq.cli.options import (
     PatternBits,
@@ -94,3 +97,14 @@ def test_a_seed_that_is_given_replaces_the_recipes(arguments: list[str], expecte
         assert with_seed(["a=1"]) == expected
 
     command.main(arguments, standalone_mode=False)
+
+
+@pytest.mark.parametrize("place", ["file", "folder"])
+def test_a_name_that_is_not_utf8_is_refused_before_the_work(place: str, tmp_path: Path, tiny_archive: Path) -> None:
+    name = os.fsdecode(b"m\xf6")
+    path = tmp_path / (name if place == "file" else f"{name}/data")
+    options = ["--data", path, "--out", tmp_path / "out"]
+    fails("evaluate", tiny_archive, *options, words="/m\\xf6")
+    fails("evaluate", tiny_archive, "--data", tmp_path, "--out", path, words="the name is not UTF-8; rename the file")
+    assert not (tmp_path / "out").exists()
+    fails("inspect", tiny_archive, "--set", f"data.dev={name}", words="data.dev=m\\xf6: the name is not UTF-8")

@@ -54,6 +54,49 @@ def test_code_in_the_checkpoint_is_not_run(tmp_path: Path, capsys: pytest.Captur
     assert "code" not in capsys.readouterr().out
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+OTHER_FILES = [
+    (POINTER, r"a Git LFS pointer, .*`git lfs pull`"),
+    (b"\xef\xbb\xbf\n<!DOCTYPE html>\n<html>", "a web page, not the file itself"),
+    (b"", r"empty \(0 bytes\); copy or download it again"),
+    (b"PK\x03\x04 a torch.save", r"a file of torch\.save .* save the whole model"),
+    (b"GGUF\x03\0\0\0", "a model in another format"),
+    (b"7z\xbc\xaf\x27\x1c", "a compressed file; unpack it"),
+    (b"\x1f\x8b\x08", "ended before the end-of-stream marker.*; copy or download it again"),
+]
+
+
+@pytest.mark.parametrize(("content", "words"), OTHER_FILES)
+@pytest.mark.parametrize("name", ["model.nemo", "model.safetensors"])
+def test_what_is_no_archive_is_named(name: str, content: bytes, words: str, tmp_path: Path) -> None:
+    if name.endswith("nemo") or not content.startswith(b"\x1f"):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MpqError, match=f"^{tmp_path / name}: .*{words}") as error:
+            load_model(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("saved", "words"),
+    [
+        ({"state_dict": STATE, "epoch": 1}, r"has them at \['state_dict'\].*torch\.save\(checkpoint\['state_dict'\], "),
+        ({"a": 1, "b": {"model": STATE}}, r"has them at \['b'\]\['model'\]"),
+        (STATE | {"epoch": 1}, r"got a int at 'epoch'; save the model's state_dict\(\)"),
+        ([1, 2], r"got a list; save the model's state_dict\(\)"),
+    ],
+)
+def test_weights_that_are_wrapped_are_found(saved: object, words: str, tmp_path: Path) -> None:
+    path = write_nemo(tmp_path / "wrapped.nemo", nemo_config(), saved)
+    with pytest.raises(MpqError, match=words):
+        load_model(path)
+
+
+def test_weights_that_are_a_pointer(tmp_path: Path) -> None:
+    path = write_nemo(tmp_path / "pointer.nemo", nemo_config(), {}, {"./model_weights.ckpt": POINTER})
+    with pytest.raises(MpqError, match=r"model_weights\.ckpt: .*a Git LFS pointer"):
+        load_model(path)
+
+
 def test_damaged_files(tmp_path: Path, tiny_archive: Path) -> None:
     data = tiny_archive.read_bytes()
     for name, content in (

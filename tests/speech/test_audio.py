@@ -87,9 +87,11 @@ def test_segment_is_that_part_of_the_whole(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(part, whole[20000:28000], rtol=0, atol={"opus": 1e-3, "mp3": 2e-7}.get(kind, 0))
     assert torch.equal(part, read_audio(path, RATE, offset=1.25, duration=0.5))
     assert torch.equal(read_audio(path, RATE, offset=0.0), whole)
-    assert torch.equal(read_audio(path, RATE, duration=0.5), whole)  # without an offset it is information only
-    assert len(read_audio(path, RATE, offset=2.5, duration=0.59)) == 8000  # past the end, within the tolerance
-    for offset, duration in [(2.5, 0.7), (3.0, 0.1), (4.0, None), (1.0, 1e-6)]:
+    assert torch.equal(read_audio(path, RATE, duration=0.5), read_audio(path, RATE, offset=0.0, duration=0.5))
+    for rounded in (2.9, 2.999, 3.0, 3.3):  # of the whole file
+        assert torch.equal(read_audio(path, RATE, duration=rounded), whole)
+    assert len(read_audio(path, RATE, offset=2.5, duration=0.99)) == 8000  # past the end, as Kaldi's extract-segments
+    for offset, duration in [(2.5, 1.0), (3.0, 0.1), (4.0, None), (1.0, 1e-6)]:
         with pytest.raises(MpqError, match="segment"):
             read_audio(path, RATE, offset=offset, duration=duration)
 
@@ -188,6 +190,28 @@ def test_mp3_of_variable_bitrate_without_its_header_is_refused(tmp_path: Path, r
     data = path.read_bytes()
     path.write_bytes(data[data.find(data[:2], 4) :])  # without a header too, but its length follows from its size
     assert probe_audio(path).frames >= len(samples)
+
+
+def test_a_short_mp3_without_its_header_is_refused(tmp_path: Path) -> None:
+    """At 8 kHz what encoders pad a file by is longer than a word, but a file without a Xing header is not trimmed."""
+    samples = np.random.default_rng(0).standard_normal(8000) * 0.1
+    path = write(tmp_path / "a.mp3", samples, 8000)
+    data = path.read_bytes()
+    path.write_bytes(data[data.find(data[:2], 4) :])
+    assert soundfile.info(path).frames < len(samples) - 2000
+    assert "cut short" in fault_of(path)
+
+
+@pytest.mark.parametrize("kind", ["mp3", "ogg", "opus", "flac"])
+@pytest.mark.parametrize("between", [b"", b"ID3\x04\0\0\0\0\0\x05title"])
+def test_files_put_end_to_end_are_refused(tmp_path: Path, kind: str, between: bytes) -> None:
+    path = write(tmp_path / f"a.{kind}", integers(1.5), 8000 if kind == "mp3" else RATE)
+    first, second = path.read_bytes(), write(tmp_path / f"b.{kind}", integers(0.5), 8000 if kind == "mp3" else RATE)
+    probe_audio(path)
+    path.write_bytes(first + between + second.read_bytes())
+    assert any(words in fault_of(path) for words in ("files put end to end", "cut short"))
+    with pytest.raises(MpqError, match=r"end to end|cut short"):
+        read_audio(path, RATE)
 
 
 @pytest.mark.parametrize("kind", ["wav", "sph", "ogg"])

@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mpq.errors import MpqError
-from mpq.speech.audio import read_audio
-from mpq.speech.data import CheckedData, batches, calibration_subset, check_data, require_good
-from mpq.speech.manifests import Utterance, read_data
-from mpq.speech.text import CharTokenizer
+from mpq.speech.audio import AudioReader, read_audio
+from mpq.speech.data import CheckedData, batches, calibration_subset, check_data, read_batch, require_good
+from mpq.speech.manifests import Fault, Utterance, read_data
+from mpq.speech.text import CharTokenizer, train_tokenizer
 
 RATE = 16000
 LETTERS = CharTokenizer(" abcdefghijklmnopqrstuvwxyz'").missing
@@ -95,6 +96,68 @@ def test_all_faults_of_the_data_are_reported_at_once(tmp_path: Path) -> None:
     )
     assert require_good(checked, skip_bad=True) is checked
     assert check_data([utterances[9]], sample_rate=RATE, missing=LETTERS).faults == ()
+
+
+def test_faults_of_lines_and_of_audio_are_one_list(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    good = audio(tmp_path / "good.wav", 2.0)
+    lines = [
+        Fault("dev.jsonl:5", "no JSON", "expected a JSON object"),
+        Fault("dev.jsonl:6", "text", "expected a string"),
+    ]
+    utterances = [utterance("1", good), utterance("2", tmp_path / "gone.wav"), utterance("3", good, text="7")]
+    checked = check_data(utterances, sample_rate=RATE, missing=LETTERS, need_text=True, lines=lines)
+    assert [fault.split(": ")[0] for fault in checked.faults] == [f"dev.jsonl:{n}" for n in (5, 6, 2, 3)]
+    with pytest.raises(MpqError, match="4 of 5 utterances cannot be used"):
+        require_good(checked)
+    assert require_good(checked, skip_bad=True).skipped == 4
+    assert caplog.messages == [
+        "4 of 5 utterances are left out (no JSON: 1, text: 1, no such audio file: 1, text that the vocabulary lacks: 1)"
+    ]
+
+
+def test_what_is_read_otherwise_than_one_may_think_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    long = audio(tmp_path / "long.wav", 3.0)
+    utterances = [
+        utterance("1", long, duration=1.0),
+        utterance("2", long, duration=2.0),
+        utterance("3", long, duration=2.95),
+        utterance("4", long, offset=2.0, duration=1.3),
+        utterance("5", long, offset=1.0, duration=1.0),
+    ]
+    checked = check_data(utterances, sample_rate=RATE)
+    assert checked.durations == (1.0, 2.0, 3.0, 1.0, 1.0)
+    require_good(checked)
+    assert caplog.messages == [
+        "2 utterances: no offset, and a duration that is shorter than the file: only that much is read from 0 s (the "
+        f"first is dev.jsonl:1: 1.00 s of the 3.00 s of {long})",
+        "1 utterances: the segment ends after its recording, and is cut there (the first is dev.jsonl:4: 0.30 s)",
+    ]
+
+
+def test_each_line_may_choose_its_channel(tmp_path: Path) -> None:
+    stereo = audio(tmp_path / "a.wav", channels=2)
+    chosen = [utterance(str(n), stereo, channel=one) for n, one in enumerate(("1", "mix", "0", "2", None))]
+    checked = check_data(chosen, sample_rate=RATE)
+    assert checked.utterances == tuple(chosen[:3]) and len(checked.faults) == 2
+    waveforms, _ = read_batch(checked.utterances, RATE)
+    reader = AudioReader(RATE, "error")
+    for one, waveform in zip(checked.utterances, waveforms, strict=True):
+        assert torch.equal(waveform, read_audio(stereo, RATE, one.channel or ""))
+        assert torch.equal(waveform, reader.read(stereo, channel=one.channel))
+
+
+def test_the_text_that_was_checked_is_the_text_that_is_scored(tmp_path: Path) -> None:
+    good = audio(tmp_path / "good.wav")
+    model = train_tokenizer("bpe", ["a fine day", "the end of it"], 30)
+    texts = ["a\u00a0fine\u3000day", "\uff46\uff49ne", "\ufb01ne", "a  fine day", "THE", "fine\uff5b", "na\u00efve"]
+    utterances = [utterance(str(n), good, text=text) for n, text in enumerate(texts)]
+    checked = check_data(utterances, sample_rate=RATE, missing=model.missing, spelled=model.spelled, need_text=True)
+    assert [one.text for one in checked.utterances] == ["a fine day", "fine", "fine", "a  fine day"]
+    assert [fault.split(": ")[0] for fault in checked.faults] == [f"dev.jsonl:{n}" for n in (4, 5, 6)]
+    assert "(the first is dev.jsonl:0: 'a fine day')" in checked.notes[0] and checked.notes[0].startswith("3 utt")
+    words = train_tokenizer("words", ["a fine day"])
+    checked = check_data(utterances[:1], sample_rate=RATE, spelled=words.spelled, need_text=True)
+    assert checked.utterances[0].text == "a fine day"
 
 
 def test_nothing_left_is_an_error_even_when_skipping(tmp_path: Path) -> None:

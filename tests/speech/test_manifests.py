@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from mpq.errors import MpqError
-from mpq.speech.manifests import Utterance, read_data
+from mpq.speech.manifests import Utterance, read_data, read_manifest
 
 
 def manifest(folder: Path, *records: dict[str, Any] | str) -> Path:
@@ -59,7 +59,7 @@ def test_all_faults_of_a_manifest_are_reported_at_once(tmp_path: Path) -> None:
         '["a list"]',
         {"text": "a"},
         {"audio_filepath": 3, "text": 4, "duration": -1, "offset": -0.5, "speaker": [7], "utt_id": ["u"]},
-        {**good, "utt_id": "u", "duration": 0},
+        {**good, "utt_id": "u", "duration": -1},
         '{"audio_filepath": "a.wav", "duration": NaN}',
         '{"audio_filepath": "a.wav", "duration": 1' + "0" * 400 + "}",
         '{"audio_filepath": "a.wav", "duration": true}',
@@ -77,7 +77,7 @@ def test_all_faults_of_a_manifest_are_reported_at_once(tmp_path: Path) -> None:
     ] + ["and"]
     assert lines[1] == "dev.jsonl:3: expected a JSON object, got a list"
     assert lines[2] == "dev.jsonl:4: audio_filepath: this key is missing"
-    assert lines[5] == "dev.jsonl:5: duration: expected more than 0, got -1"
+    assert lines[5] == "dev.jsonl:5: duration: expected 0 or more, got -1"
     assert 'utt_id "good" is already that of dev.jsonl:1' in lines[17] and "give each its own" in lines[17]
     assert 'utt_id: expected no whitespace and no parentheses, got "a (1)"' in lines[18]
     assert lines[20] == "and 1 more faults"
@@ -154,7 +154,7 @@ def test_a_shell_command_is_refused_and_not_run(tmp_path: Path) -> None:
 def test_all_faults_of_a_kaldi_directory_are_reported_at_once(tmp_path: Path) -> None:
     bad = [
         "u1 r1 0",
-        "u2 r1 0 1 0",
+        "u2 r1 0 1 A",
         "u3 r1 2 1",
         "u4 r1 -1 1",
         "u5 r1 0 nan",
@@ -168,5 +168,61 @@ def test_all_faults_of_a_kaldi_directory_are_reported_at_once(tmp_path: Path) ->
     lines = faults_of(folder)
     assert [line.split(" ")[0] for line in lines] == ["wav.scp:2:", "text:2:", *(f"segments:{n}:" for n in range(1, 9))]
     assert '"u9" is already on text:1; remove one' in lines[1]
-    kaldi(folder, wav_scp="r1 a.wav\n", segments="u9 r1 0 1\n", text="u9 a\nu1 b\n", utt2spk="u8 s\n")
-    assert [line.split(" ")[0] for line in faults_of(folder)] == ["text:2:", "utt2spk:1:"]
+
+
+def test_more_utterances_than_audio_are_counted_and_the_channel_is_read(tmp_path: Path) -> None:
+    folder = kaldi(
+        tmp_path,
+        wav_scp="r1 a.wav\nr2 x.sh |\n",
+        segments="u9 r1 0 1 1\nu8 r1 1 2 -1\nu7 r2 0 1\n",
+        text="u9 a\nu7 c\nu1 b\n",
+        utt2spk="u3 s\nu4 s\n",
+    )
+    found = read_manifest(folder)
+    assert [(one.utt_id, one.channel, one.offset) for one in found.utterances] == [("u9", "1", 0.0), ("u8", None, 1.0)]
+    assert [str(one).split(": ")[0] for one in found.faults] == [f"{folder}/wav.scp:2", f"{folder}/segments:3"]
+    assert found.notes == (
+        f"{folder}/text: 1 of 3 lines have no audio and are left out: u1",
+        f"{folder}/utt2spk: 2 of 2 lines have no audio and are left out: u3, u4",
+    )
+
+
+def test_keys_mean_what_they_mean_in_nemo(tmp_path: Path) -> None:
+    chosen = [0, 1, "average", "1", None]
+    records = [{"audio_filepath": f"{i}.wav", "channel_selector": one, "duration": 0} for i, one in enumerate(chosen)]
+    found = read_data(manifest(tmp_path, *records))
+    assert [one.channel for one in found] == ["0", "1", "mix", "1", None]
+    assert {one.duration for one in found} == {None}  # 0 is unknown
+    for wrong in (-1, 1.5, True, "left", [0, 1]):
+        assert (
+            "channel_selector: expected" in faults_of(manifest(tmp_path, {**records[0], "channel_selector": wrong}))[0]
+        )
+
+
+@pytest.mark.parametrize("key", ["channel", "Offset", "start_time", "endTime", "offset_ms", "speed", "channel_id"])
+def test_a_key_that_would_change_what_is_heard_is_refused(tmp_path: Path, key: str) -> None:
+    lines = faults_of(manifest(tmp_path, {"audio_filepath": "a.wav", key: 1, "num_channels": 2}))
+    assert lines == [
+        f'dev.jsonl:1: "{key}": not read, but sounds as if it changed what is heard; say it with offset, duration and '
+        "channel_selector, or remove it"
+    ]
+
+
+def test_other_keys_are_named(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"audio_filepath": "a.wav", "num_channels": 2, "lang": "en", "end": None})
+    assert read_manifest(path).notes == (f'{path}: keys that are not read: "lang", "num_channels"',)
+    assert read_manifest(path).faults == ()
+
+
+def test_faulty_lines_may_be_left_out(tmp_path: Path) -> None:
+    path = manifest(tmp_path, {"audio_filepath": "a.wav"}, "{", {"audio_filepath": "b.wav", "text": 5, "duration": -1})
+    found = read_manifest(path)
+    assert [(one.source, one.kind) for one in found.faults] == [
+        (f"{path}:2", "no JSON"),
+        (f"{path}:3", "text"),
+        (f"{path}:3", "duration"),
+    ]
+    assert [one.utt_id for one in read_data(path, skip_bad=True)] == ["a"]
+    assert len(faults_of(path)) == 3
+    with pytest.raises(MpqError, match="expected a JSON object"):
+        read_data(manifest(tmp_path, "{"), skip_bad=True)

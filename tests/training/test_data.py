@@ -172,6 +172,12 @@ def test_faulty_utterances(tmp_path: Path) -> None:
     assert read_transcripts(config) == ["abc", "bad", "deed"]
     found = read_set(config.train, config, model, 1.0, is_training=True)
     assert [item.text for item in found.utterances] == ["abc", "deed"] and found.skipped == 2
+    with open(tmp_path / "train.jsonl", "a") as file:
+        file.write('{"audio_filepath": "train-3.wav", "text": 5}\n{\n')
+    assert read_transcripts(config) == ["abc", "bad", "deed"]
+    assert read_set(config.train, config, model, 1.0, is_training=True).skipped == 4
+    with pytest.raises(MpqError, match="4 of 6 utterances cannot be used"):
+        read_set(config.train, strict.data, model, 1.0, is_training=True)
     with pytest.raises(MpqError, match="'f'"):
         read_set(["dev.jsonl"], strict.data, model, 1.0, is_training=False)
     length = 0.05  # seconds of short-0: 400 samples of its letter and the pause after it
