@@ -42,6 +42,11 @@ HEADER_SLACK = 128
 """Bytes to spare in the header: the output of another version of the compressor may differ by a few bytes, and has to
 fit into the size that this one gave."""
 
+_LARGEST_MANIFEST = 1 << 26
+"""Bytes of names and options: a hundred for each of 600,000 tensors."""
+_XZ_MEMORY = 1 << 28
+"""The dictionary of xz's highest preset takes 65 MB."""
+
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 
 
@@ -122,7 +127,7 @@ def read_artifact(path: Path) -> AsrModel:
 
 
 def _model(parts: Mapping[str, bytes]) -> AsrModel:
-    manifest = json.loads(lzma.decompress(parts["manifest"]))
+    manifest = json.loads(_decompressed(parts["manifest"], _LARGEST_MANIFEST))
     weight_format = WeightFormat.from_json(manifest["quantizer"])
     model = family_class(manifest["model"]["family"]).from_config(manifest["model"], parts["tokenizer"])
     refs = {ref.name: ref for ref in model.weights()}
@@ -133,7 +138,8 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
         state[name] = decode(cursor.take(layer_bytes(shape, width, weight_format)), shape, width, weight_format)
     own = model.state_dict()
     for blob, dtype in (("rest", manifest["quantizer"]["rest_dtype"]), ("exact", "float32")):
-        cursor = Cursor(parts[blob] if blob == "rest" else lzma.decompress(parts[blob]))
+        most = sum(own[name].numel() for name in manifest[blob]) * np.dtype(dtype).itemsize
+        cursor = Cursor(parts[blob] if blob == "rest" else _decompressed(parts[blob], most))
         for name in manifest[blob]:
             size = own[name].numel() * np.dtype(dtype).itemsize
             state[name] = read_floats(cursor.take(size), tuple(own[name].shape), dtype)
@@ -143,6 +149,15 @@ def _model(parts: Mapping[str, bytes]) -> AsrModel:
         name: layer_bytes(refs[name].shape, bits, weight_format) for name, bits in model.quantized_bits.items()
     }
     return model
+
+
+def _decompressed(data: bytes, most: int) -> bytes:
+    """Returns what xz has compressed; raises MpqError where that is more than `most` bytes."""
+    decompressor = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
+    found = decompressor.decompress(data, most + 1)
+    if len(found) > most or not decompressor.eof:
+        raise MpqError(f"a compressed part that is cut off, or larger than the {most} bytes that it may have")
+    return found
 
 
 def exact_names(model: AsrModel, weight_format: WeightFormat) -> set[str]:

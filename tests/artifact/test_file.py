@@ -1,6 +1,7 @@
 """The packed file: its size, its bits, and what is refused."""
 
 import itertools
+import lzma
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_model
 
+from mpq.artifact import file as file_module
 from mpq.artifact.file import fixed_bytes, read_artifact, write_artifact
 from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
@@ -222,6 +224,15 @@ def test_changed_content_with_a_good_header(tmp_path: Path, artifact: Path) -> N
     save_file(tensors, tmp_path / "m", metadata)
     with pytest.raises(MpqError, match="expected the tensors"):
         load_model(tmp_path / "m")
+
+
+@pytest.mark.parametrize("part", ["manifest", "exact"])
+def test_a_compressed_bomb_is_refused(part: str, tmp_path: Path, artifact: Path) -> None:
+    parts = {name: tensor.tobytes() for name, tensor in load_file(artifact).items()}
+    parts[part] = lzma.compress(b" " * (file_module._LARGEST_MANIFEST + 1), preset=0)
+    (tmp_path / "bomb").write_bytes(file_module._file(parts, WeightFormat(QuantSpec(8)), 0))
+    with pytest.raises(MpqError, match="a compressed part that is cut off, or larger than the"):
+        load_model(tmp_path / "bomb")
 
 
 def test_newer_version(tmp_path: Path, artifact: Path) -> None:

@@ -1,12 +1,15 @@
 """Archives that are whole, damaged or hostile."""
 
+import gzip
 import io
 import pickle
 import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from tiny_models import nemo_config, tiny_model, write_nemo
 
 from mpq.errors import MpqError
@@ -118,3 +121,74 @@ def test_damaged_files(tmp_path: Path, tiny_archive: Path) -> None:
     (tmp_path / "hollow.nemo").write_bytes(buffer.getvalue())
     with pytest.raises(MpqError, match=r"model_config\.yaml"):
         load_model(tmp_path / "hollow.nemo")
+
+
+@pytest.mark.parametrize("is_gzipped", [False, True])
+def test_one_flipped_bit_in_the_weights_is_noticed(is_gzipped: bool, tmp_path: Path) -> None:
+    whole = write_nemo(tmp_path / "whole.nemo", nemo_config(), STATE)
+    data = bytearray(whole.read_bytes())
+    weight = STATE["encoder.layers.0.norm_out.weight"].numpy().tobytes()
+    data[data.index(weight) + 1] ^= 1
+    whole.write_bytes(gzip.compress(data) if is_gzipped else data)
+    with pytest.raises(MpqError, match=r"damaged: .* does not match its checksum; copy the file again"):
+        load_model(whole)
+    if is_gzipped:
+        data = bytearray(gzip.compress(data))
+        data[-5] ^= 1
+        whole.write_bytes(data)
+        with pytest.raises(MpqError, match="CRC check failed"):
+            load_model(whole)
+
+
+BOMB = "a0: &a0 [x,x,x,x,x,x,x,x,x,x]\n" + "".join(
+    f"a{i}: &a{i} [{','.join([f'*a{i - 1}'] * 10)}]\n" for i in range(1, 12)
+)
+MERGES = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{i}: &a{i} {{<<: [{','.join([f'*a{i - 1}'] * 10)}]}}\n" for i in range(1, 12)
+)
+
+
+def archive(path: Path, config: bytes) -> Path:
+    with tarfile.open(path, "w") as file:
+        info = tarfile.TarInfo("model_config.yaml")
+        info.size = len(config)
+        file.addfile(info, io.BytesIO(config))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", [f"{BOMB}target: *a11\n", f"{MERGES}target: *a11\n", "target: &a [*a]\n", "x: &a {y: *a}\ntarget: z\n"]
+)
+def test_aliases_of_aliases_are_refused(text: str, tmp_path: Path) -> None:
+    with pytest.raises(MpqError, match=r"aliases \(&, \*\) stand for far more than its \d+ characters"):
+        load_model(archive(tmp_path / "x.nemo", text.encode()))
+
+
+def test_an_alias_is_read(tmp_path: Path) -> None:
+    members = {"x": 1}
+    config = nemo_config() | {"train_ds": members, "validation_ds": members}
+    assert b"*id001" in yaml.safe_dump(config).encode()
+    assert load_model(write_nemo(tmp_path / "x.nemo", config, STATE))
+
+
+def test_bombs_are_refused(tmp_path: Path) -> None:
+    plain = write_nemo(tmp_path / "plain.nemo", nemo_config(), STATE, {"pad.bin": bytes(70 << 20)})
+    (tmp_path / "gz.nemo").write_bytes(gzip.compress(plain.read_bytes(), 1))
+    with pytest.raises(MpqError, match="unpacks to more than 20 times its size"):
+        load_model(tmp_path / "gz.nemo")
+    sparse = tarfile.TarInfo("pad.bin")
+    sparse.pax_headers = {"GNU.sparse.major": "0", "GNU.sparse.minor": "1", "GNU.sparse.size": str(1 << 40)}
+    sparse.pax_headers["GNU.sparse.map"] = f"{1 << 40},0"
+    with tarfile.open(tmp_path / "sparse.nemo", "w", format=tarfile.PAX_FORMAT) as file:
+        file.addfile(sparse)
+    with pytest.raises(MpqError, match="is sparse, of 1099511627776 bytes"):
+        load_model(tmp_path / "sparse.nemo")
+
+
+def test_weights_in_a_compressed_zip_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("archive/data.pkl", bytes(1 << 20))
+    path = write_nemo(tmp_path / "x.nemo", nemo_config(), STATE, {"./model_weights.ckpt": buffer.getvalue()})
+    with pytest.raises(MpqError, match="compressed or overlapping members, which torch does not write"):
+        load_model(path)
