@@ -40,7 +40,10 @@ class LoopConfig(Section):
         None, description="Number of epochs without a new best one after which training stops."
     )
     save_minutes: Positive = Field(10.0, description="Minutes between saved states inside an epoch.")
-    workers: Count = Field(1, description="Processes that read and augment audio; each keeps up to 512 MB of it.")
+    workers: Count = Field(
+        1,
+        description="Processes that read and augment audio, one for each core at most; each keeps up to 512 MB of it.",
+    )
     tensorboard: bool = Field(False, description="Write TensorBoard logs too (needs the package tensorboard).")
 
 

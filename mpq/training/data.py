@@ -9,6 +9,7 @@ Legend: N utterances, S samples.
 
 import logging
 import math
+import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -233,7 +234,7 @@ class BatchReader:
         model: The model to train, with its sample rate.
         channel: The channel to read, such as "error" or "mix" (`mpq.speech.audio.read_audio`).
         seed: The key of the augmentation's random choices.
-        workers: The number of processes that read ahead; 0 for none.
+        workers: The number of processes that read ahead, one for each core at most; 0 for none.
 
     Raises:
         MpqError: A source of noise that is not there.
@@ -248,9 +249,9 @@ class BatchReader:
             _Waveforms(data, config, AudioReader(model.sample_rate, channel), seed),
             batch_size=None,
             sampler=self._keys,
-            num_workers=workers,
+            num_workers=(readers := min(workers, os.cpu_count() or 1)),
             worker_init_fn=_ignore_signals,
-            persistent_workers=workers > 0,  # with what they have decoded
+            persistent_workers=readers > 0,  # with what they have decoded
         )
 
     def read(self, epoch: int, plan: Sequence[Sequence[int]]) -> Iterator[tuple[Tensor, Tensor, Targets]]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_models import tiny_hybrid
 from tiny_training import RATE, TEXTS, recipe, write_recipe, write_speech
 
 from mpq.config import AugmentConfig, DataConfig
@@ -18,8 +19,9 @@ from mpq.pipeline.read import load_recipe
 from mpq.speech.audio import read_audio
 from mpq.speech.augment import generator
 from mpq.speech.text import train_tokenizer
+from mpq.training import data as data_module
 from mpq.training.building import build_model
-from mpq.training.data import BatchReader, plan_epoch, read_set, read_transcripts
+from mpq.training.data import BatchReader, TrainingSet, plan_epoch, read_set, read_transcripts
 from mpq.training.run import train
 
 # ---- which utterances form which batch
@@ -245,3 +247,12 @@ def test_noise_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MpqError, match=r"noise: .*music: no recording"):
         train(load_recipe(path, stages=["train"]), tmp_path / "out", quiet=True)
     assert generator(0, 0, "", "").integers(2) in (0, 1)
+
+
+def test_there_is_a_reader_for_each_core_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(data_module, "DataLoader", lambda *_, num_workers, **options: asked.append(num_workers))
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    for workers in (0, 1, 100_000):
+        BatchReader(TrainingSet((), (), ()), AugmentConfig(), tiny_hybrid(), "error", 0, workers)
+    assert asked == [0, 1, 2]
