@@ -98,12 +98,19 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, re.sub(pair, r"[\1, \2]", text) + "\n")  # a point of a curve on one line
 
 
+def check_input(path: Path) -> None:
+    """Raises MpqError for what has no end or may never begin, such as a device or a pipe; what is not there passes."""
+    if os.path.exists(path) and not os.path.isfile(path) and not os.path.isdir(path):
+        raise MpqError(f"{path}: a device or a pipe; expected a file, so write its content to one")
+
+
 def read_text(path: Path) -> str:
     """Returns the text of a UTF-8 file.
 
     Raises:
         MpqError: The file is missing, unreadable or not UTF-8.
     """
+    check_input(path)
     try:
         return Path(path).read_bytes().decode("utf-8")
     except FileNotFoundError:

@@ -24,6 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any, Protocol
 
 from pydantic import BaseModel
@@ -219,6 +220,8 @@ class _State:
         try:
             stat = os.stat(path)
         except (OSError, ValueError):
+            return None
+        if not S_ISREG(stat.st_mode):  # a device or a pipe may have no end
             return None
         signs = f"{stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns} {stat.st_ino}"
         return cls(os.fsencode(os.path.abspath(path)), signs, stat.st_ctime)

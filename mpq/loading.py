@@ -7,7 +7,7 @@ import torch
 
 from mpq.artifact.file import is_artifact, read_artifact
 from mpq.errors import MpqError
-from mpq.files import digest
+from mpq.files import check_input, digest
 from mpq.identity import file_sha256
 from mpq.models.base import AsrModel
 from mpq.models.checkpoint import MODEL_FILE, is_checkpoint, read_checkpoint
@@ -47,6 +47,7 @@ def model_file(path: Path | str) -> Path:
     path = Path(path)
     if not path.exists():
         raise MpqError(f"{path}: no such file")
+    check_input(path)
     if not path.is_dir() or foreign_files(path):
         return path
     if (path / MODEL_FILE).exists():

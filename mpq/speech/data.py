@@ -18,6 +18,7 @@ from typing import Protocol
 from torch import Tensor
 
 from mpq.errors import MpqError
+from mpq.files import check_input
 from mpq.speech.audio import (
     TOLERANCE_SECONDS,
     AudioInfo,
@@ -241,6 +242,7 @@ def _measured_samples(
         raise MpqError(f"{path}: no such file (a relative path starts at the folder of the file that names it)")
     if path not in files:
         try:
+            check_input(path)
             files[path] = probe_audio(path, decode)
         except MpqError as error:
             files[path] = error

@@ -20,7 +20,7 @@ from pydantic_core import PydanticCustomError
 
 from mpq.errors import MpqError
 from mpq.faults import JsonObject, by_place, fault, named, shown
-from mpq.files import foreign_content
+from mpq.files import check_input, foreign_content
 from mpq.speech.trn import fold
 
 _SHOWN_FAULTS = 20
@@ -148,6 +148,7 @@ def list_faults(faults: Sequence[str]) -> str:
 
 def _lines(path: Path, faults: list[Fault]) -> Iterator[tuple[str, str]]:
     """Yields ("FILE:LINE", line) for each line that is not blank."""
+    check_input(path)
     try:
         data = path.read_bytes()
     except OSError as error:

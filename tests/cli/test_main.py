@@ -229,3 +229,19 @@ def test_an_internal_failure_is_exit_1(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(mpq.cli.tables, "allocation_view", lambda _: 1 / 0)
     done = run("allocate", chain["folder"] / "sens.json", "--average-bits", "4", "--out", tmp_path / "a.json")
     assert done.exit_code == 1 and isinstance(done.exception, ZeroDivisionError)
+
+
+def test_devices_and_pipes_are_refused_at_once(tiny_archive: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "data.jsonl").write_text('{"audio_filepath": "pipe", "text": "a"}\n')
+    for special in ("/dev/zero", tmp_path / "pipe"):
+        for arguments in (
+            ("inspect", special),
+            ("evaluate", tiny_archive, "--data", special, "--out", tmp_path / "out"),
+            ("allocate", special, "--average-bits", "3", "--out", tmp_path / "a.json"),
+            ("run", special, "--out", tmp_path / "out"),
+            ("compare", "--ref", special, "--a", special, "--b", special),
+        ):
+            fails(*arguments, words=f"{special}: a device or a pipe; expected a file")
+    done = run("evaluate", tiny_archive, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
+    assert done.exit_code == 2 and "pipe: a device or a pipe" in done.stderr
