@@ -19,6 +19,7 @@ from mpq.cli.options import (
     print_result,
     quantizer_options,
     seconds_or_all,
+    unseeded_options,
 )
 from mpq.config.types import Output, ScoreMethod
 from mpq.errors import MpqError
@@ -112,7 +113,7 @@ def sensitivity(
 @click.option("--points", type=click.IntRange(0, 1000), help="Number of sizes of the frontier to measure. Default: 5.")
 @click.option("--data", type=PATH, help="The calibration data, if they were moved since.")
 @click.option("--out", required=True, type=PATH, help="The mpq.allocation/1 file to write.")
-@common_options
+@unseeded_options
 def allocate(
     sensitivity: Path,
     measure: Path | None,

@@ -13,7 +13,15 @@ import click
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
 from mpq.cli.messages import say, shown_on_stderr
-from mpq.cli.options import PATH, common_options, data_options, decode_options, print_result, set_option
+from mpq.cli.options import (
+    PATH,
+    common_options,
+    data_options,
+    decode_options,
+    print_result,
+    set_option,
+    unseeded_options,
+)
 from mpq.cli.streams import checked_stdout, open_streams
 from mpq.cli.train import finetune, run, search, train
 from mpq.errors import MpqError
@@ -69,7 +77,7 @@ def main() -> None:
 @click.option("--out", required=True, type=PATH, help="The folder for hyp.trn, ref.trn and metrics.json.")
 @decode_options
 @click.option("--batch-seconds", default=60.0, show_default=True, help="The most padded audio in one batch, seconds.")
-@common_options
+@unseeded_options
 def evaluate(
     checkpoint: Path,
     data: Path,
@@ -116,7 +124,7 @@ def evaluate(
 @main.command()
 @click.argument("path", type=PATH)
 @set_option
-@common_options
+@unseeded_options
 def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, **_: Any) -> None:
     """Show what is in a checkpoint or packed file: layers, shapes, bits, bytes, totals; or what a recipe describes.
 

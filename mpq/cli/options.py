@@ -75,16 +75,23 @@ data_options = _together(
     click.option("--data", required=True, type=PATH, help="The data: a manifest (JSON lines) or Kaldi data directory."),
     channel_options,
 )
-common_options = _together(
-    click.option(
-        "--device", default="auto", show_default=True, help="The device to compute on: auto, cpu or cuda[:N]."
-    ),
-    click.option("--seed", default=0, show_default=True, help="The seed of all random choices."),
-    click.option(
-        "--quiet", is_flag=True, callback=_quiet, help="Show no progress and no messages, except for warnings."
-    ),
-    click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
-)
+
+
+def _common(seed: str) -> Callable[[Any], Any]:
+    return _together(
+        click.option(
+            "--device", default="auto", show_default=True, help="The device to compute on: auto, cpu or cuda[:N]."
+        ),
+        click.option("--seed", default=0, show_default=True, help=seed),
+        click.option(
+            "--quiet", is_flag=True, callback=_quiet, help="Show no progress and no messages, except for warnings."
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout."),
+    )
+
+
+common_options = _common("The seed of all random choices.")
+unseeded_options = _common("Without effect here: this command draws nothing at random.")
 set_option = click.option(
     "--set",
     "overrides",

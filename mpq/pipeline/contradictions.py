@@ -53,6 +53,12 @@ def contradictions(recipe: Recipe) -> list[tuple[str, str]]:
     stages = list(recipe.stages)
     if stages != [stage for stage in STAGES if stage in stages]:
         faults.append(("stages", f"stages: expected each at most once and in the order {', '.join(STAGES)}"))
+    for section, loop in (("train", recipe.train), ("finetune", recipe.finetune)):
+        if loop.patience and loop.select == "last":
+            text = (
+                'the last epoch always counts as best with select = "last", so training would never stop; leave one out'
+            )
+            faults.append((f"{section}.patience {section}.select", f"[{section}] patience: {text}"))
     faults += _training_faults(recipe)
     if "search" in stages:
         faults += _search_faults(recipe)

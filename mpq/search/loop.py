@@ -7,6 +7,7 @@ where the user has a size, STRENGTH times the part by which the expected paramet
 is chosen in the end is the most probable architecture of that size or less.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from mpq.search.supernet import Supernet, module_parameters
 from mpq.speech.augment import generator
 from mpq.training.batch import Batch
 from mpq.training.folder import claim_folder, clean_up
-from mpq.training.loop import Job, TrainingLoop
+from mpq.training.loop import Job, NotFiniteError, TrainingLoop
 from mpq.training.objectives import Objective
 
 ARCHITECTURE_FILE = "architecture.json"
@@ -155,6 +156,12 @@ class ArchitectureSearch(TrainingLoop):
         largest_loss, largest_wer = self.objective.held_out(self.data)
         self.supernet.be_one(shapes)
         loss, wer = self.objective.held_out(self.data)
+        for whose, one in (("supernet", largest_loss), ("architecture found", loss)):
+            if not math.isfinite(one):
+                raise NotFiniteError(
+                    f"the loss of the {whose} on the held-out data is {one}; lower train.learning_rate (that of the "
+                    "supernet) or search.learning_rate, and choose another --out"
+                )
         space, flat = self.supernet.space, [shape for block in shapes for shape in block]
         options = conformer(self.model).options
         chosen = [module_parameters(options.width, width, rank, options.use_bias) for width, rank in flat]

@@ -1,5 +1,6 @@
 """The record of a training: its epochs and its result; and the average of the weights of several epochs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -21,7 +22,8 @@ class EpochResult:
         epoch: The number of the epoch, from 1; epoch 0 of a fine-tuning is the starting weights.
         step: The number of updates so far.
         train_loss: Mean of the losses of its updates, nats a token (in a fine-tuning a mixture); None for epoch 0.
-        dev_loss: Loss on the held-out data, nats a token (in a fine-tuning, the divergence); None without such data.
+        dev_loss: Loss on the held-out data, nats a token (in a fine-tuning, the divergence); None without such data,
+            and where it is not finite.
         dev_wer: WER of greedy search on the held-out data, a fraction; None without such data or their transcripts.
         seconds: Wall-clock time, evaluation included.
     """
@@ -88,9 +90,10 @@ def rank_epochs(epochs: Sequence[EpochResult], select: str) -> list[EpochResult]
     """
     if select == "last":
         return sorted(epochs, key=lambda one: -one.epoch)
+    losses = {one.epoch: math.inf if one.dev_loss is None else one.dev_loss for one in epochs}
     if select == "loss":
-        return sorted(epochs, key=lambda one: (one.dev_loss, one.epoch))
-    return sorted(epochs, key=lambda one: (one.dev_wer, one.dev_loss, one.epoch))
+        return sorted(epochs, key=lambda one: (losses[one.epoch], one.epoch))
+    return sorted(epochs, key=lambda one: (one.dev_wer, losses[one.epoch], one.epoch))
 
 
 def average_weights(paths: Sequence[Path]) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """The loop that trains all weights of a model, whole or as the paths of a supernet, and writes a checkpoint folder."""
 
+import logging
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,8 @@ from mpq.training.objectives import Objective
 from mpq.training.optimization import make_optimizer
 from mpq.training.orthogonal import constrained_factors, semi_orthogonal_step
 from mpq.training.record import TrainingResult, average_weights
+
+_log = logging.getLogger(__name__)
 
 
 class WeightTrainer(TrainingLoop):
@@ -79,12 +83,17 @@ class WeightTrainer(TrainingLoop):
         return ""
 
     def evaluate(self) -> tuple[float | None, float | None]:
-        """Returns loss and WER on the held-out data; None without such data."""
+        """Returns loss and WER on the held-out data; None without such data, and for a loss that is not finite."""
         if self.dev is None:
             return None, None
         if self.sample:
             self.sample(None)
-        return self.objective.held_out(self.dev)
+        loss, wer = self.objective.held_out(self.dev)
+        if math.isfinite(loss):
+            return loss, wer
+        if self.is_chief:
+            _log.warning("after update %d: the loss on the held-out data is %s; it counts as none", self.step, loss)
+        return None, wer
 
     def write_candidate(self, path: Path) -> None:
         write_checkpoint(path, self.model)
@@ -108,7 +117,8 @@ class WeightTrainer(TrainingLoop):
                 self._load_average(epochs)
             loss, wer = self.evaluate()
             score = loss if self.options.select == "loss" or wer is None else wer
-            results.append((score or 0.0, loss, wer, epochs))
+            worst = math.inf if self.dev else 0.0
+            results.append((worst if score is None else score, loss, wer, epochs))
         _, loss, wer, epochs = min(results, key=lambda one: one[0])
         if epochs is not choices[-1]:
             self._load_average(epochs)

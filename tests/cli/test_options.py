@@ -1,5 +1,6 @@
 """Options that several commands share, and how a result is printed."""
 
+import inspect
 import json
 import os
 from dataclasses import dataclass
@@ -9,8 +10,9 @@ from typing import Any
 import click
 import pytest
 from click.testing import CliRunner
-from tiny_cli import fails
+from tiny_cli import fails, run
 
+from mpq.cli.main import main
 from mpq.cli.options import (
     PatternBits,
     Widths,
@@ -108,3 +110,11 @@ def test_a_name_that_is_not_utf8_is_refused_before_the_work(place: str, tmp_path
     fails("evaluate", tiny_archive, "--data", tmp_path, "--out", path, words="the name is not UTF-8; rename the file")
     assert not (tmp_path / "out").exists()
     fails("inspect", tiny_archive, "--set", f"data.dev={name}", words="data.dev=m\\xf6: the name is not UTF-8")
+
+
+def test_a_seed_without_effect_says_so() -> None:
+    for name, command in main.commands.items():
+        has_effect = name not in ("allocate", "evaluate", "inspect")
+        assert ("Without effect here" in run(name, "--help").stdout) is not has_effect, name
+        if not has_effect:
+            assert command.callback is not None and "seed" not in inspect.signature(command.callback).parameters

@@ -114,6 +114,8 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
         (["stages=train"], ['stages: expected a list, got "train"']),
         (["data.dev="], ['[data] dev: expected text that is not empty, got ""']),
         (["data.channel=left"], ["[data] channel: expected text of the form (error|mix|[0-9]+)"]),
+        (["train.select=last", "train.patience=2"], ["[train] patience: the last epoch always counts as best"]),
+        (["finetune.select=last", "finetune.patience=2"], ["[finetune] patience: the last epoch always counts"]),
         (["finetune.select=best"], ["[finetune] select: expected 'wer', 'loss' or 'last', got"]),
         (["augment.snr_db=[1,2,3]"], ["[augment] snr_db: expected 2 items, got [1, 2, 3]"]),
         (["train.betas=[0.9,1]"], ["[train] betas[1]: expected less than 1"]),

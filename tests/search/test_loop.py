@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import math
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,14 @@ def test_losses_of_the_choice_are_those_of_its_models(whole: Path, recipe: Recip
             expected = objectives.Transcripts(model, recipe.train, "error", workers).held_out(data)
             assert (loss, wer) == pytest.approx(expected, rel=1e-5)
     assert found.loss != found.largest_loss
+
+
+def test_a_loss_of_the_choice_that_is_not_finite_is_told(
+    speech: Path, supernet: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(objectives, "held_out_errors", lambda *_: (math.nan, 0.5))
+    with pytest.raises(MpqError, match="the loss of the supernet on the held-out data is nan; lower"):
+        run(search_recipe(speech, search__supernet=supernet, search__epochs=1, search__eta=0.0), tmp_path)
 
 
 def test_the_penalty_decides(speech: Path, supernet: str, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The training of all weights: which epochs are averaged, patience, semi-orthogonal factors, CTC alone."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,27 @@ def test_patience(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         recipe(speech, **PLAIN, train__epochs=9, train__patience=2, train__batch_frames=4000), tmp_path, quiet=True
     )
     assert len(result.epochs) == 4
+
+
+@pytest.mark.parametrize("loss", [math.inf, math.nan])
+def test_a_loss_on_dev_that_is_not_finite_counts_as_none(
+    loss: float, speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    held_out(monkeypatch, (1, 0.4), (loss, 0.4), (3, 0.4), (loss, 0.4))
+    options = recipe(speech, **PLAIN, train__epochs=3, train__average=2, train__batch_frames=4000)
+    result = train(options, tmp_path, quiet=True)
+    assert [one.dev_loss for one in result.epochs] == [1, None, 3] and result.averaged == (1, 3)
+    assert result.dev_loss is None and result.dev_wer == 0.4
+    assert f"the loss on the held-out data is {loss}; it counts as none" in caplog.text
+
+
+def test_an_average_whose_loss_is_not_finite_is_not_taken(
+    speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held_out(monkeypatch, (math.nan, 0.4), (2, 0.4), (1, 0.4), (math.nan, 0.4), (1, 0.4))
+    options = recipe(speech, **PLAIN, train__epochs=3, train__select="loss", train__batch_frames=4000)
+    result = train(options, tmp_path, quiet=True)
+    assert result.averaged == (3,) and result.dev_loss == 1
 
 
 def test_patience_holds_after_an_interruption(speech: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
