@@ -1,5 +1,6 @@
 """`python -m mpq`, and `torchrun ... -m mpq`: the command line."""
 
-from mpq.cli.main import main
+from mpq.cli.start import main
 
-main()
+if __name__ == "__main__":
+    main()

@@ -15,6 +15,8 @@ from typing import Any
 
 from mpq.errors import MpqError
 
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+
 
 def partial_path(path: Path) -> Path:
     """Returns the name under which `path` is written until it is complete."""
@@ -60,12 +62,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise MpqError(f"{path}: cannot be written: {error.strerror or error}") from error
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+        if isinstance(error, MpqError) or (reason := _system_fault(error)) is None:
+            raise
+        raise MpqError(f"{path}: cannot be written: {reason}") from error
+
+
+def _system_fault(error: BaseException) -> str | None:
+    """Returns what the system refused, in its words; None where the error is none of the system's.
+
+    torch.save raises an error of its own after the system's, and safetensors has the system's as text.
+    """
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return os.strerror(int(found[1]))
+    return _system_fault(error.__context__) if error.__context__ else None
 
 
 def make_folder(path: Path) -> None:
@@ -94,6 +107,7 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Writes `value` as indented UTF-8 JSON, atomically. NaN and infinity are refused (a bug in mpq)."""
     text = json.dumps(value, ensure_ascii=False, indent=1, allow_nan=False)
+    text = _HALF_PAIR.sub(lambda half: f"\\u{ord(half[0]):04x}", text)  # a path that is not UTF-8: read back as it is
     pair = r"\[\n\s+([-+.e\d]+),\n\s+([-+.e\d]+)\n\s+\]"
     write_text(path, re.sub(pair, r"[\1, \2]", text) + "\n")  # a point of a curve on one line
 

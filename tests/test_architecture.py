@@ -97,7 +97,9 @@ def test_no_private_parts_of_libraries_are_used() -> None:
                 assert not [name for name in names if is_private(name)], f"{path}:{node.lineno}: {names}"
             if isinstance(node, ast.Attribute) and is_private(node.attr):
                 base = ast.unparse(node.value).split(".")[0]
-                assert base not in imported, f"{path}:{node.lineno}: {ast.unparse(node)}"
+                assert base not in imported or ast.unparse(node) == "os._exit", (
+                    f"{path}:{node.lineno}: {ast.unparse(node)}"
+                )
 
 
 UNTESTED = {

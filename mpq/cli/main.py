@@ -12,7 +12,7 @@ import click
 
 from mpq import __version__
 from mpq.cli.compress import allocate, pack, sensitivity
-from mpq.cli.messages import say, shown_on_stderr
+from mpq.cli.messages import remembered_interrupt, say, shown_on_stderr, system_fault
 from mpq.cli.options import (
     PATH,
     common_options,
@@ -32,10 +32,16 @@ class Cli(click.Group):
 
     def main(self, *args: Any, **options: Any) -> Any:
         try:
-            with open_streams(), shown_on_stderr():
+            with open_streams(), shown_on_stderr(), remembered_interrupt():
                 status = super().main(*args, **{**options, "standalone_mode": False})
         except MpqError as error:
             say(f"mpq: {error}")
+            status = 2
+        except OSError as error:  # whichever function met with it
+            say(f"mpq: {system_fault(error)}")
+            status = 2
+        except MemoryError:
+            say("mpq: not enough memory; give it more, or less to do")
             status = 2
         except click.ClickException as error:
             with suppress(OSError):  # a full stderr

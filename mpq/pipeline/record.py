@@ -4,7 +4,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, model_validator
+from pydantic_core import PydanticCustomError
+
 from mpq.errors import MpqError
+from mpq.faults import JsonObject, Number, Text, checked
 from mpq.files import make_folder, read_json, write_json
 
 RUN_FORMAT = "mpq.run/1"
@@ -55,6 +59,38 @@ class RunResult:
         }
 
 
+class _Started(JsonObject):
+    """What is on record of a stage that was begun."""
+
+    fingerprint: str
+    seconds: Number
+    stopped: Text = ""
+
+
+class _Known(JsonObject):
+    """What is on record of a stage: all of the first four keys where it is done."""
+
+    fingerprint: str | None = None
+    seconds: Number | None = None
+    outputs: dict[str, str] | None = None
+    result: dict[str, Any] | None = None
+    kept: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    started: _Started | None = None
+
+    @model_validator(mode="after")
+    def _is_whole(self) -> "_Known":
+        given = [one is not None for one in (self.fingerprint, self.seconds, self.outputs, self.result)]
+        if any(given) and not all(given):
+            raise PydanticCustomError("whole", "fingerprint, seconds, outputs and result together")
+        return self
+
+
+class _Stages(JsonObject):
+    """`run.json`."""
+
+    stages: dict[str, _Known]
+
+
 class RunRecord:
     """`run.json`: an entry for each stage that was begun.
 
@@ -75,13 +111,12 @@ class RunRecord:
         self._stages: dict[str, dict[str, Any]] = {}
         if path.exists():
             try:
-                self._stages = dict(read_json(path, RUN_FORMAT)["stages"])
-                for known in self._stages.values():
-                    _check(known)
-            except (AttributeError, KeyError, TypeError, ValueError) as error:
+                checked(_Stages, raw := read_json(path, RUN_FORMAT), path)
+            except MpqError as error:
                 raise MpqError(
-                    f"{path}: not as mpq run wrote it ({error!r}); delete it, and finished stages are redone"
+                    f"{error}: not as mpq run wrote it; delete the file, and finished stages are redone"
                 ) from None
+            self._stages = raw["stages"]
 
     def of(self, stage: str) -> dict[str, Any]:
         """Returns the entry of a stage; an empty one if it was never begun."""
@@ -93,12 +128,3 @@ class RunRecord:
         stages = {name: one for name, one in self._stages.items() if one}
         make_folder(self.path.parent)
         write_json(self.path, {"format": RUN_FORMAT, "stages": stages})
-
-
-def _check(known: dict[str, Any]) -> None:
-    """Raises KeyError, TypeError or ValueError if an entry is not as `RunRecord` writes it."""
-    dict(known.get("kept", {}))
-    if "started" in known:
-        float(known["started"]["seconds"]), str(known["started"]["fingerprint"])
-    if "fingerprint" in known:
-        float(known["seconds"]), dict(known["outputs"]), dict(known["result"])

@@ -76,6 +76,10 @@ class TrainingLog:
     def _write(self, entry: dict[str, Any]) -> int:
         if not self.is_writing:
             return 0
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
-            return file.tell()
+        try:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+                file.flush()
+                return file.tell()
+        except OSError as error:
+            raise MpqError(f"{self.path}: cannot be written: {error.strerror}") from error

@@ -20,8 +20,8 @@ def write_state(out: Path, state: dict[str, Any]) -> None:
         state: A dictionary with at least "batch", the place of the next batch in its epoch, and "processes", the number
             of processes that share the batches.
     """
-    with atomic_path(out / STATE_FILE) as temporary:
-        torch.save(state, temporary)
+    with atomic_path(out / STATE_FILE) as temporary, open(temporary, "wb") as file:
+        torch.save(state, file)  # given a path, it would not say why it cannot write
 
 
 def read_state(out: Path, device: torch.device, processes: int) -> dict[str, Any] | None:

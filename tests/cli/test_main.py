@@ -245,3 +245,10 @@ def test_devices_and_pipes_are_refused_at_once(tiny_archive: Path, tmp_path: Pat
             fails(*arguments, words=f"{special}: a device or a pipe; expected a file")
     done = run("evaluate", tiny_archive, "--data", tmp_path / "data.jsonl", "--out", tmp_path / "out")
     assert done.exit_code == 2 and "pipe: a device or a pipe" in done.stderr
+
+
+def test_what_the_system_refuses_is_one_line(tmp_path: Path) -> None:
+    for length in (300, 5000):  # above NAME_MAX, above PATH_MAX
+        fails("inspect", "x" * length, words="File name too long; give a shorter name")
+        fails("evaluate", "x" * length, "--data", "x", "--out", tmp_path / "out", words="File name too long")
+    assert not list(tmp_path.iterdir())

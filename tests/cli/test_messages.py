@@ -2,6 +2,7 @@
 
 import io
 import logging
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from click.testing import CliRunner, Result
 
 from mpq.cli import messages
 from mpq.cli.main import main
-from mpq.cli.messages import shown_on_stderr
+from mpq.cli.messages import remembered_interrupt, shown_on_stderr
 from mpq.progress import progress
 
 logger = logging.getLogger("mpq.some.module")
@@ -86,3 +87,15 @@ def test_where_there_is_no_terminal_a_line_says_what_is_left(
             advance(1)
     assert capsys.readouterr().err == "packing: 2/4 layers, 40 s left\n"
     assert messages._SECONDS_BETWEEN_LINES == 30
+
+
+@pytest.mark.parametrize("becomes", [None, ImportError, RecursionError])
+def test_an_interrupt_counts_whatever_becomes_of_its_exception(becomes: type[Exception] | None) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), remembered_interrupt():
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt:  # as a module that is being imported may do
+            if becomes:
+                raise becomes from None
+    assert signal.getsignal(signal.SIGINT) == before

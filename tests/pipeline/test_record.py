@@ -34,14 +34,16 @@ def test_it_is_read_as_it_was_written(tmp_path: Path) -> None:
         {"train": {"started": {"fingerprint": "f"}}},
         {"train": {"kept": 1}},
         {"train": {key: value for key, value in DONE.items() if key != "outputs"}},
-        {"train": DONE | {"seconds": "long"}},
+        *(
+            {"train": DONE | spoilt}
+            for spoilt in ({"seconds": "nan"}, {"seconds": [1]}, {"outputs": {"x": 3}}, {"result": []}, {"kept": [1]})
+        ),
     ],
 )
 def test_what_mpq_run_did_not_write_is_refused(stages: Any, tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text(json.dumps({"format": "mpq.run/1", "stages": stages}))
-    with pytest.raises(
-        MpqError, match=r"run\.json: not as mpq run wrote it .*delete it, and finished stages are redone"
-    ):
+    words = r"run\.json: .*: not as mpq run wrote it; delete the file, and finished stages are redone"
+    with pytest.raises(MpqError, match=words):
         RunRecord(tmp_path / "run.json")
 
 

@@ -7,6 +7,7 @@ import pytest
 from tiny_training import assert_same, dropping, log_of, speech, updates, whole, with_options
 
 from mpq.config import Recipe
+from mpq.errors import MpqError
 from mpq.training.log import TrainingLog
 from mpq.training.record import EpochResult, TrainingResult
 from mpq.training.run import train
@@ -20,6 +21,13 @@ def test_a_log_that_is_shorter_than_the_state_says_gets_no_zeros(tmp_path: Path)
     with log.opened(size=500, step=40):
         log.add_update(41, 1, {"loss": 1.0})
     assert [line.get("step") for line in log_of(tmp_path)] == [1, 41]
+
+
+def test_a_log_on_a_full_disk_says_so(tmp_path: Path) -> None:
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    log = TrainingLog(tmp_path, 1, is_writing=True, quiet=True, tensorboard=False)
+    with pytest.raises(MpqError, match=r"log\.jsonl: cannot be written: No space left on device"):
+        log.add_update(1, 1, {"loss": 1.0})
 
 
 def test_a_reader_process_and_tensorboard_change_no_loss(dropping: Recipe, whole: Path, tmp_path: Path) -> None:
