@@ -43,6 +43,8 @@ def checked_stdout() -> Iterator[None]:
         yield
         sys.stdout.flush()
     except OSError as error:
+        if error.filename is not None:  # a file's
+            raise
         try:
             print(flush=True)  # fails again if it was stdout that failed
         except OSError:
