@@ -60,7 +60,6 @@ def changed(file: Path, path: Path, change: Any = None, tensors: Any = None, met
 
     with safe_open(file, framework="pt") as opened:
         record = json.loads(opened.metadata()["mpq"])
-    del record["sha256"]  # as of a file that was written before there was one
     state = load_file(file)
     if change:
         change(record)
@@ -85,18 +84,6 @@ def test_a_file_that_was_cut(kept: float, file: Path, tmp_path: Path) -> None:
     data = file.read_bytes()
     (tmp_path / "cut").write_bytes(data[: kept if isinstance(kept, int) else int(kept * len(data))])
     refused(tmp_path / "cut", "not a whole checkpoint of mpq")
-
-
-def test_a_flipped_bit_in_the_weights_is_noticed(file: Path, tmp_path: Path) -> None:
-    data = bytearray(file.read_bytes())
-    data[-100] ^= 1
-    (tmp_path / "flipped").write_bytes(data)
-    refused(tmp_path / "flipped", "does not match its checksum")
-
-
-def test_a_file_without_a_checksum_is_read(file: Path, tmp_path: Path) -> None:
-    old = read_checkpoint(changed(file, tmp_path / "old")).state_dict()
-    assert all(tensor.equal(old[name]) for name, tensor in read_checkpoint(file).state_dict().items())
 
 
 def test_another_version(file: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from mpq.files import sha256_file
 from mpq.loading import load_model
 from mpq.models.base import AsrModel
 from mpq.search.importance import unit_importance
-from mpq.search.start import Start, largest_model, search_start, statistics_source
+from mpq.search.start import Start, largest_model, search_start
 from mpq.sensitivity.calibration import draw, one_by_one
 from mpq.sensitivity.statistics import input_grams
 
@@ -88,8 +88,8 @@ def test_a_target_is_a_number_of_parameters(millions: float | None, expected: in
 
 
 def test_statistics_are_of_the_calibration_audio(speech: Path) -> None:
-    assert statistics_source(search_recipe(speech)) == speech / "train.jsonl"
-    assert statistics_source(search_recipe(speech, data__calibration="dev.jsonl")) == speech / "dev.jsonl"
+    assert search_recipe(speech).calibration() == "train.jsonl"
+    assert search_recipe(speech, data__calibration="dev.jsonl").calibration() == "dev.jsonl"
 
 
 def test_what_cannot_be_searched_is_refused(speech: Path) -> None:
