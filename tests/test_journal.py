@@ -101,7 +101,7 @@ def many(tmp_path_factory: pytest.TempPathFactory, tiny_manifest: Path) -> Path:
     return manifest
 
 
-@pytest.mark.parametrize("method", ["kl", "fisher"])
+@pytest.mark.parametrize("method", ["kl", pytest.param("fisher", marks=pytest.mark.slow)])
 def test_kill_in_the_middle_of_sensitivity(
     method: str, tmp_path: Path, deeper_archive: Path, tiny_manifest: Path, many: Path
 ) -> None:

@@ -3,7 +3,7 @@
 import json
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,14 @@ def train_as_process(rank: int, port: int, path: Path, out: Path, stop_at: int |
 
 class CrashError(Exception):
     """What the tests raise in the middle of things."""
+
+
+def some_always(names: Iterable[Any], always: Container[Any]) -> list[Any]:
+    """Returns the parameters of a test: those in `always`, and the others for the run of the slow tests alone."""
+    return [
+        pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=() if one in always else pytest.mark.slow)
+        for one in names
+    ]
 
 
 def fails_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch, after: bool = False) -> None:

@@ -36,11 +36,10 @@ def write(path: Path, bits: dict[str, int], weight_format: WeightFormat) -> int:
 def storages() -> list[WeightFormat]:
     return [
         WeightFormat(QuantSpec(8, scheme, granularity, "none", scale_dtype=scale_dtype), rest_dtype)
-        for scheme, granularity, scale_dtype, rest_dtype in itertools.product(
+        for scheme, granularity, (scale_dtype, rest_dtype) in itertools.product(
             ("symmetric", "asymmetric", "mulaw"),
             ("tensor", "channel", "group:16", "group:5"),
-            ("float16", "float32"),
-            ("float16", "float32"),
+            (("float16", "float32"), ("float32", "float16")),
         )
     ]
 

@@ -16,6 +16,7 @@ from tiny_finetune import (
     with_data,
     write_allocation,
 )
+from tiny_training import some_always
 
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
@@ -108,7 +109,10 @@ POINTS = {
 }
 
 
-@pytest.mark.parametrize("point", POINTS)
+@pytest.mark.parametrize(
+    "point",
+    some_always(POINTS, ("inside an update", "between a candidate and the state", "between artifact and result")),
+)
 def test_a_killed_fine_tuning_ends_as_if_it_had_not_been(
     point: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -121,7 +125,7 @@ def test_a_killed_fine_tuning_ends_as_if_it_had_not_been(
     assert_same_training(out, case.whole)
 
 
-@pytest.mark.parametrize("name", ["mulaw", "learned", "frozen"])
+@pytest.mark.parametrize("name", some_always(["mulaw", "learned", "frozen"], ["learned"]))
 def test_a_killed_fine_tuning_of_another_kind(
     name: str, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +140,10 @@ def test_a_killed_fine_tuning_of_another_kind(
     assert_same_training(out, case.whole)
 
 
-@pytest.mark.parametrize(("name", "number"), [*((name, signal.SIGTERM) for name in CASES), ("frozen", signal.SIGINT)])
+@pytest.mark.parametrize(
+    ("name", "number"),
+    some_always([*((name, signal.SIGTERM) for name in CASES), ("frozen", signal.SIGINT)], [("frozen", signal.SIGINT)]),
+)
 def test_a_stopped_fine_tuning_goes_on(
     name: str, number: int, cases: dict[str, Case], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

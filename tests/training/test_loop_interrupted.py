@@ -17,6 +17,7 @@ from tiny_training import (
     environment,
     fails_at,
     recipe,
+    some_always,
     speech,
     updates,
     whole,
@@ -53,7 +54,10 @@ POINTS = {
 
 @pytest.mark.parametrize(
     ("point", "save_minutes"),
-    [*((point, 1e-9) for point in POINTS), ("inside an update", 10.0), ("between dev and the log", 10.0)],
+    some_always(
+        [*((point, 1e-9) for point in POINTS), ("inside an update", 10.0), ("between dev and the log", 10.0)],
+        [("inside an update", 1e-9), ("between a candidate and the state", 1e-9), ("between dev and the log", 10.0)],
+    ),
 )
 def test_an_interrupted_training_ends_as_if_it_had_not_been(
     point: str, save_minutes: float, dropping: Recipe, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
