@@ -23,7 +23,15 @@ def test_one_budget_equals_brute_force(options: Options, budget: int) -> None:
 
 
 @pytest.mark.parametrize("share", [0.05, 0.4, 0.9])
-@pytest.mark.parametrize("kind, layers", [("falling", 60), ("random", 60), ("repeated", 60), ("proportional", 7)])
+@pytest.mark.parametrize(
+    "kind, layers",
+    [
+        ("falling", 60),
+        ("random", 60),
+        ("repeated", 60),
+        pytest.param("proportional", 7, marks=pytest.mark.slow),
+    ],  # the last: 10 s
+)
 def test_one_budget_equals_milp(kind: str, layers: int, share: float) -> None:
     for seed in range(3):
         options = random_options(seed, layers, 6, kind)

@@ -29,7 +29,9 @@ def shell(arguments: list[str], redirect: str, **environment: str) -> tuple[int,
     return done.returncode, done.stdout.decode(), done.stderr.decode()
 
 
-@pytest.mark.parametrize(("encoding", "shown"), [("ascii", "caf? ??"), ("latin-1", None)])
+@pytest.mark.parametrize(
+    ("encoding", "shown"), [("ascii", "caf? ??"), pytest.param("latin-1", None, marks=pytest.mark.slow)]
+)
 def test_characters_that_the_encoding_lacks_are_replaced(compare: list[str], encoding: str, shown: str | None) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "mpq", *compare],
@@ -42,7 +44,7 @@ def test_characters_that_the_encoding_lacks_are_replaced(compare: list[str], enc
     assert code == 0 and "\\u4f60" in stdout  # JSON says all of it in any encoding
 
 
-@pytest.mark.parametrize("is_unbuffered", ["", "1"])
+@pytest.mark.parametrize("is_unbuffered", ["", pytest.param("1", marks=pytest.mark.slow)])
 def test_a_full_stdout_is_one_line(compare: list[str], is_unbuffered: str) -> None:
     for arguments in (compare, [*compare, "--json"], ["--help"], ["compare", "--help"]):
         code, stdout, stderr = shell(arguments, ">/dev/full", PYTHONUNBUFFERED=is_unbuffered)

@@ -149,7 +149,7 @@ def test_allocations_that_do_not_go_together(three: list[Path], speech: Path, tm
 # ---- several processes
 
 
-@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("count", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_processes_have_the_losses_of_one(count: int, three: list[Path], speech: Path, tmp_path: Path) -> None:
     """With a running average; utterances without a transcript, so that the shares are uneven."""
     lines = (speech / "train.jsonl").read_text().splitlines()

@@ -135,9 +135,9 @@ def test_another_penalty_keeps_what_does_not_depend_on_it(
 @pytest.mark.parametrize(
     ("option", "trained"),
     [
-        ("search.supernet_epochs=1", ["supernet", "search"]),
+        pytest.param("search.supernet_epochs=1", ["supernet", "search"], marks=pytest.mark.slow),
         ("search.ffn_width=[4,32]", ["supernet", "search"]),
-        ("search.final_epochs=1", ["search"]),
+        pytest.param("search.final_epochs=1", ["search"], marks=pytest.mark.slow),
         ("search.held_out=one.jsonl", ["search"]),
     ],
 )
@@ -162,7 +162,7 @@ def test_other_data_are_searched_anew(tiny: Path, whole: Path, from_trained: Pat
     assert actions(tiny, from_trained, *TRAINED, calibration, "--dry-run") == changed(("search", *AFTER_SEARCH))
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "search.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", pytest.param("search.json", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("is_gone", [True, False])
 def test_a_result_that_is_gone_or_changed_is_made_again(
     name: str, is_gone: bool, tiny: Path, whole: Path, finished: Path

@@ -302,6 +302,7 @@ def test_a_model_of_ctc_alone(speech: Path, tmp_path: Path) -> None:
     assert one.training.fingerprint == json.loads((tmp_path / "transcripts/training.json").read_text())["fingerprint"]
 
 
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(speech: Path, tmp_path: Path) -> None:
     options = {"model__dropout": 0.0, "search__epochs": 4, "train__batch_frames": 700, "train__accumulate": 2}
     path = write_search(speech / "two.toml", **options)
