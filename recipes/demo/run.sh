@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a machine with only Python to a compressed speech recogniser: makes .venv, installs mpq, speaks a small synthetic
-# corpus, trains a Conformer on it, compresses it and tests what that costs. About ten minutes on two CPU cores.
+# corpus, trains a Conformer on it, compresses it and tests what that costs. Six to ten minutes on two CPU cores.
 #   recipes/demo/run.sh [OUT]        (OUT is runs/demo; a second call goes on where the first one stopped)
 set -euo pipefail
 here=$(cd "$(dirname "$0")/../.." && pwd)
