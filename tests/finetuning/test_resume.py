@@ -16,7 +16,7 @@ from tiny_finetune import (
     with_data,
     write_allocation,
 )
-from tiny_training import some_always
+from tiny_training import CrashError, fails_at, some_always
 
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
@@ -44,27 +44,6 @@ CASES: dict[str, tuple[tuple[int, ...], WeightFormat, dict[str, Any]]] = {
     ),
     "frozen": ((2,), NEAREST, {"scales": "frozen", "select": "wer", "schedule": "linear", "warmup_steps": 0}),
 }  # fmt: skip
-
-
-class CrashError(Exception):
-    """What the tests raise in the middle of things."""
-
-
-def fails_at(owner: Any, name: str, call: int, patch: pytest.MonkeyPatch, after: bool) -> None:
-    """Lets a function fail at its n-th call, before or after it has done its work."""
-    function, calls = getattr(owner, name), 0
-
-    def failing(*arguments: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call and not after:
-            raise CrashError
-        result = function(*arguments, **options)
-        if calls == call:
-            raise CrashError
-        return result
-
-    patch.setattr(owner, name, failing)
 
 
 class Case:
