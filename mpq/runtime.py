@@ -39,6 +39,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Has torch add up in one order for a while, whatever the number of threads is: that of one thread."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def keep_freed_memory() -> bool:
     """Has the C library keep freed memory for the next step of a training; returns whether it does.
 

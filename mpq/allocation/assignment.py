@@ -31,12 +31,13 @@ class Assignment:
     Attributes:
         bits: {weight name: width} of every weight.
         weight_format: The quantizer, and how weights are stored.
-        size_bytes: The size of the packed file.
+        size_bytes: The size of the packed file; the most where layers are entropy-coded, and None there if nothing was
+            promised.
     """
 
-    bits: dict[str, int]
+    bits: dict[str, float]
     weight_format: WeightFormat
-    size_bytes: int
+    size_bytes: int | None
 
     @property
     def needs_statistics(self) -> bool:
@@ -62,7 +63,7 @@ def assign(
     if allocation.model.get("sha256", sha256) != sha256:
         raise MpqError(f"{checkpoint}: the allocation was made for another checkpoint, {allocation.model.get('path')}")
     size = planned_bytes(model, allocation.bits, weight_format)
-    if abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
+    if size is None or abs(size - allocation.predicted_bytes) <= HEADER_SLACK:
         size = allocation.predicted_bytes  # as promised, also where another version of the compressor made the promise
     if size > allocation.target_bytes:
         raise MpqError(
@@ -73,14 +74,16 @@ def assign(
     return Assignment(dict(allocation.bits), weight_format, size)
 
 
-def planned_bytes(model: AsrModel, bits: Mapping[str, int], weight_format: WeightFormat) -> int:
-    """Returns the size of the packed file of a model with these widths.
+def planned_bytes(model: AsrModel, bits: Mapping[str, float], weight_format: WeightFormat) -> int | None:
+    """Returns the size of the packed file of a model with these widths; None where it depends on the codes.
 
     Raises:
         MpqError: `bits` has missing or unknown names.
     """
     refs = model.weights()
     check_names(refs, bits)
+    if weight_format.spec.record.is_entropy_coded:
+        return None
     return fixed_bytes(model, weight_format) + sum(
         layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in refs
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from mpq.errors import MpqError
-from mpq.quantization.spec import FLOAT_BITS, MAX_BITS, MIN_BITS
+from mpq.quantization.spec import FLOAT_BITS, QuantSpec, is_width, widths_of
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 
 
@@ -26,7 +26,7 @@ class Constraints:
             to the groups of the table.
     """
 
-    keep: Mapping[str, int] = field(default_factory=dict)
+    keep: Mapping[str, float] = field(default_factory=dict)
     exclude: Sequence[str] = ()
     tie: Sequence[str] = ()
 
@@ -47,7 +47,7 @@ class Decision:
     """
 
     layers: tuple[int, ...]
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     size_bytes: tuple[int, ...]
     cost: tuple[float, ...]
     code_bits: tuple[int, ...]
@@ -80,12 +80,13 @@ def list_decisions(table: SensitivityTable, constraints: Constraints) -> list[De
     return decisions
 
 
-def _floors(table: SensitivityTable, names: Sequence[str], keep: Mapping[str, int]) -> list[int]:
+def _floors(table: SensitivityTable, names: Sequence[str], keep: Mapping[str, float]) -> list[float]:
     """Returns the least width that `keep` allows each layer, 0 where it says nothing."""
-    floors = [0] * len(names)
+    floors = [0.0] * len(names)
+    scheme = table.quantizer.get("scheme", QuantSpec.scheme)
     for pattern, bits in keep.items():
-        if isinstance(bits, bool) or not isinstance(bits, int) or not MIN_BITS <= bits <= MAX_BITS:
-            raise MpqError(f"keep {pattern}={bits}: expected whole bits from {MIN_BITS} to {MAX_BITS}")
+        if not is_width(bits, scheme):
+            raise MpqError(f"keep {pattern}={bits}: expected {widths_of(scheme)}")
         if bits > max(table.bits):
             raise MpqError(f"keep {pattern}={bits}: the widths that were measured end at {max(table.bits)}")
         for index in _matches(names, pattern, "keep"):
@@ -94,21 +95,21 @@ def _floors(table: SensitivityTable, names: Sequence[str], keep: Mapping[str, in
 
 
 def _exclusions(
-    table: SensitivityTable, names: Sequence[str], exclude: Sequence[str], floors: Sequence[int]
+    table: SensitivityTable, names: Sequence[str], exclude: Sequence[str], floors: Sequence[float]
 ) -> set[int]:
     """Returns the layers that `exclude` leaves unquantized."""
     excluded: set[int] = set()
     for pattern in exclude:
         for index in _matches(names, pattern, "exclude"):
             if floors[index]:
-                raise MpqError(f"exclude {pattern}: {names[index]} has a floor of {floors[index]} bits from keep")
+                raise MpqError(f"exclude {pattern}: {names[index]} has a floor of {floors[index]:g} bits from keep")
             if table.layers[index].float_bytes is None:
                 raise MpqError(f"exclude {pattern}: {names[index]} has no float_bytes in the sensitivity file")
             excluded.add(index)
     return excluded
 
 
-def _tied(table: SensitivityTable, members: Sequence[int], floor: int) -> Decision:
+def _tied(table: SensitivityTable, members: Sequence[int], floor: float) -> Decision:
     """Returns the decision about layers that share a width of at least `floor` bits."""
     layers = [table.layers[index] for index in members]
     widths = tuple(bits for bits in table.bits if bits >= floor)
@@ -117,7 +118,7 @@ def _tied(table: SensitivityTable, members: Sequence[int], floor: int) -> Decisi
         bits=widths,
         size_bytes=tuple(sum(layer.size_bytes[bits] for layer in layers) for bits in widths),
         cost=tuple(math.fsum(layer.kl[bits] for layer in layers) for bits in widths),
-        code_bits=tuple(sum(layer.numel * bits for layer in layers) for bits in widths),
+        code_bits=tuple(sum(math.ceil(layer.numel * bits) for layer in layers) for bits in widths),
     )
 
 

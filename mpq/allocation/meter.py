@@ -27,8 +27,8 @@ Point = tuple[int, float, float]
 
 
 def rounded_weights(
-    model: AsrModel, weight_format: WeightFormat, widths: Sequence[int], grams: Mapping[str, Tensor], quiet: bool
-) -> dict[str, dict[int, Tensor]]:
+    model: AsrModel, weight_format: WeightFormat, widths: Sequence[float], grams: Mapping[str, Tensor], quiet: bool
+) -> dict[str, dict[float, Tensor]]:
     """Returns {weight name: {bits: the weight that the packed file gives back}}, unquantized ones at 16 and 32 bits.
 
     They take 4 bytes x widths for each weight.
@@ -41,7 +41,7 @@ def rounded_weights(
         quiet: Show no progress.
     """
     state, refs = model.state_dict(), model.weights()
-    found: dict[str, dict[int, Tensor]] = {}
+    found: dict[str, dict[float, Tensor]] = {}
     with progress("rounding", len(refs), quiet, "layers") as advance:
         for ref in refs:
             weight = state[ref.name].clone()
@@ -78,23 +78,23 @@ class Meter:
     def __init__(
         self,
         joint: JointDivergence,
-        weights: Mapping[str, Mapping[int, Tensor]],
+        weights: Mapping[str, Mapping[float, Tensor]],
         journal: Journal | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.joint, self.weights, self.journal, self.clock = joint, weights, journal, clock
-        self.bits: dict[str, int] = {}  # of the model as it is now
+        self.bits: dict[str, float] = {}  # of the model as it is now
         self.known: dict[str, Tensor] = {}
         self.seconds = 0.0
         for entry in journal.read() if journal else ():
             self.known[entry["key"]] = torch.tensor(entry["kl"], dtype=torch.float64)
             self.seconds += entry["seconds"]
 
-    def is_known(self, bits: Mapping[str, int]) -> bool:
+    def is_known(self, bits: Mapping[str, float]) -> bool:
         """Returns whether the model with these widths was measured already, so that it takes no time."""
         return _key(bits) in self.known
 
-    def kl(self, bits: Mapping[str, int]) -> Tensor:
+    def kl(self, bits: Mapping[str, float]) -> Tensor:
         """Returns the (utterances,) divergences, summed over rows, of the model with these widths."""
         key = _key(bits)
         if key not in self.known:
@@ -106,7 +106,7 @@ class Meter:
                 self.journal.append({"key": key, "kl": self.known[key].tolist(), "seconds": seconds})
         return self.known[key]
 
-    def move_to(self, bits: Mapping[str, int]) -> None:
+    def move_to(self, bits: Mapping[str, float]) -> None:
         """Makes these the widths that others are measured from."""
         self.joint.change(self._changes(bits))
         self.bits = dict(bits)
@@ -119,9 +119,9 @@ class Meter:
         """Returns the size of an allocation and its divergences, predicted and measured."""
         return allocation.predicted_bytes, allocation.predicted_kl, self.per_frame(self.kl(allocation.bits))
 
-    def _changes(self, bits: Mapping[str, int]) -> dict[str, Tensor]:
+    def _changes(self, bits: Mapping[str, float]) -> dict[str, Tensor]:
         return {name: self.weights[name][width] for name, width in bits.items() if self.bits.get(name) != width}
 
 
-def _key(bits: Mapping[str, int]) -> str:
+def _key(bits: Mapping[str, float]) -> str:
     return hashlib.sha256(json.dumps(sorted(bits.items())).encode()).hexdigest()

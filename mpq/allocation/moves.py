@@ -137,7 +137,7 @@ class _Search:
             result[index] += step
         return result
 
-    def bits(self, *moves: Move) -> dict[str, int]:
+    def bits(self, *moves: Move) -> dict[str, float]:
         """Returns {layer name: bits} after some moves."""
         return chosen_bits(self.table, self.decisions, self.moved(*moves))
 

@@ -4,6 +4,7 @@ The divergence of the file's output is measured, with all layers quantized toget
 have not seen: sums of one-layer divergences say little about it (docs/rounding.md).
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -95,7 +96,7 @@ def pack(
     checkpoint: Path,
     out: Path,
     allocation: Allocation | None = None,
-    bits: int | None = None,
+    bits: float | None = None,
     options: Mapping[str, Any] | None = None,
     device: str = "auto",
     *,
@@ -146,16 +147,17 @@ def pack(
     if assigned.needs_statistics:
         grams = recalled_statistics(model, sha256, drawn, allocation, weight_format, note, out, quiet)
     with progress("packing", len(assigned.bits), quiet, "layers") as advance:
-        write_artifact(out, model, assigned.bits, weight_format, assigned.size_bytes, grams, advance)
+        size = write_artifact(out, model, assigned.bits, weight_format, assigned.size_bytes, grams, advance)
     measured = (None, note) if drawn is None else _measured(model, out, drawn, allocation, held_out_seconds)
     rounded = [name for name, width in assigned.bits.items() if width not in FLOAT_BITS]
     missed = unreached(rounded, weight_format, grams)
-    return replace(_result(model, out, assigned, allocation, *measured), unreached=missed)
+    return replace(_result(model, out, size, assigned, allocation, *measured), unreached=missed)
 
 
 def _result(
     model: AsrModel,
     out: Path,
+    size_bytes: int,
     assigned: Assignment,
     allocation: Allocation | None,
     measured_kl: float | None,
@@ -168,10 +170,10 @@ def _result(
     rest_bits = assigned.weight_format.float_bits * (parameters - weights)
     return PackResult(
         path=out,
-        size_bytes=assigned.size_bytes,
+        size_bytes=size_bytes,
         predicted_bytes=allocation.predicted_bytes if allocation else None,
         target_bytes=allocation.target_bytes if allocation else None,
-        nominal_bytes=-(-(code_bits + rest_bits) // 8),
+        nominal_bytes=math.ceil((code_bits + rest_bits) / 8),
         float_bytes=4 * parameters,
         average_bits=code_bits / weights,
         rounding=assigned.weight_format.spec.rounding,
@@ -182,11 +184,13 @@ def _result(
 
 
 def _weight_format(
-    allocation: Allocation | None, bits: int | None, options: dict[str, Any], data: Path | None
+    allocation: Allocation | None, bits: float | None, options: dict[str, Any], data: Path | None
 ) -> WeightFormat:
     """Returns the quantizer: that of the allocation, or without one that of the options."""
     if allocation is None:
-        return WeightFormat.from_options(options, has_data=bool(data and bits))
+        weight_format = WeightFormat.from_options(options, has_data=bool(data and bits))
+        replace(weight_format.spec, bits=8 if bits is None else bits)  # refuses other widths
+        return weight_format
     for key, value in options.items():
         if key in allocation.quantizer and allocation.quantizer[key] != value:
             raise MpqError(

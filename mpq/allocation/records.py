@@ -11,9 +11,10 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, Strict, field_validator
 from pydantic_core import PydanticCustomError
 
+from mpq.errors import MpqError
 from mpq.faults import Count, JsonObject, Number, Text, check_different, checked
 from mpq.files import read_json, write_json
-from mpq.quantization.spec import FLOAT_BITS, MAX_BITS, MIN_BITS
+from mpq.quantization.spec import FLOAT_BITS, QuantSpec, as_width, is_width, widths_of
 
 ALLOCATION_FORMAT = "mpq.allocation/1"
 
@@ -39,7 +40,7 @@ class Allocation:
             audio that decided on them, which is not that of measured_kl; empty if it was not refined.
     """
 
-    bits: dict[str, int]
+    bits: dict[str, float]
     target_bytes: int
     predicted_bytes: int
     predicted_kl: float
@@ -84,8 +85,14 @@ class Allocation:
     def load(cls, path: Path) -> "Allocation":
         """Reads and validates a file; raises MpqError that names the file, the key and what was expected."""
         file = checked(_File, read_json(path, ALLOCATION_FORMAT), path)
+        bits = {layer.name: as_width(layer.bits) for layer in file.layers}
+        scheme = file.quantizer.get("scheme", QuantSpec.scheme)
+        for index, width in enumerate(bits.values()):
+            if width not in FLOAT_BITS and not is_width(width, scheme):
+                expected = f"{widths_of(scheme)}, or {' or '.join(map(str, FLOAT_BITS))}"
+                raise MpqError(f"{path}: layers[{index}].bits: expected {expected}, got {width}")
         return cls(
-            bits={layer.name: layer.bits for layer in file.layers},
+            bits=bits,
             target_bytes=file.target_bytes,
             predicted_bytes=file.predicted_bytes,
             predicted_kl=file.predicted_kl,
@@ -104,13 +111,6 @@ class Allocation:
         )
 
 
-def _a_width(bits: int) -> int:
-    if not MIN_BITS <= bits <= MAX_BITS and bits not in FLOAT_BITS:
-        floats = " or ".join(map(str, FLOAT_BITS))
-        raise PydanticCustomError("width", f"a whole number from {MIN_BITS} to {MAX_BITS}, or {floats}")
-    return bits
-
-
 def _a_refinement(refinement: dict[str, Any]) -> dict[str, Any]:
     seconds = refinement.get("max_seconds")
     if refinement and (isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 < seconds < math.inf):
@@ -122,7 +122,7 @@ class _Layer(JsonObject):
     """An entry of "layers"."""
 
     name: Text
-    bits: Annotated[int, AfterValidator(_a_width)]
+    bits: Number
 
 
 class _File(JsonObject):

@@ -117,7 +117,7 @@ def _check_model(opened: OpenedModel, table: SensitivityTable) -> None:
 
 def _rounded(
     opened: OpenedModel, table: SensitivityTable, seen: CalibrationData, quiet: bool
-) -> dict[str, dict[int, Tensor]]:
+) -> dict[str, dict[float, Tensor]]:
     """Returns all weights at all widths of the table, as `rounded_weights`."""
     weight_format = WeightFormat.from_json(table.quantizer)
     grams = input_statistics(opened.model, opened.sha256, seen, weight_format, quiet)

@@ -36,7 +36,7 @@ def allocate(
     target_ratio: float | None = None,
     average_bits: float | None = None,
     max_divergence: float | None = None,
-    keep: Mapping[str, int] | None = None,
+    keep: Mapping[str, float] | None = None,
     exclude: Sequence[str] = (),
     tie: Sequence[str] = (),
     whole_frontier: bool = False,
@@ -225,14 +225,14 @@ def totals(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequ
     return size, math.fsum(decision.cost[choice] for decision, choice in pairs)
 
 
-def chosen_bits(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequence[int]) -> dict[str, int]:
+def chosen_bits(table: SensitivityTable, decisions: Sequence[Decision], choices: Sequence[int]) -> dict[str, float]:
     """Returns {layer name: bits} of a choice, in the table's order."""
     pairs = zip(decisions, choices, strict=True)
     bits = {index: decision.bits[choice] for decision, choice in pairs for index in decision.layers}
     return {layer.name: bits[index] for index, layer in enumerate(table.layers)}
 
 
-def weighted_average(table: SensitivityTable, bits: Mapping[str, int]) -> float:
+def weighted_average(table: SensitivityTable, bits: Mapping[str, float]) -> float:
     """Returns the code bits per weight."""
     return sum(bits[layer.name] * layer.numel for layer in table.layers) / sum(layer.numel for layer in table.layers)
 

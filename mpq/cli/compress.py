@@ -23,12 +23,21 @@ from mpq.cli.options import (
 )
 from mpq.config.types import Output, ScoreMethod
 from mpq.errors import MpqError
+from mpq.quantization.spec import MAX_BITS, MIN_RATE, RATES, as_width, scheme_and_widths
 
 
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @data_options
-@click.option("--bits", required=True, type=Widths(), help="Bit-widths to measure, 1 to 8.")
+@click.option(
+    "--bits", type=Widths("2,3,4,..."), help="Bit-widths to measure, 1 to 8, of codes that all take so many bits."
+)
+@click.option(
+    "--rates",
+    type=Widths("1.4,1.8,..."),
+    help=f"Nominal rates to measure, {MIN_RATE} to {MAX_BITS} bits a weight, of codes that are entropy-coded. "
+    f"Default, unless --bits are given: {', '.join(map(str, RATES[:3]))} ... {RATES[-1]}.",
+)
 @click.option("--out", required=True, type=PATH, help="The mpq.sensitivity/1 file to write.")
 @quantizer_options
 @click.option(
@@ -52,7 +61,8 @@ from mpq.errors import MpqError
 def sensitivity(
     checkpoint: Path,
     data: Path,
-    bits: list[int],
+    bits: list[float] | None,
+    rates: list[float] | None,
     out: Path,
     channel: str,
     skip_bad: bool,
@@ -67,23 +77,25 @@ def sensitivity(
 ) -> None:
     """Measure how much the output suffers from each layer at each bit-width: KL divergence per frame, in nats.
 
-    A run that was cut off goes on where it stopped; with more --bits only the new ones are measured. Transcripts are
-    not used. Under torchrun the processes of one machine share the work.
+    A run that was cut off goes on where it stopped; with more --bits or --rates only the new ones are measured.
+    Transcripts are not used. Under torchrun the processes of one machine share the work.
 
     \b
-    Example:
+    Examples:
+      mpq sensitivity model.nemo --data train.jsonl --out sens.json
       mpq sensitivity model.nemo --data train.jsonl --bits 2,3,4,5,6,8 --out sens.json
     """
     from mpq.artifact.weights import WeightFormat
     from mpq.cli.tables import sensitivity_view
     from mpq.sensitivity.measure import METHODS, measure_sensitivity
 
+    scheme, widths = scheme_and_widths(quantizer["scheme"], bits, rates)
     table = measure_sensitivity(
         checkpoint,
         data,
-        bits,
+        widths,
         out,
-        WeightFormat.from_options(given(quantizer)),
+        WeightFormat.from_options(given(quantizer | {"scheme": scheme})),
         method=method,
         output=output,
         max_seconds=seconds_or_all(seconds, METHODS[method]),
@@ -192,7 +204,9 @@ def _measured(measure: Path | None, refine: Path | None, has_options: bool) -> P
 @click.command()
 @click.argument("checkpoint", type=PATH)
 @click.option("--allocation", type=PATH, help="The bit-widths that `mpq allocate` chose.")
-@click.option("--bits", type=click.IntRange(1, 8), help="Give all layers this width instead.")
+@click.option(
+    "--bits", type=float, help="Give all layers this width instead; with --scheme entropy, this rate, such as 2.5."
+)
 @click.option("--data", type=PATH, help="Calibration data; with --allocation, needed only if they were moved.")
 @click.option("--seconds", help="With --bits: use a random part of the data of this length, or all. Default: 300.")
 @channel_options
@@ -202,7 +216,7 @@ def _measured(measure: Path | None, refine: Path | None, has_options: bool) -> P
 def pack(
     checkpoint: Path,
     allocation: Path | None,
-    bits: int | None,
+    bits: float | None,
     data: Path | None,
     seconds: str | None,
     channel: str,
@@ -243,7 +257,7 @@ def pack(
         checkpoint,
         out,
         chosen,
-        bits,
+        None if bits is None else as_width(bits),
         given(quantizer),
         device,
         data=data,

@@ -29,7 +29,7 @@ class LayerInspection:
     kind: str
     shape: tuple[int, ...]
     numel: int
-    bits: int | None
+    bits: float | None
     bytes: int
 
 

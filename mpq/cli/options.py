@@ -16,7 +16,7 @@ from mpq.cli.streams import has_unicode
 from mpq.config.describe import describe_section
 from mpq.config.types import DecodeMethod
 from mpq.errors import MpqError
-from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec
+from mpq.quantization.spec import ROUNDINGS, SCALE_DTYPES, SCHEMES, QuantSpec, as_width
 
 
 class _Path(click.Path):
@@ -189,15 +189,16 @@ def seconds_or_all(text: str | None, default: float) -> float | None:
 
 
 class Widths(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
-    """A list of whole numbers such as 2,3,4,8."""
+    """A list of numbers such as 2,3,4,8 or 1.4,1.8."""
 
-    name = "2,3,4,..."
+    def __init__(self, name: str) -> None:
+        self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         try:
-            return value if isinstance(value, list) else [int(item) for item in value.split(",")]
-        except ValueError:
-            self.fail(f"expected whole numbers with commas between them, got {value!r}", param, ctx)
+            return value if isinstance(value, list) else [as_width(float(item)) for item in value.split(",")]
+        except (ValueError, OverflowError):
+            self.fail(f"expected numbers with commas between them, got {value!r}", param, ctx)
 
 
 class PatternBits(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
@@ -209,9 +210,9 @@ class PatternBits(click.ParamType):  # type: ignore[type-arg]  # generic in newe
         if isinstance(value, tuple):
             return value
         pattern, equals, bits = value.rpartition("=")
-        if not (pattern and equals and re.fullmatch("[0-9]+", bits)):
+        if not (pattern and equals and re.fullmatch(r"[0-9]+(\.[0-9]+)?", bits)):
             self.fail(f"expected PATTERN=BITS such as 'decoder.*=8', got {value!r}", param, ctx)
-        return pattern, int(bits)
+        return pattern, as_width(float(bits))
 
 
 def print_result(result: Any, as_json: bool, *views: Any) -> None:

@@ -90,7 +90,7 @@ class QuantizedWeights(nn.Module):
     def __init__(
         self,
         weights: Mapping[str, Tensor],
-        allocations: Sequence[Mapping[str, int]],
+        allocations: Sequence[Mapping[str, float]],
         weight_format: WeightFormat,
         grams: Mapping[str, Tensor],
         scales: Scales,
@@ -206,7 +206,7 @@ class QuantizedWeights(nn.Module):
         ]
         return [group for group in groups if group["params"]]
 
-    def _widths(self, allocation: int) -> Iterator[tuple[str, int]]:
+    def _widths(self, allocation: int) -> Iterator[tuple[str, float]]:
         return ((name, self.allocations[allocation][name]) for name in self.names)
 
     def _all(self) -> Iterator[tuple[int, StraightThrough | Annealed]]:
@@ -215,7 +215,7 @@ class QuantizedWeights(nn.Module):
             assert isinstance(quantizer, StraightThrough | Annealed)
             yield int(key.split(":")[0]), quantizer
 
-    def _at(self, index: int, bits: int) -> StraightThrough | Annealed:
+    def _at(self, index: int, bits: float) -> StraightThrough | Annealed:
         quantizer = self.quantizers[f"{index}:{bits}"]
         assert isinstance(quantizer, StraightThrough | Annealed)
         return quantizer
@@ -225,7 +225,7 @@ class QuantizedWeights(nn.Module):
         widths = (one[self.names[index]] for one in self.allocations)
         return next((self._at(index, bits) for bits in widths if bits not in FLOAT_BITS), None)
 
-    def _seen(self, index: int, bits: int) -> Tensor:
+    def _seen(self, index: int, bits: float) -> Tensor:
         latent = self.latents[index]
         if bits in FLOAT_BITS:
             other = self._quantizer(index)  # of another allocation, which counts the latent in its units

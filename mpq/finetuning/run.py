@@ -180,7 +180,7 @@ def _targets(opened: OpenedModel, loaded: dict[Path, Allocation], out: Path) -> 
             f"allocations {found[0].name} and {found[-1].name}: made with different calibration audio; allocate all "
             "from one sensitivity file"
         )
-    return sorted(found, key=lambda target: -target.assigned.size_bytes)
+    return sorted(found, key=lambda target: -(target.assigned.size_bytes or 0))
 
 
 def _statistics(

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mpq.quantization.grids import choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
+from mpq.quantization.grids import Rounded, choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
 from mpq.quantization.quantizers import Quantized, as_stored
 from mpq.quantization.scales import storable_scale
 from mpq.quantization.spec import QuantSpec, Scales
@@ -81,7 +81,7 @@ class StraightThrough(nn.Module):
         codes = torch.empty_like(latent)
         for (groups, part), (into, _) in zip(_groups(latent, self.spec), _groups(codes, self.spec), strict=True):
             into.copy_(self._codes(groups, scale[:, part], part))
-        return as_stored(self.shape, self.spec, codes, scale, self.zero_point, None)
+        return as_stored(self.shape, self.spec, Rounded(codes, scale, self.zero_point), None)
 
     def as_weight(self, latent: Tensor) -> Tensor:
         """Returns a latent in the weight's own units and shape."""

@@ -71,7 +71,7 @@ class AsrModel(nn.Module, ABC):
     """The shortest waveform that the model accepts, samples at `sample_rate`."""
     blank_id: int
     tokenizer: Tokenizer
-    quantized_bits: dict[str, int]
+    quantized_bits: dict[str, float]
     """{weight name: bits} of a model that was read from an artifact; empty otherwise."""
     quantized_bytes: dict[str, int]
     """{weight name: bytes in the artifact}; empty otherwise."""

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import choose_grid
+from mpq.quantization.grids import Rounded, choose_grid
 from mpq.quantization.spec import QuantSpec
+from mpq.quantization.steps import factors, step_factors, waterfilled
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the diagonal (docs/rounding.md says what others do)."""
@@ -31,10 +32,12 @@ _BLOCK = 64
 
 def gptq(
     matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor, tables: Sequence[Tensor | None] = ()
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Returns codes (C, K), scales (C, G) and zero points (C, G), float32 all, for each of several specs.
+) -> list[Rounded]:
+    """Returns rounded weights, codes (C, K), for each of several specs.
 
-    The result for a spec does not depend on which others are there.
+    The result for a spec does not depend on which others are there. A scheme whose codes are entropy-coded gets steps
+    that differ among rows and columns (`mpq.quantization.steps`): in units of these, weights and inputs are those of
+    another layer with the same output, which is rounded like any other.
 
     Args:
         matrix: (C, K) float32 weights: C = B * R rows; the first R go with the first Gram matrix, and so on.
@@ -56,6 +59,11 @@ def gptq(
     rows = len(matrix) // blocks
     size = min(specs[0].group_size or columns, columns)
     one_scale = specs[0].granularity == "tensor"
+    exponents = None
+    if specs[0].record.is_entropy_coded:
+        exponents = waterfilled(factor, len(matrix))
+        matrix = matrix / step_factors(exponents)
+        factor = factor / factors(exponents[1])
     # columns first, so that each is one piece of memory
     weights = matrix.t().reshape(columns, 1, blocks, rows).repeat(1, len(specs), 1, 1)  # (K, W, B, R)
     codes = torch.empty_like(weights)
@@ -76,7 +84,7 @@ def gptq(
     for index in range(len(specs)):
         scale, zero_point = (values[:, index].flatten(1).t() for values in (scales, zero_points))  # (C, G) each
         end = 1 if one_scale else len(scale)
-        results.append((codes[:, index].flatten(1).t(), scale[:end], zero_point[:end]))
+        results.append(Rounded(codes[:, index].flatten(1).t(), scale[:end], zero_point[:end], exponents))
     return results
 
 

@@ -9,6 +9,7 @@ that share a scale (one group a row for "channel"; for "tensor" the whole matrix
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -118,19 +119,32 @@ def nearest_codes(
     return levels_of(spec).nearest(groups, scale, zero_point, spec, centroids)
 
 
+class Rounded(NamedTuple):
+    """The result of a rounding.
+
+    Attributes:
+        codes: float32, as many as weights in their order.
+        scale, zero_point: (C, G) float32.
+        exponents: (C,) of the rows and (K,) of the columns, int8, of steps that differ among them
+            (`mpq.quantization.steps`); None where one scale is the step of its whole group.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+    exponents: tuple[Tensor, Tensor] | None = None
+
+
 def nearest(
     matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor | None, tables: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """Returns codes, scales (C, G) and zero points (C, G), float32 all, of weights rounded to the level next to them.
+) -> list[Rounded]:
+    """Returns weights rounded to the level next to them, for each of several specs.
 
     Args:
         matrix: (C, K) float32 weights, the rows of which are one with granularity "tensor".
         specs: The quantizers, which differ in their bits alone; there is one result for each.
         gram: (B, K, K) statistics of the inputs for the roundings that need them, which this one does not.
         tables: The (2^bits,) int8 centroids for each spec, None for a scheme that has none.
-
-    Returns:
-        For each spec its codes, as many as weights in the order of the matrix, its scales and its zero points.
 
     Raises:
         MpqError: A scale does not fit into the spec's scale_dtype.
@@ -142,7 +156,7 @@ def nearest(
             scale, zero_point = choose_grid(part, spec, centroids)
             found.append((nearest_codes(part, scale, zero_point, spec, centroids).flatten(1), scale, zero_point))
         codes, scales, zero_points = (torch.cat(values, dim=1) for values in zip(*found, strict=True))
-        results.append((codes, scales, zero_points))
+        results.append(Rounded(codes, scales, zero_points))
     return results
 
 

@@ -58,7 +58,7 @@ def choose_centroids(parts: Sequence[Tensor], spec: QuantSpec) -> Tensor:
     Raises:
         MpqError: A scale does not fit into the spec's scale_dtype.
     """
-    candidates = [mu_law_centroids(spec.bits, mu).to(parts[0].device) for mu in MUS]
+    candidates = [mu_law_centroids(int(spec.bits), mu).to(parts[0].device) for mu in MUS]
     if spec.bits == 1:
         return candidates[0]  # the poles alone, whatever mu is
     squared = replace(spec, clip="mse")

@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import matrix_shape, split_groups
+from mpq.quantization.grids import Rounded, matrix_shape, split_groups
 from mpq.quantization.levels import levels_of
 from mpq.quantization.spec import ROUNDINGS, QuantSpec
+from mpq.quantization.steps import step_factors
 
-Rounder = Callable[
-    [Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[tuple[Tensor, Tensor, Tensor]]
-]
+Rounder = Callable[[Tensor, Sequence[QuantSpec], Tensor | None, Sequence[Tensor | None]], list[Rounded]]
 """A rounding; arguments and result are those of `mpq.quantization.grids.nearest`."""
 
 
@@ -30,17 +29,21 @@ class Quantized:
     """A weight as stored.
 
     Attributes:
-        codes: The weight's shape; int8 where the scheme has negative codes (symmetric), else uint8.
+        codes: The weight's shape; int8 where the scheme has negative codes (symmetric), else uint8; int32 where they
+            have no bounds (entropy).
         scale: (C, G) float32 ("tensor": (1, 1)), each value exact in the spec's scale_dtype.
         zero_point: (C, G) uint8 in [0, 2^n - 1]; None for a scheme without zero points.
         centroids: (2^n,) int8, ascending, in units of 1/128: the levels that the codes number; None for a scheme that
             has none.
+        exponents: (C,) of the rows and (K,) of the columns, int8: the step of weight (i, j) is
+            scale * 2^((row_i + column_j) / 4) (`mpq.quantization.steps`); None: it is the scale.
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     centroids: Tensor | None = None
+    exponents: tuple[Tensor, Tensor] | None = None
 
 
 def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centroids: Tensor | None = None) -> Quantized:
@@ -65,7 +68,7 @@ def quantize(weight: Tensor, spec: QuantSpec, gram: Tensor | None = None, centro
 
 
 def quantize_widths(
-    weight: Tensor, spec: QuantSpec, widths: Sequence[int], gram: Tensor | None = None
+    weight: Tensor, spec: QuantSpec, widths: Sequence[float], gram: Tensor | None = None
 ) -> list[Quantized]:
     """Returns the results of `quantize` at each of several bit-widths; gptq takes far less time for all at once."""
     return _quantize(weight, [replace(spec, bits=bits) for bits in widths], gram, None)
@@ -89,7 +92,7 @@ def _quantize(
     statistics = gram.to(weight.device) if spec.needs_statistics and gram is not None else None
     results = round_to(matrix, specs, statistics, tables)
     shape = tuple(weight.shape)
-    return [as_stored(shape, one, *found, table) for one, found, table in zip(specs, results, tables, strict=True)]
+    return [as_stored(shape, one, found, table) for one, found, table in zip(specs, results, tables, strict=True)]
 
 
 def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
@@ -99,34 +102,36 @@ def _centroids(matrix: Tensor, spec: QuantSpec) -> Tensor | None:
     return levels_of(spec).centroids(split_groups(matrix.reshape(matrix_shape(tuple(matrix.shape), spec)), spec), spec)
 
 
-def as_stored(
-    shape: tuple[int, ...], spec: QuantSpec, codes: Tensor, scale: Tensor, zero_point: Tensor, centroids: Tensor | None
-) -> Quantized:
+def as_stored(shape: tuple[int, ...], spec: QuantSpec, rounded: Rounded, centroids: Tensor | None) -> Quantized:
     """Returns a weight of this shape as stored.
 
     Args:
         shape: The shape of the weight.
         spec: The quantizer.
-        codes: float32 codes, as many as weights, in their order.
-        scale: (C, G) float32.
-        zero_point: (C, G) float32; not looked at for a scheme without zero points.
+        rounded: The weight; its zero points are not looked at for a scheme that has none.
         centroids: (2^bits,) int8; None for a scheme that has none.
     """
+    first, last = spec.codes[0], spec.codes[-1]
+    integers = torch.uint8 if first >= 0 else torch.int8 if last <= 127 else torch.int32
     return Quantized(
-        codes=codes.to(torch.int8 if spec.codes[0] < 0 else torch.uint8).reshape(shape),
-        scale=scale,
-        zero_point=zero_point.to(torch.uint8) if spec.record.has_zero_points else None,
+        codes=rounded.codes.to(integers).reshape(shape),
+        scale=rounded.scale,
+        zero_point=rounded.zero_point.to(torch.uint8) if spec.record.has_zero_points else None,
         centroids=centroids,
+        exponents=rounded.exponents,
     )
 
 
 def dequantize(quantized: Quantized, spec: QuantSpec) -> Tensor:
     """Returns the float32 weight that the codes stand for, in the weight's shape.
 
-    It is (codes - zero_point) * scale, or centroids[codes] / 128 * scale where there are centroids. The spec is that of
-    the codes, their bits included.
+    It is (codes - zero_point) * scale, or centroids[codes] / 128 * scale where there are centroids, or codes * step
+    where steps differ among rows and columns. The spec is that of the codes, their bits included.
     """
     shape = tuple(quantized.codes.shape)
+    if quantized.exponents is not None:
+        steps = quantized.scale * step_factors(quantized.exponents)
+        return (quantized.codes.reshape(steps.shape).to(torch.float32) * steps).reshape(shape)
     rows, columns = matrix_shape(shape, spec)
     size = min(spec.group_size or columns, columns)
     codes = quantized.codes.reshape(rows, columns)

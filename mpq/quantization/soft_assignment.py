@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils.parametrize import is_parametrized, register_parametrization, remove_parametrizations
 
 from mpq.errors import MpqError
-from mpq.quantization.grids import choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
+from mpq.quantization.grids import Rounded, choose_clip, clipped_grid, matrix_shape, nearest_codes, split_groups
 from mpq.quantization.mu_law import MUS, UNIT, mu_law_centroids
 from mpq.quantization.quantizers import Quantized, as_stored, dequantize
 from mpq.quantization.spec import SCHEMES, QuantSpec
@@ -187,7 +187,7 @@ class SoftToHard(nn.Module):
             known = [name for name, record in SCHEMES.items() if record.training == "soft_assignment"]
             raise MpqError(f"scheme: expected {' or '.join(known)} for a soft assignment, got {spec.scheme}")
         self.spec, self.alpha, self.mu, self.is_hard = spec, alpha, mu, False
-        self.register_buffer("centroids", mu_law_centroids(spec.bits, mu))
+        self.register_buffer("centroids", mu_law_centroids(int(spec.bits), mu))
         self.register_buffer("clip_ratio", torch.ones(groups))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ class SoftToHard(nn.Module):
         """
         weight = weight.detach()
         value = self._rounded if self.is_hard else self._soft
-        candidates = [mu_law_centroids(self.spec.bits, mu).to(weight.device) for mu in MUS]
+        candidates = [mu_law_centroids(int(self.spec.bits), mu).to(weight.device) for mu in MUS]
         if self.spec.bits > 1:  # one bit has only the poles
             errors = [float((value(weight, one) - weight).square().sum(dtype=torch.float64)) for one in candidates]
             best = errors.index(min(errors))
@@ -263,7 +263,8 @@ class SoftToHard(nn.Module):
         ]
         scale = torch.cat(scales, dim=1)
         shape = tuple(weight.shape)
-        return as_stored(shape, self.spec, torch.cat(codes, dim=1), scale, torch.zeros_like(scale), centroids.clone())
+        rounded = Rounded(torch.cat(codes, dim=1), scale, torch.zeros_like(scale))
+        return as_stored(shape, self.spec, rounded, centroids.clone())
 
     def _rounded(self, weight: Tensor, centroids: Tensor) -> Tensor:
         return dequantize(self._quantized(weight, centroids), self.spec).to(weight.dtype)

@@ -16,8 +16,8 @@ from mpq.quantization.scales import range_around_zero, range_with_zero, storable
 from mpq.quantization.spec import QuantSpec
 
 
-class _Uniform(Levels):
-    """The common part of both schemes."""
+class Uniform(Levels):
+    """The common part of the schemes with evenly spaced levels."""
 
     def centroids(self, parts: Sequence[Tensor], spec: QuantSpec) -> None:
         return None
@@ -40,7 +40,7 @@ class _Uniform(Levels):
 
 
 @final
-class Symmetric(_Uniform):
+class Symmetric(Uniform):
     """Levels scale * {-(2^(n-1)-1) ... 2^(n-1)-1}; at 1 bit scale * {-1, 1}."""
 
     def bounds(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:
@@ -51,7 +51,7 @@ class Symmetric(_Uniform):
 
 
 @final
-class Asymmetric(_Uniform):
+class Asymmetric(Uniform):
     """Levels scale * ({0 ... 2^n-1} - zero_point)."""
 
     def bounds(self, groups: Tensor, spec: QuantSpec) -> tuple[Tensor, Tensor]:

@@ -22,14 +22,17 @@ Legend: U utterances, L layers, W widths, T feature frames, F features, V classe
 import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from scipy import stats
 from torch import Tensor
 
-from mpq.artifact.weights import WeightFormat, quantize_layer
+from mpq.artifact.sizes import LayerSizes
+from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel
+from mpq.quantization.quantizers import dequantize
 from mpq.sensitivity.divergence import SegmentTree
 
 DRAWS = 2
@@ -99,9 +102,10 @@ def fisher_scores(
 def rounding_errors(
     model: AsrModel,
     weight_format: WeightFormat,
-    widths: Sequence[int],
+    widths: Sequence[float],
     grams: Mapping[str, Tensor],
     on_layer: Callable[[float], None] = lambda amount: None,
+    sizes: LayerSizes | None = None,
 ) -> dict[str, list[Tensor]]:
     """Returns {weight name: quantized minus original weight, (numel,), at each width}: 4 bytes x W for each weight.
 
@@ -111,16 +115,20 @@ def rounding_errors(
         widths: W bit-widths.
         grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
         on_layer: Called with 1 for each finished layer.
+        sizes: Counts the bytes of the rounded layers, if given.
 
     Raises:
         MpqError: A layer cannot be quantized; the message names it.
     """
     parameters = dict(model.named_parameters())
+    specs = [replace(weight_format.spec, bits=width) for width in widths]
     errors = {}
     for ref in model.weights():
         weight = parameters[ref.name].detach()
-        quantized = quantize_layer(ref.name, weight, weight_format, widths, grams)
-        errors[ref.name] = [(one - weight).flatten() for one in quantized]
+        stored = quantize_weight(ref.name, weight, weight_format, widths, grams)
+        errors[ref.name] = [(dequantize(one, spec) - weight).flatten() for one, spec in zip(stored, specs, strict=True)]
+        if sizes:
+            sizes.add(ref.name, widths, stored)
         on_layer(1)
     return errors
 

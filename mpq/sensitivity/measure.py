@@ -22,7 +22,7 @@ Legend: N utterances, T feature frames, F features, L layers, W widths.
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact.file import fixed_bytes
-from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_layer, unreached
+from mpq.artifact.sizes import LayerSizes
+from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_weight, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
 from mpq.journal import Journal
 from mpq.loading import OpenedModel, model_files, open_float_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
-from mpq.quantization.spec import QuantSpec
+from mpq.quantization.quantizers import dequantize
 from mpq.runtime import Processes, choose_device, memory_for, processes
 from mpq.sensitivity.calibration import (
     BATCH_SECONDS,
@@ -53,7 +54,7 @@ from mpq.sensitivity.fisher import fisher_scores, rounding_errors, typical_score
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
 from mpq.sensitivity.statistics import input_statistics
 
-Point = tuple[str, int]
+Point = tuple[str, float]
 """(layer name, bits)."""
 Score = tuple[float, tuple[float, float] | None]
 """Nats per frame, and the ends of the 95 % confidence interval where there is one."""
@@ -65,7 +66,7 @@ METHODS = {"fisher": CALIBRATION_SECONDS, "kl": 60.0}
 def measure_sensitivity(
     checkpoint: Path,
     data: Path,
-    bits: Sequence[int],
+    bits: Sequence[float],
     out: Path,
     weight_format: WeightFormat,
     *,
@@ -85,7 +86,7 @@ def measure_sensitivity(
     Args:
         checkpoint: The float model.
         data: Manifest or Kaldi directory; transcripts are not used.
-        bits: Widths, 1 to 8.
+        bits: Widths, 1 to 8; rates where the scheme is entropy-coded.
         out: The file to write.
         weight_format: The quantizer, and how weights are stored.
         method: "fisher" or "kl".
@@ -99,16 +100,16 @@ def measure_sensitivity(
     Raises:
         MpqError: Bad input of any kind.
     """
-    widths = _checked(bits, method)
+    widths = _checked(bits, method, weight_format)
     check_output(out, *model_files(checkpoint), data)
     opened = open_float_model(checkpoint, choose_device(device), "measure")
     output = output or max(opened.model.output_heads, key=lambda head: head.needs_tokens).output
     SegmentTree(opened.model).check(output)
     drawn = draw(opened.model, data, max_seconds, seed, channel, skip_bad)
-    task = _Task(opened, drawn, widths, weight_format, output, method, quiet)
+    task = _Task(opened, drawn, widths, weight_format, output, method, quiet, LayerSizes(weight_format))
     journal = Journal(out.with_name(out.name + ".journal"), task.fingerprint)
     with processes() as workers:
-        done = _finished(out, task.fingerprint)
+        done, known_bytes = _finished(out, task.fingerprint)
         workers.barrier()
         if workers.rank == 0:
             journal.begin()
@@ -117,7 +118,7 @@ def measure_sensitivity(
             grams = task.statistics(workers)
             measure = _measure_fisher if method == "fisher" else _measure_kl
             scores = done | measure(task, grams, done.keys(), journal, workers)
-        table = _table(task, grams, scores)
+        table = _table(task, grams, scores, known_bytes)
         if workers.rank == 0:
             table.save(out)
             journal.remove()
@@ -125,31 +126,32 @@ def measure_sensitivity(
     return table
 
 
-def _checked(bits: Sequence[int], method: str) -> tuple[int, ...]:
+def _checked(bits: Sequence[float], method: str, weight_format: WeightFormat) -> tuple[float, ...]:
     """Returns the widths in order; raises MpqError for a bad width or method."""
-    widths = tuple(sorted(set(bits)))
-    for width in widths:
-        QuantSpec(width)  # refuses other numbers
+    # the quantizer refuses other numbers
+    widths = tuple(sorted({replace(weight_format.spec, bits=width).bits for width in bits}))
     if method not in METHODS:
         raise MpqError(f"--method: expected {' or '.join(METHODS)}, got {method!r}")
     return widths
 
 
-def _finished(out: Path, fingerprint: str) -> dict[Point, Score]:
-    """Returns the points of the same measurement that a finished file holds."""
+def _finished(out: Path, fingerprint: str) -> tuple[dict[Point, Score], dict[Point, int]]:
+    """Returns the scores, and the bytes, of the points of the same measurement that a finished file holds."""
     if not out.exists():
-        return {}
+        return {}, {}
     try:
         table = SensitivityTable.load(out)
     except MpqError:
-        return {}  # whatever it is, it will be replaced, as --out says
+        return {}, {}  # whatever it is, it will be replaced, as --out says
     if table.fingerprint != fingerprint:
-        return {}
-    return {
+        return {}, {}
+    scores = {
         (layer.name, width): (kl, layer.interval[width] if layer.interval else None)
         for layer in table.layers
         for width, kl in layer.kl.items()
     }
+    sizes = {(layer.name, width): size for layer in table.layers for width, size in layer.size_bytes.items()}
+    return scores, sizes
 
 
 @dataclass(frozen=True)
@@ -162,15 +164,17 @@ class _Task:
         widths: The bit-widths, ascending.
         weight_format, output, method: As in `measure_sensitivity`.
         quiet: Show no progress.
+        sizes: The bytes of the layers that have been rounded.
     """
 
     opened: OpenedModel
     data: CalibrationData
-    widths: tuple[int, ...]
+    widths: tuple[float, ...]
     weight_format: WeightFormat
     output: str
     method: str
     quiet: bool
+    sizes: LayerSizes
 
     @property
     def model(self) -> AsrModel:
@@ -206,13 +210,13 @@ def _measure_kl(
     todo = todo[workers.rank :: workers.count]
     with progress("sensitivity", len(todo), task.quiet or workers.rank > 0, "points") as advance:
 
-        def keep(name: str, width: int, kl: float) -> None:
+        def keep(name: str, width: float, kl: float) -> None:
             journal.append({"name": name, "bits": width, "kl": kl})
             advance(1)
 
         if todo:
             batches = in_batches(model, task.data, BATCH_SECONDS)
-            measure_kl(model, batches, todo, task.weight_format, task.output, keep, grams)
+            measure_kl(model, batches, todo, task.weight_format, task.output, keep, grams, task.sizes)
     workers.barrier()
     return {(entry["name"], entry["bits"]): (entry["kl"], None) for entry in journal.read()}
 
@@ -240,7 +244,7 @@ def _measure_fisher(
         return {}
     if left:
         with progress("rounding", len(names), silent, "layers") as advance:
-            errors = rounding_errors(model, task.weight_format, todo, grams, advance)
+            errors = rounding_errors(model, task.weight_format, todo, grams, advance, task.sizes)
         with progress("sensitivity", len(left), silent, "utterances") as advance:
             for index in left:
                 scores, frames = fisher_scores(model, errors, *features[index], task.data.seed, task.output)
@@ -260,9 +264,23 @@ def _measure_fisher(
     }
 
 
-def _table(task: _Task, grams: Mapping[str, Tensor], scores: Mapping[Point, Score]) -> SensitivityTable:
+def _sizes(task: _Task, grams: Mapping[str, Tensor], known: Mapping[Point, int]) -> dict[Point, int]:
+    """Returns the bytes of all points; layers that an earlier run scored and whose bytes are not known are rounded."""
+    found = dict(known) | task.sizes.bytes()
+    parameters = dict(task.model.named_parameters())
+    for ref in task.model.weights():
+        if missing := [width for width in task.widths if (ref.name, width) not in found]:
+            weight = parameters[ref.name].detach()
+            task.sizes.add(ref.name, missing, quantize_weight(ref.name, weight, task.weight_format, missing, grams))
+    return found | task.sizes.bytes()
+
+
+def _table(
+    task: _Task, grams: Mapping[str, Tensor], scores: Mapping[Point, Score], known_bytes: Mapping[Point, int]
+) -> SensitivityTable:
     """Returns the record of a measurement with the scores of all points."""
     model, widths, weight_format = task.model, task.widths, task.weight_format
+    sizes = _sizes(task, grams, known_bytes)
     lengths = (model.feature_lengths(samples) for _, samples in task.data.waveforms)
     frames = sum(int(model.encoded_lengths(one)) for one in lengths)
     layers = []
@@ -273,7 +291,7 @@ def _table(task: _Task, grams: Mapping[str, Tensor], scores: Mapping[Point, Scor
             kind=ref.kind,
             shape=ref.shape,
             numel=ref.numel,
-            size_bytes={width: layer_bytes(ref.shape, width, weight_format) for width in widths},
+            size_bytes={width: sizes[ref.name, width] for width in widths},
             kl={width: scores[ref.name, width][0] for width in widths},
             interval=intervals if len(intervals) == len(widths) else None,
             float_bytes=layer_bytes(ref.shape, weight_format.float_bits, weight_format),
@@ -299,8 +317,9 @@ def measure_kl(
     points: Sequence[Point],
     weight_format: WeightFormat,
     output: str = "ctc",
-    on_point: Callable[[str, int, float], None] = lambda name, bits, kl: None,
+    on_point: Callable[[str, float, float], None] = lambda name, bits, kl: None,
     grams: Mapping[str, Tensor] | None = None,
+    sizes: LayerSizes | None = None,
 ) -> dict[Point, float]:
     """Returns the mean KL divergence per frame, in nats, of each point: one layer at one bit-width.
 
@@ -315,6 +334,7 @@ def measure_kl(
             over "decoder".
         on_point: Called with each finished point.
         grams: For the rounding "gptq": `mpq.sensitivity.statistics.input_grams`.
+        sizes: Counts the bytes of the rounded layers, if given.
 
     Raises:
         MpqError: An output that the model does not have, a layer that cannot be quantized, or a divergence that is not
@@ -333,8 +353,11 @@ def measure_kl(
             for name in dict.fromkeys(name for name, _ in points if owners[name] == index):
                 widths = [bits for other, bits in points if other == name]
                 path = [later for later in tree.path(over[name]) if later >= index]
-                rounded = quantize_layer(name, parameters[name].data, weight_format, widths, grams or {})
-                for bits, weight in zip(widths, rounded, strict=True):
+                stored = quantize_weight(name, parameters[name].data, weight_format, widths, grams or {})
+                if sizes:
+                    sizes.add(name, widths, stored)
+                for bits, one in zip(widths, stored, strict=True):
+                    weight = dequantize(one, replace(weight_format.spec, bits=bits))
                     with _replaced(parameters[name], weight):
                         changed = (batch.log_distribution(tree, path, over[name]) for batch in batches)
                         kl = mean_kl(zip((own[over[name]] for own in references), changed, strict=True))

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import Field, Strict, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, Strict, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from mpq.errors import MpqError
 from mpq.faults import Count, JsonObject, Number, Text, check_different, checked
 from mpq.files import read_json, write_json
-from mpq.quantization.spec import MAX_BITS, MIN_BITS
+from mpq.quantization.spec import QuantSpec, as_width, is_width, widths_of
 
 SENSITIVITY_FORMAT = "mpq.sensitivity/1"
 
@@ -42,11 +42,11 @@ class LayerSensitivity:
     kind: str
     shape: tuple[int, ...]
     numel: int
-    size_bytes: dict[int, int]
-    kl: dict[int, float]
+    size_bytes: dict[float, int]
+    kl: dict[float, float]
     group: str | None = None
     float_bytes: int | None = None
-    interval: dict[int, tuple[float, float]] | None = None
+    interval: dict[float, tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class SensitivityTable:
     """
 
     layers: tuple[LayerSensitivity, ...]
-    bits: tuple[int, ...]
+    bits: tuple[float, ...]
     fixed_bytes: int
     model: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
@@ -151,6 +151,13 @@ class SensitivityTable:
         )
 
 
+def _a_width(number: float, info: ValidationInfo) -> float:
+    scheme = info.data.get("quantizer", {}).get("scheme", QuantSpec.scheme)
+    if not is_width(as_width(number), scheme):
+        raise PydanticCustomError("width", "{expected}", {"expected": widths_of(scheme)})
+    return as_width(number)
+
+
 class _Layer(JsonObject):
     """An entry of "layers"."""
 
@@ -176,20 +183,20 @@ class _Layer(JsonObject):
 class _File(JsonObject):
     """The whole file."""
 
-    bits: list[Annotated[int, Field(ge=MIN_BITS, le=MAX_BITS)]]
+    quantizer: dict[str, Any] = Field(default_factory=dict)  # before bits, whose numbers depend on it
+    bits: list[Annotated[Number, AfterValidator(_a_width)]]
     fixed_bytes: Count
     layers: list[_Layer]
     model: dict[str, Any] = Field(default_factory=dict)
     data: dict[str, Any] = Field(default_factory=dict)
     output: Text = "ctc"
     method: Text = "kl"
-    quantizer: dict[str, Any] = Field(default_factory=dict)
     fingerprint: Text | None = None
     unreached: list[Text] = Field(default_factory=list)
 
     @field_validator("bits")
     @classmethod
-    def _differ(cls, bits: list[int]) -> list[int]:
+    def _differ(cls, bits: list[float]) -> list[float]:
         if not bits or len(set(bits)) < len(bits):
             raise PydanticCustomError("bits", "a non-empty list of different widths")
         return bits
@@ -206,9 +213,11 @@ class _File(JsonObject):
 Value = TypeVar("Value")
 
 
-def _at(bits: tuple[int, ...], values: Mapping[str, Value], where: str) -> dict[int, Value]:
+def _at(bits: tuple[float, ...], values: Mapping[str, Value], where: str) -> dict[float, Value]:
     """Returns {width: value} of values whose keys are the widths as text, and raises MpqError where one is missing."""
+    known = {**{f"{width:.1f}": width for width in bits}, **{str(width): width for width in bits}}
+    found = {known[text]: value for text, value in values.items() if text in known}  # 2.0 is 2
     for width in bits:
-        if str(width) not in values:
+        if width not in found:
             raise MpqError(f"{where}.{width}: this key is missing")
-    return {width: values[str(width)] for width in bits}
+    return {width: found[width] for width in bits}

@@ -35,6 +35,7 @@ from mpq.files import atomic_path
 from mpq.identity import cache_folder
 from mpq.models.base import AsrModel, WeightRef
 from mpq.progress import progress
+from mpq.runtime import one_thread
 from mpq.sensitivity.calibration import CalibrationData, one_by_one
 from mpq.sensitivity.divergence import SegmentTree
 
@@ -151,7 +152,8 @@ def input_statistics(
         return {}
     if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
         return found
-    with progress("statistics", len(data.utterances), quiet, "utterances") as advance:
+    # one thread, so that what is rounded by them is the same for any number
+    with progress("statistics", len(data.utterances), quiet, "utterances") as advance, one_thread():
         grams = input_grams(model, one_by_one(model, data), advance)
     path = _cache_path(model, model_sha256, data.sha256)
     try:

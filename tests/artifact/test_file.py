@@ -235,8 +235,8 @@ def test_a_compressed_bomb_is_refused(part: str, tmp_path: Path, artifact: Path)
 
 
 def test_newer_version(tmp_path: Path, artifact: Path) -> None:
-    (tmp_path / "m").write_bytes(artifact.read_bytes().replace(b"mpq.artifact/1", b"mpq.artifact/2"))
-    with pytest.raises(MpqError, match=r"mpq\.artifact/2 is newer.*update"):
+    (tmp_path / "m").write_bytes(artifact.read_bytes().replace(b"mpq.artifact/1", b"mpq.artifact/3"))
+    with pytest.raises(MpqError, match=r"mpq\.artifact/3 is newer.*update"):
         load_model(tmp_path / "m")
 
 

@@ -1,6 +1,7 @@
 """How a weight is stored: its bytes by hand, and what JSON and options say of it; test_file.py has the way back."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mpq.artifact.weights import Cursor, WeightFormat, decode, encode, layer_bytes, quantize_layer, quantize_weight
+from mpq.artifact.weights import (
+    Cursor,
+    WeightFormat,
+    decode,
+    encode,
+    layer_bytes,
+    layer_length,
+    quantize_layer,
+    quantize_weight,
+    take_layer,
+)
 from mpq.errors import MpqError
 from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import SCHEMES, QuantSpec
@@ -65,16 +76,19 @@ def test_the_rounding_that_was_not_asked_for() -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_what_is_stored_is_what_was_quantized(scheme: str) -> None:
     weight = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
-    weight_format = WeightFormat(QuantSpec(8, scheme, "group:7"))
+    weight_format = WeightFormat(QuantSpec(8, scheme, "" if SCHEMES[scheme].only else "group:7"))
     widths = range(1, 9)
     given_back = quantize_layer("w", weight, weight_format, widths, {})
     for bits, one, values in zip(
         widths, quantize_weight("w", weight, weight_format, widths, {}), given_back, strict=True
     ):
-        data = encode(one, bits, weight_format)
-        assert len(data) == layer_bytes((3, 20), bits, weight_format)
+        encoded = encode(one, bits, weight_format)
+        data = take_layer(Cursor(encoded), (3, 20), bits, weight_format)
+        if not SCHEMES[scheme].is_entropy_coded:
+            assert len(encoded) == layer_bytes((3, 20), bits, weight_format)
+        assert layer_length(data, bits, weight_format) == len(encoded)
         assert torch.equal(decode(data, (3, 20), bits, weight_format), values)
-        assert torch.equal(values, fake_quantize(weight, QuantSpec(bits, scheme, "group:7")))
+        assert torch.equal(values, fake_quantize(weight, replace(weight_format.spec, bits=bits)))
 
 
 def test_faults_name_the_weight_and_the_remedy() -> None:

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from mpq.errors import MpqError
 from mpq.quantization import gptq as module
-from mpq.quantization.gptq import gptq
 from mpq.quantization.grids import choose_grid, nearest_codes
 from mpq.quantization.quantizers import dequantize, quantize, quantize_widths
 from mpq.quantization.spec import QuantSpec
@@ -45,6 +44,11 @@ def output_error(error: Tensor, gram: Tensor) -> float:
     """Returns tr(D H D') of (C, K) errors of B blocks of rows."""
     parts = error.double().reshape(len(gram), -1, gram.shape[-1])
     return float(torch.einsum("brj,bjk,brk->", parts, gram.double(), parts))
+
+
+def gptq(matrix: Tensor, specs: list[QuantSpec], gram: Tensor) -> list[tuple[Tensor, ...]]:
+    """Returns codes, scales and zero points."""
+    return [(one.codes, one.scale, one.zero_point) for one in module.gptq(matrix, specs, gram)]
 
 
 def nearest(matrix: Tensor, specs: list[QuantSpec]) -> list[tuple[Tensor, ...]]:

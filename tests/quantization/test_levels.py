@@ -15,6 +15,7 @@ from mpq.cli.options import quantizer_options
 from mpq.config import SensitivityConfig
 from mpq.errors import MpqError
 from mpq.finetuning.fake_quant import QuantizedWeights
+from mpq.quantization.grids import Rounded
 from mpq.quantization.levels import Levels, levels_of
 from mpq.quantization.quantizers import dequantize, fake_quantize, quantize
 from mpq.quantization.scales import normalised, range_around_zero, storable_scale
@@ -54,10 +55,12 @@ class PowersOfTwo(Levels):
 
 def upwards(
     matrix: Tensor, specs: Sequence[QuantSpec], gram: Tensor | None, tables: Sequence[Tensor | None]
-) -> list[tuple[Tensor, Tensor, Tensor]]:
+) -> list[Rounded]:
     """Rounds up to whole numbers."""
     return [
-        (matrix.ceil().clamp(spec.codes[0], spec.codes[-1]), torch.ones(len(matrix), 1), torch.zeros(len(matrix), 1))
+        Rounded(
+            matrix.ceil().clamp(spec.codes[0], spec.codes[-1]), torch.ones(len(matrix), 1), torch.zeros(len(matrix), 1)
+        )
         for spec in specs
     ]
 
@@ -112,7 +115,9 @@ def test_a_new_scheme_is_stored_and_read_back(powers: None, tmp_path: Path) -> N
 def test_a_new_scheme_says_what_it_lacks(powers: None) -> None:
     with pytest.raises(MpqError, match="rounding: the scheme powers has no gptq; use --rounding nearest"):
         QuantSpec(4, "powers", rounding="gptq")
-    with pytest.raises(MpqError, match="scheme: expected symmetric or asymmetric or mulaw or powers, got 'power'"):
+    with pytest.raises(
+        MpqError, match="scheme: expected symmetric or asymmetric or mulaw or entropy or powers, got 'power'"
+    ):
         QuantSpec(4, "power")
     with pytest.raises(MpqError, match="scheme powers: its weights cannot be trained; allocate with another --scheme"):
         QuantizedWeights({"w": weight(2, 4)}, [{"w": 4}], WeightFormat(QuantSpec(8, "powers")), {}, "learned")

@@ -51,7 +51,7 @@ def test_codes_by_hand() -> None:
     assert signs == [(1, "symmetric")]
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", [name for name, one in SCHEMES.items() if not one.is_entropy_coded])
 def test_codes_fit_their_width(scheme: str) -> None:
     for bits in range(MIN_BITS, MAX_BITS + 1):
         assert 2 ** (bits - 1) <= len(QuantSpec(bits, scheme).codes) <= 2**bits

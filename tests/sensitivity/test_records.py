@@ -64,7 +64,7 @@ def changed(path: str, value: object) -> dict:
         (changed("layers.0.name", "\ud800"), r"layers\[0\]\.name: expected a string of Unicode characters"),
         (changed("layers.0.bytes.2", 10**30), r"layers\[0\]\.bytes\.2: expected less than 9007199254740992, got"),
         (changed("layers.0.kl.2", 9e307), r"layers\[0\]\.kl\.2: expected less than 1e\+100, got 9e\+307"),
-        (changed("bits", [2, 9]), r"bits\[1\]: expected 8 or less, got 9"),
+        (changed("bits", [2, 9]), r"bits\[1\]: expected a whole number from 1 to 8, got 9"),
         (changed("fixed_bytes", -1), "fixed_bytes: expected 0 or more, got -1"),
         (changed("fixed_bytes", 1.5), "fixed_bytes: expected a whole number"),
         (changed("layers", []), "layers: expected at least one layer"),
