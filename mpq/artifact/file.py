@@ -14,49 +14,35 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mpq import __version__
+from mpq.artifact.parts import model_of, parts_of, stored_widths, version_of
 from mpq.artifact.weights import (
     AT_ONCE,
-    Cursor,
     WeightFormat,
-    decode_layers,
     encode,
     encode_all,
     encode_floats,
-    float_bytes,
     layer_bytes,
-    layer_length,
     quantize_weight,
-    read_floats,
-    take_layer,
 )
 from mpq.errors import MpqError
 from mpq.files import atomic_path
-from mpq.models.base import AsrModel, WeightRef, is_counter, load_state
-from mpq.models.families import family_class
+from mpq.models.base import AsrModel, WeightRef
 from mpq.quantization.quantizers import Quantized
-from mpq.quantization.spec import FLOAT_BITS, as_width
+from mpq.quantization.spec import FLOAT_BITS
 
 FORMAT_NAME = "mpq.artifact/"
 FORMAT_VERSIONS = (1, 2)
-"""Version 2 has entropy-coded weights (`_version`)."""
+"""Version 2 has entropy-coded weights."""
 HEADER_SLACK = 128
 """Bytes to spare in the header: the output of another version of the compressor may differ by a few bytes, and has to
 fit into the size that this one gave."""
 LAYER_SLACK = 2
 """Bytes to spare for each entropy-coded layer: on another machine, statistics differ in their last digits, so that a
 few codes and their bytes may differ."""
-MILLIBITS = 1000
-"""Widths are stored in thousandths of a bit where they are rates."""
-
-_LARGEST_MANIFEST = 1 << 26
-"""Bytes of names and options: a hundred for each of 600,000 tensors."""
-_XZ_MEMORY = 1 << 28
-"""The dictionary of xz's highest preset takes 65 MB."""
 
 _NO_CHECKSUM = "0" * 64
 _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
@@ -64,7 +50,12 @@ _TENSORS = ("rest", "exact", "manifest", "tokenizer", "bits", "weights")
 
 def fixed_bytes(model: AsrModel, weight_format: WeightFormat) -> int:
     """Returns the size of the packed file less its layers: header, configuration, tokenizer, biases and norms."""
-    sizes = {name: len(part) for name, part in _parts(model, weight_format).items()}
+    return _fixed_bytes(parts_of(model, weight_format), model, weight_format)
+
+
+def _fixed_bytes(parts: Mapping[str, bytes], model: AsrModel, weight_format: WeightFormat) -> int:
+    """Returns the size of the packed file of these parts less its layers."""
+    sizes = {name: len(part) for name, part in parts.items()}
     largest = sum(layer_bytes(ref.shape, 32, weight_format) for ref in model.weights())
     header = len(_header(sizes | {"weights": largest}, weight_format, checksum="0" * 64))
     header = -(-(header + size_slack(model, weight_format)) // 8) * 8  # so that the first tensor is aligned
@@ -112,10 +103,11 @@ def write_artifact(
     """
     refs = model.weights()
     check_names(refs, bits)
-    parts = _parts(model, weight_format, like)
-    parts["bits"] = _stored_widths([bits[ref.name] for ref in refs], weight_format)
+    parts = parts_of(model, weight_format, like)
+    fixed = _fixed_bytes(parts, model, weight_format)
+    parts["bits"] = stored_widths([bits[ref.name] for ref in refs], weight_format)
     parts["weights"] = b"".join(_layers(model, bits, weight_format, grams or {}, quantized or {}, on_layer))
-    natural = fixed_bytes(like or model, weight_format) + len(parts["weights"])
+    natural = fixed + len(parts["weights"])
     slack = size_slack(model, weight_format)
     is_coded = weight_format.spec.record.is_entropy_coded
     if size_bytes is None or (is_coded and natural < size_bytes - 2 * slack):
@@ -175,72 +167,11 @@ def read_artifact(path: Path) -> AsrModel:
     Raises:
         MpqError: Not such a file, cut off, changed after it was written, or of a newer version.
     """
-    parts = _read_parts(path)
+    parts, version = _read_parts(path)
     try:
-        return _model(parts)
+        return model_of(parts, version)
     except (KeyError, ValueError, TypeError, lzma.LZMAError, RuntimeError, MpqError) as error:
         raise MpqError(f"{path}: the parts of the file contradict each other: {error}") from None
-
-
-def _model(parts: Mapping[str, bytes]) -> AsrModel:
-    manifest = json.loads(_decompressed(parts["manifest"], _LARGEST_MANIFEST))
-    weight_format = WeightFormat.from_json(manifest["quantizer"])
-    model = family_class(manifest["model"]["family"]).from_config(manifest["model"], parts["tokenizer"])
-    refs = {ref.name: ref for ref in model.weights()}
-    state: dict[str, Tensor] = {}
-    widths = dict(zip(manifest["weights"], _read_widths(parts["bits"], weight_format), strict=True))
-    shapes = {name: refs[name].shape for name in widths}
-    cursor = Cursor(parts["weights"])
-    stored = {name: take_layer(cursor, shapes[name], width, weight_format) for name, width in widths.items()}
-    state |= decode_layers(stored, shapes, widths, weight_format)
-    own = model.state_dict()
-    for blob, dtype in (("rest", manifest["quantizer"]["rest_dtype"]), ("exact", "float32")):
-        most = sum(own[name].numel() for name in manifest[blob]) * np.dtype(dtype).itemsize
-        cursor = Cursor(parts[blob] if blob == "rest" else _decompressed(parts[blob], most))
-        for name in manifest[blob]:
-            size = own[name].numel() * np.dtype(dtype).itemsize
-            state[name] = read_floats(cursor.take(size), tuple(own[name].shape), dtype)
-    load_state(model, state)
-    model.quantized_bits = widths
-    model.quantized_bytes = {name: layer_length(data, widths[name], weight_format) for name, data in stored.items()}
-    return model
-
-
-def _version(weight_format: WeightFormat) -> int:
-    """Returns the version of the format that a file has."""
-    return 2 if weight_format.spec.record.is_entropy_coded else 1
-
-
-def _stored_widths(widths: Sequence[float], weight_format: WeightFormat) -> bytes:
-    """Returns the part "bits": a byte for each width, or two bytes in thousandths of a bit where they are rates."""
-    if weight_format.spec.record.is_entropy_coded:
-        return np.array([round(width * MILLIBITS) for width in widths], dtype="<u2").tobytes()
-    return bytes(int(width) for width in widths)
-
-
-def _read_widths(data: bytes, weight_format: WeightFormat) -> list[float]:
-    """Returns the widths that `_stored_widths` wrote."""
-    if weight_format.spec.record.is_entropy_coded:
-        return [as_width(number / MILLIBITS) for number in np.frombuffer(data, dtype="<u2").tolist()]
-    return list(data)
-
-
-def _decompressed(data: bytes, most: int) -> bytes:
-    """Returns what xz has compressed; raises MpqError where that is more than `most` bytes."""
-    decompressor = lzma.LZMADecompressor(memlimit=_XZ_MEMORY)
-    found = decompressor.decompress(data, most + 1)
-    if len(found) > most or not decompressor.eof:
-        raise MpqError(f"a compressed part that is cut off, or larger than the {most} bytes that it may have")
-    return found
-
-
-def exact_names(model: AsrModel, weight_format: WeightFormat) -> set[str]:
-    """Returns the trained tensors that half precision would spoil, so that the file has them compressed in full.
-
-    How many bytes they take depends on their values.
-    """
-    state, weights = model.state_dict(), {ref.name for ref in model.weights()}
-    return {name for name in _trained(model) - weights if not _stays_half(name, state[name], weight_format)}
 
 
 def is_artifact(path: Path) -> bool:
@@ -262,55 +193,9 @@ def check_names(refs: Sequence[WeightRef], bits: Mapping[str, float]) -> None:
             raise MpqError(f"the allocation {what} {some[0]}{more}; it was made for another model")
 
 
-def _parts(model: AsrModel, weight_format: WeightFormat, like: AsrModel | None = None) -> dict[str, bytes]:
-    """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length."""
-    decides = (like or model).state_dict()
-    names = [ref.name for ref in model.weights()]
-    trained = _trained(model)
-    rest: dict[str, bytes] = {}
-    exact: dict[str, bytes] = {}
-    for name, tensor in model.state_dict().items():
-        if name in names or is_counter(name):
-            continue
-        if name in trained and _stays_half(name, decides[name], weight_format):
-            rest[name] = float_bytes(tensor, weight_format.rest_dtype)
-        else:
-            exact[name] = float_bytes(tensor, "float32")
-    config, tokenizer = model.to_config()
-    manifest = {
-        "model": config,
-        "quantizer": weight_format.to_json(),
-        "weights": names,
-        "rest": list(rest),
-        "exact": list(exact),
-    }
-    return {
-        "rest": b"".join(rest.values()),
-        "exact": lzma.compress(b"".join(exact.values()), preset=9),
-        "manifest": lzma.compress(json.dumps(manifest, ensure_ascii=False, sort_keys=True).encode(), preset=9),
-        "tokenizer": tokenizer,
-        "bits": _stored_widths([0.0] * len(names), weight_format),
-    }
-
-
-def _trained(model: AsrModel) -> set[str]:
-    """Returns the names of parameters and running statistics."""
-    statistics = {name for name, _ in model.named_buffers() if name.endswith(("running_mean", "running_var"))}
-    return statistics | {name for name, _ in model.named_parameters()}
-
-
-def _stays_half(name: str, tensor: Tensor, weight_format: WeightFormat) -> bool:
-    """Returns whether rest_dtype keeps a tensor to 2^-10 of its largest value (a variance: of each value)."""
-    if weight_format.rest_dtype == "float32":
-        return True
-    error = (tensor.half().float() - tensor).abs()
-    reference = tensor.abs() if name.endswith("running_var") else tensor.abs().amax()
-    return bool((error <= 2**-10 * reference).all())  # false for infinity and NaN too
-
-
 def _file(parts: Mapping[str, bytes], weight_format: WeightFormat, size_bytes: int) -> bytes:
     """Returns the safetensors file: length of the header, header, data; padded with spaces in the header."""
-    is_first = _version(weight_format) == 1
+    is_first = version_of(weight_format) == 1
     sizes = {name: len(part) for name, part in parts.items()}
     header = _header(sizes, weight_format, _checksum(parts) if is_first else _NO_CHECKSUM)
     padding = size_bytes - 8 - len(header) - sum(sizes.values())
@@ -321,7 +206,7 @@ def _file(parts: Mapping[str, bytes], weight_format: WeightFormat, size_bytes: i
 
 def _header(sizes: Mapping[str, int], weight_format: WeightFormat, checksum: str) -> bytes:
     """Returns the header of a file whose parts have these sizes in bytes, without padding."""
-    metadata = {"format": f"{FORMAT_NAME}{_version(weight_format)}", "mpq": __version__, "sha256": checksum}
+    metadata = {"format": f"{FORMAT_NAME}{version_of(weight_format)}", "mpq": __version__, "sha256": checksum}
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in _TENSORS:
@@ -346,11 +231,12 @@ def _checksum(parts: Mapping[str, bytes]) -> str:
     return digest.hexdigest()
 
 
-def _read_parts(path: Path) -> dict[str, bytes]:
+def _read_parts(path: Path) -> tuple[dict[str, bytes], int]:
+    """Returns the parts of a file, and the version of its format."""
     try:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
-            _check_format(path, metadata.get("format"))
+            version = _checked_version(path, metadata.get("format"))
             names = set(file.keys())
             if names != set(_TENSORS):
                 raise MpqError(f"{path}: expected the tensors {', '.join(_TENSORS)}, got {', '.join(sorted(names))}")
@@ -360,19 +246,20 @@ def _read_parts(path: Path) -> dict[str, bytes]:
     except (SafetensorError, OSError) as error:
         raise MpqError(f"{path}: not a whole safetensors file (cut off or damaged): {error}") from None
     checksum = metadata.get("sha256", "")
-    if metadata["format"] == f"{FORMAT_NAME}1":
+    if version == 1:
         is_same = _checksum(parts) == checksum
     else:
         is_same = _checksum_of_all(path.read_bytes().replace(checksum.encode(), _NO_CHECKSUM.encode(), 1)) == checksum
     if not is_same:
         raise MpqError(f"{path}: the content does not match its checksum: changed or damaged after it was written")
-    return parts
+    return parts, version
 
 
-def _check_format(path: Path, format: str | None) -> None:
+def _checked_version(path: Path, format: str | None) -> int:
+    """Returns the version that a format names, if it is one that can be read."""
     known = [f"{FORMAT_NAME}{version}" for version in FORMAT_VERSIONS]
     if format in known:
-        return
+        return FORMAT_VERSIONS[known.index(format)]
     version = (format or "").removeprefix(FORMAT_NAME)
     if format and format.startswith(FORMAT_NAME) and version.isdigit() and int(version) > FORMAT_VERSIONS[-1]:
         raise MpqError(f"{path}: format {format} is newer than this mpq {__version__} reads ({known[-1]}); update mpq")

@@ -26,20 +26,25 @@ class WeightFormat:
 
     Attributes:
         spec: The quantizer of every layer; its `bits` are replaced by each layer's own.
-        rest_dtype: "float16" or "float32": the type of whatever is not quantized.
+        rest_dtype: The type of whatever is not quantized: "float16" or "float32"; where weights are entropy-coded
+            "coded" or "float32". Empty: the first of these.
     """
 
     spec: QuantSpec
-    rest_dtype: str = "float16"
+    rest_dtype: str = ""
 
     def __post_init__(self) -> None:
-        if self.rest_dtype not in ("float16", "float32"):
-            raise MpqError(f"rest_dtype: expected float16 or float32, got {self.rest_dtype!r}")
+        known = ("coded", "float32") if self.spec.record.is_entropy_coded else ("float16", "float32")
+        if self.rest_dtype not in ("", *known):
+            raise MpqError(
+                f"rest_dtype: expected {' or '.join(known)} for the scheme {self.spec.scheme}, got {self.rest_dtype!r}"
+            )
+        object.__setattr__(self, "rest_dtype", self.rest_dtype or known[0])
 
     @property
     def float_bits(self) -> int:
         """The width of a layer that is left unquantized."""
-        return 16 if self.rest_dtype == "float16" else 32
+        return 32 if self.rest_dtype == "float32" else 16
 
     def to_json(self) -> dict[str, Any]:
         """Returns the "quantizer" object of the sensitivity and allocation files."""
@@ -63,7 +68,7 @@ class WeightFormat:
         known = cls(QuantSpec(8)).to_json()
         if unknown := set(quantizer) - set(known):
             raise MpqError(f"quantizer: unknown key {sorted(unknown)[0]!r}; known: {', '.join(known)}")
-        options = known | {"granularity": "", "clip": ""} | dict(quantizer)
+        options = known | {"granularity": "", "clip": "", "rest_dtype": ""} | dict(quantizer)
         return cls(rest_dtype=options.pop("rest_dtype"), spec=QuantSpec(bits=8, **options))
 
     @classmethod

@@ -150,8 +150,8 @@ quantizer_options = _together(
     click.option("--scale-dtype", type=click.Choice(SCALE_DTYPES), help="Type of the stored scales. Default: float16."),
     click.option(
         "--rest-dtype",
-        type=click.Choice(["float16", "float32"]),
-        help="Type of what is not quantized (biases, norms). Default: float16.",
+        type=click.Choice(["float16", "float32", "coded"]),
+        help="Type of what is not quantized (biases, norms). Default: coded for the scheme entropy, otherwise float16.",
     ),
 )
 

@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mpq.allocation.assignment import Assignment
-from mpq.artifact.file import exact_names, read_artifact, write_artifact
+from mpq.artifact.file import read_artifact, write_artifact
+from mpq.artifact.parts import exact_names
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import atomic_path, write_json

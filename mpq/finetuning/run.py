@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpq.allocation.assignment import assign, recall, recalled_statistics
 from mpq.allocation.records import Allocation
-from mpq.artifact.file import exact_names
+from mpq.artifact.parts import exact_names
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
