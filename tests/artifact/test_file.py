@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from tiny_models import tiny_model
 
 from mpq.artifact import file as file_module
+from mpq.artifact import parts as parts_module
 from mpq.artifact.file import fixed_bytes, read_artifact, write_artifact
 from mpq.artifact.weights import WeightFormat, layer_bytes
 from mpq.errors import MpqError
@@ -228,7 +229,7 @@ def test_changed_content_with_a_good_header(tmp_path: Path, artifact: Path) -> N
 @pytest.mark.parametrize("part", ["manifest", "exact"])
 def test_a_compressed_bomb_is_refused(part: str, tmp_path: Path, artifact: Path) -> None:
     parts = {name: tensor.tobytes() for name, tensor in load_file(artifact).items()}
-    parts[part] = lzma.compress(b" " * (file_module._LARGEST_MANIFEST + 1), preset=0)
+    parts[part] = lzma.compress(b" " * (parts_module._LARGEST_MANIFEST + 1), preset=0)
     (tmp_path / "bomb").write_bytes(file_module._file(parts, WeightFormat(QuantSpec(8)), 0))
     with pytest.raises(MpqError, match="a compressed part that is cut off, or larger than the"):
         load_model(tmp_path / "bomb")
