@@ -210,7 +210,8 @@ def _header(sizes: Mapping[str, int], weight_format: WeightFormat, checksum: str
     entries: dict[str, Any] = {"__metadata__": metadata}
     start = 0
     for name in _TENSORS:
-        dtype, width = (f"F{weight_format.float_bits}", weight_format.float_bits // 8) if name == "rest" else ("U8", 1)
+        is_floats = name == "rest" and version_of(weight_format) == 1
+        dtype, width = (f"F{weight_format.float_bits}", weight_format.float_bits // 8) if is_floats else ("U8", 1)
         end = start + sizes[name]
         entries[name] = {"dtype": dtype, "shape": [sizes[name] // width], "data_offsets": [start, end]}
         start = end
