@@ -1,13 +1,16 @@
 """A decoder of coded numbers in plain Python, one after the other, as docs/artifact-format.md says."""
 
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 
 SCALES = 41
+LANE = 16384
 
 
+@cache
 def shipped_tables() -> list[tuple[int, list[int]]]:
     """Returns of each table the largest magnitude and the frequencies of 0, 1, -1, 2, -2, ... and the escape."""
     stored = np.fromfile(Path(__file__).resolve().parents[1] / "mpq/artifact/code_tables.bin", dtype="<u2").tolist()
@@ -20,12 +23,12 @@ def shipped_tables() -> list[tuple[int, list[int]]]:
     return tables
 
 
-def scalar_decode(data: bytes, contexts: Sequence[int]) -> tuple[list[int], int]:
-    """Returns the numbers that are coded by these tables, and how many bytes they take."""
+def scalar_decode(data: bytes, contexts: Sequence[int]) -> tuple[list[int], bytes]:
+    """Returns the numbers that are coded by these tables, and the bytes that follow."""
     if not len(contexts):
-        return [], 0
+        return [], data
     tables = shipped_tables()
-    lanes = -(-len(contexts) // 8192)
+    lanes = -(-len(contexts) // LANE)
     states = [int.from_bytes(data[4 * lane : 4 * lane + 4], "little") for lane in range(lanes)]
     position = 4 * lanes
     places = []
@@ -42,7 +45,8 @@ def scalar_decode(data: bytes, contexts: Sequence[int]) -> tuple[list[int], int]
         places.append(place)
     position = read_words(states, lanes, data, position)
     tails = b"".join((state - 2**16).to_bytes(2, "little") for state in states)
-    bits = "".join(f"{byte:08b}" for byte in tails + data[position:])
+    rest = tails + data[position:]
+    bits = "".join(f"{byte:08b}" for byte in rest)
     escapes = [i for i, context in enumerate(contexts) if context and places[i] == 2 * tables[context][0] + 1]
     at, zeros = 0, {}
     for i in escapes:
@@ -55,7 +59,7 @@ def scalar_decode(data: bytes, contexts: Sequence[int]) -> tuple[list[int], int]
         low = int("0" + bits[at + zeros[i] : at + zeros[i] + order], 2)
         at += zeros[i] + order + 1
         numbers[i] = (last + 1 + high * 2**order + low) * (-1 if bits[at - 1] == "1" else 1)
-    return numbers, position + max(-(-at // 8) - len(tails), 0)
+    return numbers, rest[-(-at // 8) :]
 
 
 def read_words(states: list[int], lanes: int, data: bytes, position: int) -> int:

@@ -54,8 +54,8 @@ def encode(weights: Sequence[Coded]) -> list[bytes]:
         contexts.append(_contexts(described, weight.codes.shape))
         codes.append(weight.codes.reshape(-1) if found else _NONE)
         tables.append(found.tables() if found else _NONE)
-    streams = zip(heads, numbers.encode(vectors, contexts), numbers.encode(codes, tables), strict=True)
-    return [b"".join(parts) for parts in streams]
+    coded = numbers.encode(vectors, contexts, numbers.encode(codes, tables, [b""] * len(codes)))
+    return [head + one for head, one in zip(heads, coded, strict=True)]
 
 
 def decode(payloads: Sequence[bytes], shapes: Sequence[tuple[int, int]]) -> list[Coded]:
@@ -72,7 +72,7 @@ def decode(payloads: Sequence[bytes], shapes: Sequence[tuple[int, int]]) -> list
     rests = [payload[size:] for payload, (_, size) in zip(payloads, heads, strict=True)]
     contexts = [_contexts(described, shape) for (described, _), shape in zip(heads, shapes, strict=True)]
     vectors, tables = [], []
-    for i, (found, size) in enumerate(numbers.decode(rests, contexts)):
+    for i, (found, rest) in enumerate(numbers.decode(rests, contexts)):
         height, width = shapes[i]
         described, parts = heads[i][0], np.split(found.astype(np.int64), [height, height + width, 2 * height + width])
         rows, columns = described[0].numbers(parts[0], 0 * parts[0]), described[1].numbers(parts[1], 0 * parts[1])
@@ -81,11 +81,11 @@ def decode(payloads: Sequence[bytes], shapes: Sequence[tuple[int, int]]) -> list
         if len(described) == 4:
             scales = described[2].numbers(parts[2], rows), described[3].numbers(parts[3], columns)
             tables[i] = Fit(payloads[i][0], *scales).tables()
-        rests[i] = rests[i][size:]
+        rests[i] = rest
     coded = []
-    for i, (found, size) in enumerate(numbers.decode(rests, tables)):
-        if size != len(rests[i]):
-            raise MpqError(f"a weight's codes are damaged: expected {size} bytes of codes, got {len(rests[i])}")
+    for i, (found, rest) in enumerate(numbers.decode(rests, tables)):
+        if rest.strip(b"\0"):
+            raise MpqError(f"a weight's codes are damaged: expected {len(rest)} bytes less")
         codes = found.reshape(shapes[i]) if len(tables[i]) else np.zeros(shapes[i], dtype=np.int32)
         coded.append(Coded(codes, *vectors[i]))
     return coded

@@ -1,7 +1,7 @@
 """Whole numbers <-> bytes, each by a code table of its own: symbols by `mpq.artifact.rans`, escapes as bits.
 
-The bytes of a stream of n numbers are the states and words of its symbols, and then what the lanes' tails (2 bytes a
-lane, the first of the escapes' bytes) do not hold of the escapes. A stream of none takes no bytes.
+The bytes of a stream are the states and words of its symbols, followed by its escapes and whatever comes next, of which
+the first bytes are in the lanes' tails instead (2 in each). A stream of no numbers takes no bytes.
 """
 
 from collections.abc import Sequence
@@ -17,27 +17,34 @@ LARGEST = 1 << 24
 """The largest magnitude."""
 
 
-def encode(streams: Sequence[np.ndarray], contexts: Sequence[np.ndarray]) -> list[bytes]:
-    """Returns the bytes of each stream: (n,) numbers of at most LARGEST and (n,) the tables that they are coded by."""
+def encode(streams: Sequence[np.ndarray], contexts: Sequence[np.ndarray], behind: Sequence[bytes]) -> list[bytes]:
+    """Returns the bytes of each stream, and of what follows it.
+
+    Args:
+        streams: (n,) numbers of at most LARGEST, of each stream.
+        contexts: (n,) the tables that they are coded by.
+        behind: What follows each stream.
+    """
     tables = code_tables()
-    symbols = [tables.symbols(numbers, context) for numbers, context in zip(streams, contexts, strict=True)]
-    tails, rests = [], []
-    for numbers, context, symbol in zip(streams, contexts, symbols, strict=True):
+    symbols, tails, rests = [], [], []
+    for numbers, context, following in zip(streams, contexts, behind, strict=True):
+        symbol = tables.symbols(numbers, context)
         at = np.flatnonzero(tables.is_escape[symbol])
         assert not np.abs(numbers[at]).max(initial=0) > LARGEST, "a number is above LARGEST"
         excess = np.abs(numbers[at]).astype(np.int64) - tables.largest[context[at]] - 1
-        escapes = pack_escapes(excess, numbers[at] < 0, tables.order[context[at]])
+        rest = pack_escapes(excess, numbers[at] < 0, tables.order[context[at]]) + following
         room = 2 * rans.lanes(len(numbers))
-        tails.append(np.frombuffer(escapes[:room].ljust(room, b"\0"), dtype="<u2"))
-        rests.append(escapes[room:])
+        symbols.append(symbol)
+        tails.append(np.frombuffer(rest[:room].ljust(room, b"\0"), dtype="<u2"))
+        rests.append(rest[room:])
     return [one + rest for one, rest in zip(rans.encode(symbols, tails, tables), rests, strict=True)]
 
 
-def decode(data: Sequence[bytes], contexts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, int]]:
-    """Returns the (n,) int32 numbers of each stream, and how many bytes it took.
+def decode(data: Sequence[bytes], contexts: Sequence[np.ndarray]) -> list[tuple[np.ndarray, bytes]]:
+    """Returns the (n,) int32 numbers of each stream, and what follows it; zeros where that is shorter than the tails.
 
     Args:
-        data: What `encode` returned for each stream, and anything behind it.
+        data: What `encode` returned for each stream.
         contexts: (n,) the tables of each stream's numbers.
 
     Raises:
@@ -48,14 +55,12 @@ def decode(data: Sequence[bytes], contexts: Sequence[np.ndarray]) -> list[tuple[
     for one, context, (symbols, tails, end) in zip(data, contexts, rans.decode(data, contexts, tables), strict=True):
         numbers = tables.value[symbols]
         at = np.flatnonzero(tables.is_escape[symbols])
-        if at.size:
-            table, room = context[at], 2 * len(tails)
-            rest = one[end : end + at.size * LONGEST // 8 + 1]
-            excess, negative, size = unpack_escapes(tails.astype("<u2").tobytes() + rest, tables.order[table])
-            magnitude = tables.largest[table] + 1 + excess
-            if magnitude.max() > LARGEST:
-                raise MpqError(f"a weight's codes are damaged: expected none above {LARGEST}, got {magnitude.max()}")
-            numbers[at] = np.where(negative, -magnitude, magnitude)
-            end += max(size - room, 0)
-        decoded.append((numbers, end))
+        rest = tails.astype("<u2").tobytes() + one[end:]
+        order = tables.order[context[at]]
+        excess, negative, size = unpack_escapes(rest[: -(-at.size * LONGEST // 8)], order)
+        magnitude = tables.largest[context[at]] + 1 + excess
+        if magnitude.max(initial=0) > LARGEST:
+            raise MpqError(f"a weight's codes are damaged: expected none above {LARGEST}, got {magnitude.max()}")
+        numbers[at] = np.where(negative, -magnitude, magnitude)
+        decoded.append((numbers, rest[size:]))
     return decoded

@@ -20,7 +20,7 @@ import numpy as np
 from mpq.artifact.code_tables import CERTAIN, PRECISION, CodeTables
 from mpq.errors import MpqError
 
-LANE = 8192
+LANE = 16384
 """The most symbols of a lane."""
 _AT_ONCE = 1 << 23
 """The most symbols, padding included, that are worked on at once, if they are of more than one stream."""
@@ -100,13 +100,15 @@ def _decode_group(
     pairs = list(zip(data, widths.tolist(), strict=True))
     states = np.concatenate([np.frombuffer(one, "<u4", width) for one, width in pairs]).astype(np.uint32)
     words = np.concatenate(
-        [*(np.frombuffer(one, "<u2", n, 4 * width) for (one, width), n in zip(pairs, supplies, strict=True)), [0]]
+        [
+            *(np.frombuffer(one, "<u2", n, 4 * width) for (one, width), n in zip(pairs, supplies, strict=True)),
+            np.zeros(1, dtype=np.uint16),
+        ]
     ).astype(np.uint32)
     begin = np.cumsum(supplies) - supplies
     position = begin.copy()
 
-    used = np.flatnonzero(np.bincount(np.concatenate(contexts), minlength=len(tables.first)))
-    used = np.union1d(used, [CERTAIN])
+    used = np.union1d([CERTAIN], np.concatenate([np.unique(context) for context in contexts]))
     slots = tables.slots(used).reshape(-1)
     local = np.zeros(len(tables.first), dtype=np.uint32)
     local[used] = np.arange(len(used), dtype=np.uint32) << PRECISION
@@ -118,21 +120,23 @@ def _decode_group(
     owners = np.repeat(np.arange(len(data)), widths)
     ranks = np.arange(len(owners))
     both = tables.frequency << 16 | tables.cumulative
-    mask = np.uint32((1 << PRECISION) - 1)
     for step, active in enumerate(_active([len(context) for context in contexts], widths)):
-        state = states[:active]
-        slot = state & mask
-        symbol = slots.take(bases[step, :active] + slot)
-        symbols[step, :active] = symbol
+        state, base, symbol = states[:active], bases[step, :active], symbols[step, :active]
+        slot = state & ((1 << PRECISION) - 1)
+        base += slot
+        slots.take(base, out=symbol, mode="clip")  # "clip" writes to `out` without a copy
         pair = both.take(symbol)
-        state = (pair >> 16) * (state >> PRECISION) + slot - (pair & 0xFFFF)
-        low = np.flatnonzero(state < _LEAST)
+        state >>= PRECISION
+        state *= pair >> 16
+        state += slot
+        state -= pair & 0xFFFF
+        low = (state < _LEAST).nonzero()[0]
         owner = owners.take(low)
         taken = np.bincount(owner, minlength=len(data))
-        place = (position - np.cumsum(taken) + taken).take(owner) + ranks[: len(low)]
-        state[low] = state[low] << 16 | words.take(np.minimum(place, len(words) - 1))
+        place = (position - taken.cumsum() + taken).take(owner)
+        place += ranks[: len(low)]
+        state[low] = state.take(low) << 16 | words.take(place, mode="clip")  # the end is looked at below
         position += taken
-        states[:active] = state
     if (position - begin > supplies).any():
         raise MpqError("the codes of a weight are damaged: expected more bytes")
     ends = 4 * widths + 2 * (position - begin)

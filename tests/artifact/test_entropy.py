@@ -67,8 +67,7 @@ def plain(payload: bytes, shape: tuple[int, int]) -> Coded:
         position += 1
         described.append((predictor, origin, count))
         contexts += [SCALES + coded if coded else 0] * count  # shape 1: table 1 + SCALES + (coded - 1)
-    residuals, size = scalar_decode(payload[position:], contexts)
-    position += size
+    residuals, rest = scalar_decode(payload[position:], contexts)
     vectors: list[list[int]] = []
     for predictor, origin, count in described:
         vector: list[int] = []
@@ -80,9 +79,8 @@ def plain(payload: bytes, shape: tuple[int, int]) -> Coded:
     codes = [0] * (shape[0] * shape[1])
     if first != 255:
         scales = [min(max(r + c, 0), SCALES - 1) for r in vectors[2] for c in vectors[3]]
-        codes, size = scalar_decode(payload[position:], [1 + SCALES * first + scale for scale in scales])
-        position += size
-    assert position == len(payload)
+        codes, rest = scalar_decode(rest, [1 + SCALES * first + scale for scale in scales])
+    assert not rest.strip(b"\0")
     return Coded(np.array(codes, dtype=np.int32).reshape(shape), *(np.array(v, dtype=np.int16) for v in vectors[:2]))
 
 
@@ -101,7 +99,7 @@ def test_the_exact_bytes() -> None:
     )
     (payload,) = encode([weight])
     assert same(decode([payload], [(3, 4)])[0], weight) and same(plain(payload, (3, 4)), weight)
-    assert payload.hex() == "0000131f21206103008a31393b88b3104122008176adc75e1bc0"
+    assert payload.hex() == "0000131f21aa20040034ef573bcfb322008176adc75e1bc0"
 
 
 def test_the_size_is_near_the_information_of_laplacian_codes() -> None:

@@ -10,7 +10,7 @@ from mpq.artifact import rans
 from mpq.artifact.code_tables import code_tables
 from mpq.errors import MpqError
 
-COUNTS = [0, 1, 2, 5000, 8192, 8193, 0, 20000, 3]
+COUNTS = [0, 1, 2, 5000, rans.LANE, rans.LANE + 1, 0, 40000, 3]
 
 
 def streams(counts: list[int]) -> tuple[list[np.ndarray], list[np.ndarray], list[np.ndarray]]:
@@ -21,6 +21,11 @@ def streams(counts: list[int]) -> tuple[list[np.ndarray], list[np.ndarray], list
     symbols = [slots[context, random.integers(0, 1 << 14, len(context))] for context in contexts]
     tails = [random.integers(0, 1 << 16, rans.lanes(count)).astype(np.uint16) for count in counts]
     return contexts, symbols, tails
+
+
+def test_lanes_by_hand() -> None:
+    """They are part of the format."""
+    assert [rans.lanes(count) for count in (0, 1, 16384, 16385, 32769)] == [0, 1, 1, 2, 3]
 
 
 def test_all_sizes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +39,7 @@ def test_all_sizes_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
             assert (got == symbol).all() and (ends == tail).all() and size == len(one)
 
 
-@pytest.mark.parametrize("count", [1, 8193, 20000])
+@pytest.mark.parametrize("count", [1, rans.LANE + 1, 40000])
 def test_a_plain_decoder_reads_it(count: int) -> None:
     (context,), (symbols,), (tail,) = streams([count])
     (data,) = rans.encode([symbols], [tail], code_tables())
