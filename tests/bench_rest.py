@@ -25,17 +25,18 @@ from mpq.quantization.quantizers import fake_quantize
 from mpq.quantization.spec import QuantSpec
 from mpq.scoring.significance import align, count_errors
 from mpq.sensitivity.divergence import bounded_kl, log_probs_of_outputs
-from mpq.speech.data import batches, prepare_data, read_batch
+from mpq.speech.data import batches, calibration_subset, prepare_data, read_batch
 
 Batch = tuple[Tensor, Tensor, list[str]]
 """(N, T, F) features, (N,) valid frames, transcripts."""
 
 
-def read(model: AsrModel, path: Path) -> list[Batch]:
-    """Returns the audio of a manifest in batches."""
+def read(model: AsrModel, path: Path, seconds: float | None) -> list[Batch]:
+    """Returns the audio of a manifest in batches, or a random part of it."""
     checked = prepare_data(path, model, need_text=True)
+    utterances, durations = calibration_subset(checked.utterances, checked.durations, seconds, seed=0)
     found = []
-    for batch in batches(checked.utterances, checked.durations, 60.0):
+    for batch in batches(utterances, durations, 60.0):
         with torch.inference_mode():
             features, lengths = model.features(*read_batch(batch, model.sample_rate))
         found.append((features, lengths, [utterance.text or "" for utterance in batch]))
@@ -76,12 +77,15 @@ def small_parts(model: AsrModel) -> None:
 @click.command(help=__doc__)
 @click.argument("checkpoint", type=Path)
 @click.argument("manifest", type=Path)
+@click.option("--seconds", type=float, help="The most audio to use.")
 @click.option("--bits", multiple=True, type=int, default=(5, 6))
 @click.option("--precision", multiple=True, type=int, default=(4, 5, 6, 7, 8))
-def main(checkpoint: Path, manifest: Path, bits: tuple[int, ...], precision: tuple[int, ...]) -> None:
+def main(
+    checkpoint: Path, manifest: Path, seconds: float | None, bits: tuple[int, ...], precision: tuple[int, ...]
+) -> None:
     model = load_model(checkpoint)
     small_parts(model)
-    data = read(model, manifest)
+    data = read(model, manifest, seconds)
     references, wer = outputs(model, data)
     folded = folded_state(model)
     refs = {ref.name for ref in model.weights()}

@@ -5,13 +5,15 @@ from typing import Any
 
 from mpq.errors import MpqError
 
-_FILTERS: list[dict[str, Any]] = [{"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}]
-_FLOATS: list[dict[str, Any]] = [{**_FILTERS[0], "lc": 0, "lp": 2, "pb": 2}]
-"""With contexts for each of the four bytes of a number."""
+_LZMA2: dict[str, Any] = {"id": lzma.FILTER_LZMA2, "preset": 9 | lzma.PRESET_EXTREME}
+_FILTERS = [{**_LZMA2, "lc": 4, "lp": 0, "pb": 0}]
+"""The context of a byte is the half of the byte before it."""
+_FLOATS = [{**_LZMA2, "lc": 0, "lp": 2, "pb": 2}]
+"""The context of a byte is its place in its number of four."""
 
 
 def compressed(data: bytes, is_floats: bool = False) -> bytes:
-    """Returns a stream of LZMA2, nothing for nothing; `is_floats`: of float32 numbers, for which it is shorter."""
+    """Returns a stream of LZMA2; nothing for nothing. With `is_floats` it is shorter for float32 numbers."""
     return lzma.compress(data, lzma.FORMAT_RAW, filters=_FLOATS if is_floats else _FILTERS) if data else b""
 
 

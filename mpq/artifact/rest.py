@@ -1,4 +1,6 @@
-"""Biases, norms and statistics <-> few bytes: whole numbers of steps, entropy-coded. docs/artifact-format.md has the bytes.
+"""Biases, norms and statistics <-> few bytes: whole numbers of steps, entropy-coded.
+
+docs/artifact-format.md describes the bytes.
 
 Each tensor has one step, a fraction of the root mean square of its values, so that all of them are kept to the same
 relative precision. A tensor whose values are far from zero, as the weights of a norm are, is coded around its mean.

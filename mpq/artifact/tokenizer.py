@@ -1,25 +1,26 @@
-"""A SentencePiece model <-> few bytes: its table of characters is left out where it is one that SentencePiece has.
+"""A SentencePiece model <-> few bytes.
 
-Nine tenths of a small SentencePiece model are the table of a normalisation rule (which characters become which others),
-and nearly all models have one of the four that the library itself builds. Such a table is named, with its fingerprint.
+Nine tenths of a small SentencePiece model are the table of its normalisation rule, which says what characters become,
+and most of those are the double array of a trie, which is stored as a trie (`mpq.artifact.double_array`). (The library
+brings such tables along, and they need not be stored at all. But they change from release to release, as between 0.2.0,
+0.2.1 and 0.2.3, so that a file could be read with the release alone that wrote it.)
 
-The bytes: rule, 0; the version of SentencePiece, 0; the place of the table in the model (4 bytes, little-endian); the
-first 8 bytes of the table's SHA-256; the model without it, as a stream of LZMA2. Without a known table the rule is
-empty, and the model follows its 0.
+The bytes: the place of the array in the model, 0 if none is left out; the length of the next part (4 bytes each,
+little-endian); the model without the array, as a stream of LZMA2; the array as `double_array.to_streams` returns it, as
+a second one.
 """
 
-import hashlib
 import lzma
 
-import sentencepiece
-
 from mpq.artifact.compression import compressed, decompressed
+from mpq.artifact.double_array import from_streams, to_streams
 from mpq.errors import MpqError
 
-RULES = ("nmt_nfkc", "nmt_nfkc_cf", "nfkc", "nfkc_cf")
-"""The rules of SentencePiece that have tables."""
 _LARGEST = 1 << 28
 """Bytes of a tokenizer."""
+_NORMALIZER, _TABLE = 3, 2
+"""The field `normalizer_spec` of a ModelProto, and its field `precompiled_charsmap`: the length of the array in bytes
+(4 bytes, little-endian), the array, and the strings that its values are the places of (sentencepiece_model.proto)."""
 
 
 def encode_tokenizer(blob: bytes) -> bytes:
@@ -31,48 +32,61 @@ def encode_tokenizer(blob: bytes) -> bytes:
     if not blob:
         return b""
     model = lzma.decompress(blob)
-    for rule in RULES:
-        table = _table(rule)
-        at = model.find(table)
-        if at > 0:
-            start = f"{rule}\0{sentencepiece.__version__}\0".encode() + at.to_bytes(4, "little") + _fingerprint(table)
-            return start + compressed(model[:at] + model[at + len(table) :])
-    return b"\0" + compressed(model)
+    start, end = _array(model)
+    trie = to_streams(model[start:end])
+    if trie is None or start == end:
+        start, end, trie = 0, 0, b""
+    rest = compressed(model[:start] + model[end:])
+    return start.to_bytes(4, "little") + len(rest).to_bytes(4, "little") + rest + compressed(trie)
 
 
 def decode_tokenizer(data: bytes) -> bytes:
     """Returns a blob for `AsrModel.from_config` with the SentencePiece model that `encode_tokenizer` was given.
 
     Raises:
-        MpqError: The bytes are damaged, or SentencePiece has another table than when they were written.
+        MpqError: The bytes are damaged.
     """
     if not data:
         return b""
-    name, _, rest = data.partition(b"\0")
-    if not name:
-        return lzma.compress(decompressed(rest, _LARGEST), preset=0)
-    version, _, rest = rest.partition(b"\0")
-    rule, at, fingerprint = name.decode(errors="replace"), int.from_bytes(rest[:4], "little"), rest[4:12]
-    if rule not in RULES:
-        raise MpqError(f"tokenizer: expected a rule among {', '.join(RULES)}, got {rule[:20]!r}: the file is damaged")
-    table = _table(rule)
-    if _fingerprint(table) != fingerprint:
-        raise MpqError(
-            f"tokenizer: SentencePiece {sentencepiece.__version__} has another table {rule} than the file was written "
-            f"with; install sentencepiece {version[:20].decode(errors='replace')}"
-        )
-    model = decompressed(rest[12:], _LARGEST)
-    return lzma.compress(model[:at] + table + model[at:], preset=0)
+    start, size = (int.from_bytes(data[place : place + 4], "little") for place in (0, 4))
+    model, trie = (decompressed(part, _LARGEST) for part in (data[8 : 8 + size], data[8 + size :]))
+    if start > len(model) or len(data) < 8 + size or bool(start) != bool(trie):
+        raise MpqError("the tokenizer is damaged")
+    array = from_streams(trie) if trie else b""
+    return lzma.compress(model[:start] + array + model[start:], preset=0)
 
 
-def _table(rule: str) -> bytes:
-    """Returns the table of a rule, as SentencePiece builds it: a field (number 2, of bytes) after the rule's name."""
-    message: bytes = sentencepiece.SentencePieceNormalizer(rule_name=rule).serialized_model_proto()
-    start = message.index(rule.encode()) + len(rule)
-    assert message[start] == 2 << 3 | 2
-    size = sum((message[start + 1 + i] & 127) << 7 * i for i in range(3))  # protobuf's varint, here of three bytes
-    return message[start + 4 : start + 4 + size]
+def _array(model: bytes) -> tuple[int, int]:
+    """Returns where the double array of a SentencePiece model begins and ends; (0, 0) if it has none."""
+    try:
+        start, end = 0, len(model)
+        for number in (_NORMALIZER, _TABLE):
+            start, end = _field(model, start, end, number)
+        size = int.from_bytes(model[start : start + 4], "little")
+    except IndexError:
+        return 0, 0
+    return (start + 4, start + 4 + size) if start + 4 + size <= end else (0, 0)
 
 
-def _fingerprint(table: bytes) -> bytes:
-    return hashlib.sha256(table).digest()[:8]
+def _field(message: bytes, start: int, end: int, number: int) -> tuple[int, int]:
+    """Returns where the bytes of a field of a protobuf message begin and end; raises IndexError if it has none."""
+    while start < end:
+        key, start = _varint(message, start)
+        size = {1: 8, 5: 4}.get(key & 7, 0)
+        if key & 7 in (0, 2):  # a number, or bytes after their number
+            value, start = _varint(message, start)
+            size = value if key & 7 == 2 else 0
+        if key == number << 3 | 2:
+            return start, start + size
+        start += size
+    raise IndexError
+
+
+def _varint(message: bytes, start: int) -> tuple[int, int]:
+    """Returns the number at a place, 7 bits in each byte and the lowest first, and the place behind it."""
+    value, shift = 0, 0
+    while True:
+        byte = message[start]
+        value, shift, start = value | (byte & 127) << shift, shift + 7, start + 1
+        if byte < 128:
+            return value, start

@@ -1,7 +1,7 @@
 """Foldings: the same function with fewer vectors to store.
 
-Many of a Conformer's vectors only add to others, and some have no effect at all. Here they move into those that are left,
-and become constants: zeros, and ones for a variance. No matrix or kernel (`AsrModel.weights`) changes.
+Many of a Conformer's vectors only add to others, and some have no effect at all. Here they move into those that are
+left, and become constants: zeros, and ones for a variance. No matrix or kernel (`AsrModel.weights`) changes.
 
 - A bias of the keys adds the same to all scores of a query, and softmax takes it away again.
 - A bias of the values passes the attention weights, which sum to one, and adds to the output's bias.
@@ -60,8 +60,8 @@ def _fold_block(block: ConformerBlock) -> None:
     attention = block.self_attn
     _move(block.norm_self_att, attention.linear_q, attention.linear_k, attention.linear_v)
     if (bias := attention.linear_q.bias) is not None:
-        attention.pos_bias_u += bias.view_as(attention.pos_bias_u)
-        attention.pos_bias_v += bias.view_as(attention.pos_bias_v)
+        attention.pos_bias_u.add_(bias.view_as(attention.pos_bias_u))
+        attention.pos_bias_v.add_(bias.view_as(attention.pos_bias_v))
         bias.zero_()
     _drop_key_bias(attention)
     # a masked query has no attention weights, and must not be read by the convolution
@@ -75,9 +75,9 @@ def _fold_batch_norm(module: ConvolutionModule, norm: nn.BatchNorm1d) -> None:
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     scale = norm.weight / (variance + norm.eps).sqrt()
     bias = module.depthwise_conv.bias
-    norm.bias -= mean * scale
+    norm.bias.sub_(mean * scale)
     if bias is not None:
-        norm.bias += bias * scale
+        norm.bias.add_(bias * scale)
         bias.zero_()
     norm.weight.copy_(scale * math.sqrt(1 + norm.eps))
     mean.zero_()
@@ -112,13 +112,16 @@ FOLDINGS: dict[type[nn.Module], Callable[[nn.Module], None]] = cast(
 
 def _move(source: nn.LayerNorm | Linear, *readers: Linear) -> None:
     """Moves a bias into those of all linear maps that read the result, if each of them has one."""
-    bias = source.bias
-    into = [reader.outer.bias if isinstance(reader, FactoredLinear) else reader.bias for reader in readers]
+    bias, into = _bias(source), [_bias(reader) for reader in readers]
     if bias is None or any(one is None for one in into):
         return
     for reader, own in zip(readers, into, strict=True):
-        own += _product(reader, bias)
+        cast(Tensor, own).add_(_product(reader, bias))
     bias.zero_()
+
+
+def _bias(module: nn.LayerNorm | Linear) -> Tensor | None:
+    return module.outer.bias if isinstance(module, FactoredLinear) else module.bias
 
 
 def _product(linear: Linear, x: Tensor) -> Tensor:
