@@ -14,7 +14,7 @@ TARGET_MB = 0.0105
 FILES = (
     *("train/model.safetensors", "train/training.json", "train/recipe.json", "train/log.jsonl"),
     *(f"{model}/{name}/{file}" for model in ("float", "packed") for name in ("one", "two")
-      for file in ("ref.trn", "hyp.trn", "metrics.json")),
+      for file in ("ref.trn", "hyp.trn", "keys.json", "metrics.json")),
     *("sensitivity.json", "allocation.json", "packed.safetensors", "comparison-one.json", "comparison-two.json"),
     "run.json",
 )  # fmt: skip

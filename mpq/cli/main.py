@@ -147,14 +147,26 @@ def inspect(path: Path, overrides: tuple[str, ...], device: str, as_json: bool, 
 
 
 @main.command()
-@click.argument("folders", nargs=-1, type=PATH, metavar="[BASELINE COMPRESSED]")
+@click.argument("folders", nargs=-1, type=PATH, metavar="[BASELINE COMPRESSED]...")
 @click.option("--ref", type=PATH, help="The reference transcripts (trn).")
 @click.option("--a", "a_path", type=PATH, help="The transcripts of the baseline (trn).")
 @click.option("--b", "b_path", type=PATH, help="The transcripts of the compressed system (trn).")
 @click.option("--alpha", default=0.05, show_default=True, help="The significance level of the tests.")
+@click.option(
+    "--margin",
+    default=0.2,
+    show_default=True,
+    metavar="POINTS",
+    help="The loss that is put up with, in points of word error rate; is it shown that the loss is smaller?",
+)
+@click.option("--by", metavar="KEY", help="A key of the manifest, such as speaker: the same question for each group.")
 @click.option("--resamples", default=10_000, show_default=True, help="The number of resamples of the bootstrap.")
 @click.option("--changes", default=5, show_default=True, help="The number of changed outputs to show.")
-@click.option("--out", type=PATH, help="The mpq.comparison/1 file to write, with all changed outputs.")
+@click.option(
+    "--out",
+    type=PATH,
+    help="The file to write, with all changed outputs: mpq.comparison/1, or mpq.comparisons/1 for several test sets.",
+)
 @common_options
 def compare(
     folders: tuple[Path, ...],
@@ -162,6 +174,8 @@ def compare(
     a_path: Path | None,
     b_path: Path | None,
     alpha: float,
+    margin: float,
+    by: str | None,
     resamples: int,
     seed: int,
     changes: int,
@@ -169,40 +183,61 @@ def compare(
     as_json: bool,
     **_: Any,
 ) -> None:
-    """Test whether the compressed system is significantly worse than the baseline.
+    """Test whether the compressed system is significantly worse than the baseline, and what the test set can show.
 
     The answer has the word errors of both systems and their difference; the MAPSSWE test exactly as in NIST SCTK's
-    sc_stats, which decides "lossless"; the exact McNemar test; a bootstrap interval; and the changed outputs.
+    sc_stats, which decides "lossless"; how much worse it is at most, and whether that is within --margin; the loss that
+    this test set would show four times in five; the exact McNemar test; a bootstrap interval; and the changed outputs.
     Differences are (errors of the baseline) - (errors of the compressed system) per segment, so a negative Z means that
-    the baseline is better.
+    the baseline is better. With a pair of folders for each of several test sets there is a verdict on all of them, too.
 
     \b
     Examples:
-      mpq compare runs/fp32 runs/small
+      mpq compare runs/fp32 runs/small --margin 0.3 --by speaker
+      mpq compare fp32/clean small/clean fp32/other small/other
       mpq compare --ref ref.trn --a fp32.trn --b small.trn --out comparison.json
     """
-    from mpq.cli.tables import changes_view, comparison_view
+    from mpq.cli.comparisons import changes_view, comparison_view, comparisons_view
     from mpq.files import check_output
     from mpq.scoring import compare as step
+    from mpq.scoring.groups import read_labels
     from mpq.speech.trn import read_trn
 
     files = (ref, a_path, b_path)
     if out:
         check_output(out, *files)
-    if len(folders) == 2 and not any(files):
-        transcripts = step.read_evaluations(*folders)
-        names = (str(folders[0]), str(folders[1]))
-    elif not folders and ref and a_path and b_path:
-        transcripts = (read_trn(ref), read_trn(a_path), read_trn(b_path))
-        names = (str(a_path), str(b_path))
+    pairs = list(zip(folders[::2], folders[1::2], strict=False))
+    if folders and len(folders) % 2 == 0 and not any(files):
+        transcripts = [step.read_evaluations(*pair) for pair in pairs]
+    elif not folders and ref and a_path and b_path and not by:
+        pairs, transcripts = [(a_path, b_path)], [(read_trn(ref), read_trn(a_path), read_trn(b_path))]
     else:
-        raise MpqError("expected two folders that mpq evaluate wrote, or --ref, --a and --b")
-    result = step.compare(*transcripts, names=names, alpha=alpha, resamples=resamples, seed=seed)
+        raise MpqError(
+            "expected two folders that mpq evaluate wrote (two for each test set), or --ref, --a and --b without --by"
+        )
+    results = [
+        step.compare(
+            *texts,
+            (str(a), str(b)),
+            alpha,
+            resamples,
+            seed,
+            margin=margin / 100,
+            labels=read_labels(a, by) if by else None,
+        )
+        for texts, (a, b) in zip(transcripts, pairs, strict=True)
+    ]
+    together = step.combine(results) if len(results) > 1 else None
+    result = together or results[0]
     if out:
         result.save(out)
-    views = [comparison_view(result)]
-    if changes > 0 and result.changed:
-        views.append(changes_view(result, changes))
+    views = []
+    for one in results:
+        views.append(comparison_view(one))
+        if changes > 0 and one.changed:
+            views.append(changes_view(one, changes))
+    if together:
+        views.append(comparisons_view(together))
     print_result(result, as_json, *views)
 
 

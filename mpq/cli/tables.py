@@ -8,7 +8,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mpq.allocation.records import Allocation
-from mpq.scoring.records import Comparison, SystemScore
 from mpq.sensitivity.records import SensitivityTable
 
 if TYPE_CHECKING:  # these import torch, which a comparison does not need
@@ -37,14 +36,14 @@ def console() -> Console:
 def evaluation_view(evaluation: "Evaluation") -> Group:
     """Returns word errors in all and by utterance length, and the speed."""
     m = evaluation.metrics
-    table = _table("utterances", "number", "words", "errors", "WER %", "S", "D", "I")
+    table = table_of("utterances", "number", "words", "errors", "WER %", "S", "D", "I")
     counts = (m.substitutions, m.deletions, m.insertions)
     table.add_row("all", *map(str, (m.utterances, m.words, sum(counts))), f"{100 * m.wer:.3f}", *map(str, counts))
     for bucket in m.by_length:
         end = "any length" if bucket.max_seconds is None else f"{bucket.max_seconds:g} s"
         numbers = map(str, (bucket.utterances, bucket.words, bucket.errors))
         table.add_row(f"{bucket.min_seconds:g} s to {end}", *numbers, f"{100 * bucket.wer:.3f}", "", "", "")
-    return _view(
+    return view_of(
         f"{evaluation.model['path']} on {evaluation.data['path']}: WER {m.wer:.2%}",
         table,
         f"{m.sentence_errors} utterances with an error, {m.empty_outputs} empty outputs, {m.loop_outputs} repeated "
@@ -57,7 +56,7 @@ def evaluation_view(evaluation: "Evaluation") -> Group:
 
 def training_view(training: "TrainingResult", most: int = 10) -> Group:
     """Returns the last and the best epochs, and what the model is."""
-    table = _table("epoch", "updates", "train loss", "dev loss", "dev WER %", "seconds")
+    table = table_of("epoch", "updates", "train loss", "dev loss", "dev WER %", "seconds")
     shown = {one.epoch for one in training.epochs[-most:]} | set(training.averaged)
     for one in training.epochs:
         if one.epoch in shown:
@@ -66,7 +65,7 @@ def training_view(training: "TrainingResult", most: int = 10) -> Group:
             table.add_row(name, str(one.step), f"{one.train_loss:.4f}", *dev, f"{one.seconds:.0f}")
     left_out = f"; left out: {training.skipped} faulty, {training.too_long} too long"
     wer = "" if training.dev_wer is None else f"dev WER {training.dev_wer:.2%}; "
-    return _view(
+    return view_of(
         f"{wer}{len(training.epochs)} epochs, {training.seconds / 60:.1f} minutes on {training.device}",
         table,
         "losses in nats a token; the model is the mean of the epochs with a *"
@@ -78,7 +77,7 @@ def training_view(training: "TrainingResult", most: int = 10) -> Group:
 
 def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
     """Returns the layers that suffer most at the smallest width."""
-    table = _table("layer", "weights", *(f"{bits} bits" for bits in sensitivity.bits))
+    table = table_of("layer", "weights", *(f"{bits} bits" for bits in sensitivity.bits))
     for layer in sorted(sensitivity.layers, key=lambda layer: -layer.kl[sensitivity.bits[0]])[:most]:
         table.add_row(layer.name, str(layer.numel), *(f"{layer.kl[bits]:.2e}" for bits in sensitivity.bits))
     table.add_section()
@@ -88,7 +87,7 @@ def sensitivity_view(sensitivity: SensitivityTable, most: int = 10) -> Group:
     data = sensitivity.data
     method = {"kl": "measured one layer at a time", "fisher": "to second order"}.get(sensitivity.method, "")
     row = "token" if sensitivity.output == "decoder" else "frame"
-    return _view(
+    return view_of(
         f"KL divergence of the {sensitivity.output} output, nats per {row}, {method or sensitivity.method}: the "
         f"{min(most, len(sensitivity.layers))} most sensitive of {len(sensitivity.layers)} layers",
         table,
@@ -105,7 +104,7 @@ def _unreached_note(names: Sequence[str]) -> list[str]:
 
 def allocation_view(allocation: Allocation) -> Group:
     """Returns how many layers have which width, and the size."""
-    table = _table("bits", "layers")
+    table = table_of("bits", "layers")
     for bits in sorted(set(allocation.bits.values())):
         table.add_row(str(bits), str(sum(width == bits for width in allocation.bits.values())))
     measured = "not measured (--measure CKPT does)"
@@ -128,11 +127,11 @@ def allocation_view(allocation: Allocation) -> Group:
     notes.append(f"frontier: {len(allocation.frontier)} points; {allocation.frontier_note}")
     tables = [table]
     if allocation.measured:
-        points = _table("MB", "predicted KL", "measured KL")
+        points = table_of("MB", "predicted KL", "measured KL")
         for size, *divergences in allocation.measured:
             points.add_row(f"{size / MB:.3f}", *(f"{divergence:.4g}" for divergence in divergences))
         tables.append(points)
-    return _view(
+    return view_of(
         f"{allocation.predicted_bytes} bytes ({allocation.predicted_bytes / MB:.3f} MB) of at most "
         f"{allocation.target_bytes} ({allocation.target_bytes / MB:.3f} MB)",
         Group(*tables),
@@ -159,7 +158,7 @@ def pack_line(result: "PackResult") -> str:
 
 def finetune_view(result: "FinetuneResult") -> Group:
     """Returns each size with its held-out errors before and after, and what was trained."""
-    table = _table("file", "bytes", "times smaller", "bits a weight", "divergence before", "after", "WER %", "after")
+    table = table_of("file", "bytes", "times smaller", "bits a weight", "divergence before", "after", "WER %", "after")
     for size in result.sizes:
         wers = ("" if wer is None else f"{100 * wer:.2f}" for wer in (size.start_wer, size.wer))
         divergences = (f"{one:.4g}" for one in (size.start_divergence, size.divergence))
@@ -171,7 +170,7 @@ def finetune_view(result: "FinetuneResult") -> Group:
         kept = f"kept the starting weights: none of the {count} epochs improved on them"
     else:
         kept = f"kept epochs {epochs} of {count}"
-    return _view(
+    return view_of(
         "fine-tuned" if len(result.sizes) == 1 else f"fine-tuned, {len(result.sizes)} sizes from one training",
         table,
         f"{kept}; divergence in nats per frame, a frame at most 1; development data",
@@ -184,7 +183,7 @@ def search_view(result: "SearchResult") -> Group:
     """Returns the widths and ranks block by block, sizes, and losses and WERs on held-out data."""
     found, done = result.architecture, result.training
     has_ranks = any(one.rank for one in found.modules)
-    table = _table("block", "FW", "FW-m", *(("BN", "BN-m") if has_ranks else ()))
+    table = table_of("block", "FW", "FW-m", *(("BN", "BN-m") if has_ranks else ()))
     for block, ((width, rank), (width2, rank2)) in enumerate(found.shapes(), 1):
         table.add_row(str(block), str(width), str(width2), *((str(rank), str(rank2)) if has_ranks else ()))
 
@@ -194,7 +193,7 @@ def search_view(result: "SearchResult") -> Group:
     trained = "" if done.dev_loss is None else f"; trained on {scored(done.dev_loss, done.dev_wer)} (development data)"
 
     penalty = f"eta {result.eta:g}" if result.eta is not None else f"at most {result.target_millions:g} M parameters"
-    return _view(
+    return view_of(
         f"{found.millions:.3f} M parameters of {found.largest_millions:.3f} M ({result.method}, {penalty})",
         table,
         f"expected parameters {found.expected_millions:.3f} M; held-out data: the largest "
@@ -206,7 +205,7 @@ def search_view(result: "SearchResult") -> Group:
 
 def inspection_view(inspection: "Inspection") -> Group:
     """Returns every layer and the totals."""
-    table = _table("layer", "kind", "shape", "weights", "bits", "bytes")
+    table = table_of("layer", "kind", "shape", "weights", "bits", "bytes")
     for layer in inspection.layers:
         shape = " x ".join(map(str, layer.shape))
         bits = "float" if layer.bits is None else str(layer.bits)
@@ -214,7 +213,7 @@ def inspection_view(inspection: "Inspection") -> Group:
     weights, size = sum(layer.numel for layer in inspection.layers), sum(layer.bytes for layer in inspection.layers)
     table.add_section()
     table.add_row(f"{len(inspection.layers)} layers", "", "", str(weights), "", str(size))
-    return _view(
+    return view_of(
         f"{inspection.family} {inspection.architecture}: {inspection.parameters['total'] / 1e6:.3f} M parameters "
         f"(encoder blocks {inspection.parameters['encoder_blocks'] / 1e6:.3f} M), "
         + ("no file yet" if inspection.file_bytes is None else f"file {inspection.file_bytes / MB:.3f} MB"),
@@ -227,13 +226,13 @@ def run_view(run: "RunResult") -> Group:
 
     "times smaller" compares with the parameters in float32; after a search, with the file of the model before it.
     """
-    stages = _table("stage", "", "why", "seconds")
+    stages = table_of("stage", "", "why", "seconds")
     for one in run.stages:
         stages.add_row(one.name, one.action, one.reason, "" if one.seconds is None else f"{one.seconds:.0f}")
     results = {one.name: one.result for one in run.stages}
     views: list[Table | str] = [stages]
     if tests := results.get("evaluate", {}).get("tests", {}):
-        table = _table("model", "bytes", "times smaller", *(f"{name} WER %" for name in tests))
+        table = table_of("model", "bytes", "times smaller", *(f"{name} WER %" for name in tests))
         found, packed, tuned = (results.get(name, {}) for name in ("search", "pack", "finetune"))
         compared = results.get("compare", {})
         size = found.get("baseline_bytes") or packed.get("float_bytes")
@@ -250,45 +249,10 @@ def run_view(run: "RunResult") -> Group:
         views.append(table)
         if compared.get("tests"):
             views.append("lossless: not significantly worse than float32 (MAPSSWE)")
-    return _view(f"{run.out}{': what a run would do' if run.is_dry else ''}", Group(*views))
+    return view_of(f"{run.out}{': what a run would do' if run.is_dry else ''}", Group(*views))
 
 
-def comparison_view(comparison: Comparison) -> Group:
-    """Returns both systems' errors and their difference, with the verdict of the tests."""
-    table = _table("system", "WER %", "correct", "S", "D", "I", "utterances with errors")
-    for system in (comparison.a, comparison.b):
-        table.add_row(system.name, f"{100 * system.wer:.3f}", *map(str, _counts(system)))
-    deltas = (b - a for a, b in zip(_counts(comparison.a), _counts(comparison.b), strict=True))
-    table.add_row("difference", f"{100 * (comparison.b.wer - comparison.a.wer):+.3f}", *(f"{d:+d}" for d in deltas))
-    test, interval, mcnemar = comparison.mapsswe, comparison.bootstrap, comparison.mcnemar
-    statistic = "no statistic" if test.z is None else f"Z {test.z:.3f}, p {test.p:.3g} (sc_stats: {test.p_sctk:.3f})"
-    verdict = "lossless: not significantly worse" if comparison.lossless else "NOT lossless: significantly worse"
-    return _view(
-        f"{comparison.b.name} against {comparison.a.name}: {verdict} (MAPSSWE, alpha {comparison.alpha:g})",
-        table,
-        f"MAPSSWE: {test.segments} segments, mean {test.mean:+.3f}, sd {test.std:.3f}, {statistic}",
-        *([f"         {test.note}"] if test.note else []),
-        f"McNemar (exact): {mcnemar['a_only_wrong']} utterances wrong only in the first, "
-        f"{mcnemar['b_only_wrong']} only in the second, p {mcnemar['p']:.3g}",
-        f"Bootstrap: WER {100 * interval['difference']:+.3f} points, {interval['level']:.0%} interval "
-        f"[{100 * interval['low']:+.3f}, {100 * interval['high']:+.3f}]",
-        f"{comparison.utterances} utterances, {comparison.words} words; {len(comparison.changed)} outputs differ",
-    )
-
-
-def changes_view(comparison: Comparison, most: int) -> Group:
-    """Returns the changed outputs, those with the largest change in errors first."""
-    table = Table()
-    for column in ("utterance", "errors", "reference / first / second"):
-        table.add_column(column, overflow="fold")
-    ranked = sorted(comparison.changed, key=lambda change: -abs(change["errors_b"] - change["errors_a"]))
-    for change in ranked[:most]:
-        texts = "\n".join((change["ref"], change["a"], change["b"]))
-        table.add_row(change["utt_id"], f"{change['errors_a']} -> {change['errors_b']}", texts)
-    return _view(f"Changed outputs, {min(most, len(ranked))} of {len(ranked)}:", table)
-
-
-def _table(*columns: str) -> Table:
+def table_of(*columns: str) -> Table:
     """Returns a table whose first column is text and whose others are numbers."""
     table = Table()
     for index, column in enumerate(columns):
@@ -296,11 +260,6 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _view(title: str, table: Table | Group, *notes: str) -> Group:
+def view_of(title: str, table: Table | Group, *notes: str) -> Group:
     """Returns a table with a title above it and a line for each note below."""
     return Group(Text(title, style="bold"), table, *map(Text, notes))
-
-
-def _counts(system: SystemScore) -> tuple[int, ...]:
-    """Returns the numbers of a row of the comparison, from correct words to utterances with errors."""
-    return system.correct, system.substitutions, system.deletions, system.insertions, system.sentence_errors

@@ -6,9 +6,11 @@ from typing import Any
 
 from mpq.errors import MpqError
 from mpq.files import read_json
+from mpq.scoring.groups import Labels, Scored, compare_groups
 from mpq.scoring.metrics import METRICS_FORMAT, score
-from mpq.scoring.records import Comparison
+from mpq.scoring.records import Comparison, Comparisons
 from mpq.scoring.significance import align, bootstrap, count_errors, mapsswe, mcnemar, segments
+from mpq.scoring.verdicts import MARGIN, detectable, holm, non_inferiority
 from mpq.speech.trn import Trn, read_trn
 
 SHOWN_IDS = 3
@@ -23,6 +25,8 @@ def compare(
     alpha: float = 0.05,
     resamples: int = 10_000,
     seed: int = 0,
+    margin: float = MARGIN,
+    labels: Labels | None = None,
 ) -> Comparison:
     """Returns word errors, significance tests and the changed utterances of two systems; a is the baseline.
 
@@ -34,6 +38,8 @@ def compare(
         names: The names of the systems in reports.
         alpha: The level of all tests and intervals.
         resamples, seed: The number of the bootstrap's resamples, and its seed.
+        margin: The loss that is put up with, a fraction of a word error rate.
+        labels: The groups to tell apart; None for none.
 
     Raises:
         MpqError: The utterances differ, there are none, or an option is out of range.
@@ -42,13 +48,15 @@ def compare(
     alignments_a = [align(words, a.utterances[utt_id]) for utt_id, words in ref.utterances.items()]
     alignments_b = [align(words, b.utterances[utt_id]) for utt_id, words in ref.utterances.items()]
     errors_a, errors_b = list(map(count_errors, alignments_a)), list(map(count_errors, alignments_b))
-    pairs = [pair for both in zip(alignments_a, alignments_b, strict=True) for pair in segments(*both)]
+    found = [segments(*both) for both in zip(alignments_a, alignments_b, strict=True)]
+    pairs = [pair for of_utterance in found for pair in of_utterance]
     assert sum(pair[0] for pair in pairs) == sum(errors_a), "segments must hold every error of a once"
     assert sum(pair[1] for pair in pairs) == sum(errors_b), "segments must hold every error of b once"
 
     test = mapsswe(pairs, alpha)
     word_counts = [len(words) for words in ref.utterances.values()]
     errors = list(zip(errors_a, errors_b, strict=True))
+    scored = map(Scored, word_counts, errors_a, errors_b, found)
     return Comparison(
         alpha=alpha,
         utterances=len(word_counts),
@@ -64,6 +72,24 @@ def compare(
         bootstrap=bootstrap(errors_a, errors_b, word_counts, alpha, resamples, seed),
         changed=tuple(_changed(ref, a, b, errors)),
         lossless=test.better != "a",
+        non_inferiority=non_inferiority(pairs, sum(word_counts), margin),
+        detectable=detectable(pairs, sum(word_counts), alpha),
+        by=None if labels is None else compare_groups(labels, dict(zip(ref.utterances, scored, strict=True)), alpha),
+    )
+
+
+def combine(comparisons: Sequence[Comparison]) -> Comparisons:
+    """Returns the verdict on several test sets: their MAPSSWE tests together keep the level (Holm).
+
+    Args:
+        comparisons: One of each test set, all at the same level; at least one.
+    """
+    p = holm([1.0 if one.mapsswe.p is None else one.mapsswe.p for one in comparisons])
+    return Comparisons(
+        sets=tuple(comparisons),
+        p=tuple(p),
+        lossless=not any(q < one.alpha and one.mapsswe.better == "a" for q, one in zip(p, comparisons, strict=True)),
+        non_inferior=all(one.non_inferiority.non_inferior for one in comparisons),
     )
 
 

@@ -1,6 +1,7 @@
 """A model on a test set: hypotheses, word errors and speed, in a folder that `compare` reads.
 
-The folder holds `ref.trn`, `hyp.trn` and `metrics.json`; the last is written last, so a folder with it is complete.
+The folder holds `ref.trn`, `hyp.trn`, `keys.json` (what the manifest says of each utterance) and `metrics.json`; the
+last is written last, so a folder with it is complete.
 Finished batches are kept in a journal, so a run that was killed resumes.
 """
 
@@ -18,6 +19,7 @@ from mpq.loading import open_model
 from mpq.models.base import AsrModel
 from mpq.progress import progress
 from mpq.runtime import choose_device, memory_for
+from mpq.scoring.groups import KEYS_FILE, write_keys
 from mpq.scoring.metrics import Metrics, measure
 from mpq.speech.data import CheckedData, batches, prepare_data, read_batch
 from mpq.speech.decoding import GREEDY, DecodeOptions
@@ -117,6 +119,7 @@ def evaluate(
     (out / "metrics.json").unlink(missing_ok=True)
     write_text(out / "ref.trn", ref)
     write_trn(out / "hyp.trn", utt_ids, list(map(escape_markup, texts)))
+    write_keys(out / KEYS_FILE, checked.utterances)
     write_json(out / "metrics.json", result.to_json())
     journal.remove()
     return result

@@ -1,4 +1,4 @@
-"""A comparison of two systems: word errors and the verdict of the tests, as written to JSON."""
+"""Comparisons of two systems: word errors and the verdict of the tests, as written to JSON."""
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 from mpq.files import write_json
 
 COMPARISON_FORMAT = "mpq.comparison/1"
+COMPARISONS_FORMAT = "mpq.comparisons/1"
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,64 @@ class MapssweResult:
 
 
 @dataclass(frozen=True)
+class NonInferiority:
+    """Whether b is shown to lose less than a margin; all are fractions of a word error rate.
+
+    Attributes:
+        margin: The loss that is put up with.
+        upper: The one-sided 95 % bound of WER(b) - WER(a); None where the test is undefined.
+        non_inferior: upper is below the margin.
+    """
+
+    margin: float
+    upper: float | None
+    non_inferior: bool
+
+
+@dataclass(frozen=True)
+class Group:
+    """Both systems on the utterances of a group; word error rates, bounds and losses are fractions.
+
+    Attributes:
+        name: The value of the key; None for the utterances that lack it.
+        utterances, words: The numbers of utterances and of reference words.
+        wer_a, wer_b: The word error rates; 0 without reference words.
+        segments: The number of MAPSSWE's segments.
+        upper, detectable: As in `Comparison`, for this group alone.
+        too_small: It has fewer than 30 segments, or they do not vary, and so it is not tested.
+        p: The p of MAPSSWE, adjusted for all groups that are tested (Holm); None where it is not tested.
+        worse: b is significantly worse here.
+    """
+
+    name: str | None
+    utterances: int
+    words: int
+    wer_a: float
+    wer_b: float
+    segments: int
+    upper: float | None
+    detectable: float | None
+    too_small: bool
+    p: float | None
+    worse: bool
+
+
+@dataclass(frozen=True)
+class Groups:
+    """A comparison by groups of utterances.
+
+    Attributes:
+        key: The key of the manifest that says the group.
+        worst: The group that loses most (or gains least) of those that are tested; None where none is.
+        groups: All groups, those first that lose most.
+    """
+
+    key: str
+    worst: str | None
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`mpq.comparison/1`: two systems on the same utterances; a is the baseline, b the compressed one.
 
@@ -83,6 +142,10 @@ class Comparison:
             percentile interval from resampled utterances.
         changed: Utterances whose hypotheses differ: {"utt_id", "ref", "a", "b", "errors_a", "errors_b"} each.
         lossless: b is not significantly worse than a (MAPSSWE).
+        non_inferiority: How much worse b is at most, and whether that is below the margin.
+        detectable: The loss that the test would find four times in five on this test set, a fraction of a word error
+            rate; None where the test is undefined.
+        by: The same by groups of utterances; None unless it was asked for.
     """
 
     alpha: float
@@ -95,6 +158,9 @@ class Comparison:
     bootstrap: dict[str, Any]
     changed: tuple[dict[str, Any], ...]
     lossless: bool
+    non_inferiority: NonInferiority
+    detectable: float | None
+    by: Groups | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -108,7 +174,41 @@ class Comparison:
             "mcnemar": self.mcnemar,
             "bootstrap": self.bootstrap,
             "lossless": self.lossless,
+            "non_inferiority": asdict(self.non_inferiority),
+            "detectable": self.detectable,
+            "by": None if self.by is None else asdict(self.by),
             "changed": list(self.changed),
+        }
+
+    def save(self, path: Path) -> None:
+        write_json(path, self.to_json())
+
+
+@dataclass(frozen=True)
+class Comparisons:
+    """`mpq.comparisons/1`: the same question on several test sets.
+
+    Attributes:
+        sets: The comparison on each test set.
+        p: The p of MAPSSWE on each, adjusted for all of them (Holm); 1 where the test is undefined.
+        lossless: On no test set is b significantly worse than a, at the level alpha for all tests together.
+        non_inferior: b is shown to lose less than the margin on every test set (which needs no adjustment: all have to
+            show it).
+    """
+
+    sets: tuple[Comparison, ...]
+    p: tuple[float, ...]
+    lossless: bool
+    non_inferior: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": COMPARISONS_FORMAT,
+            "alpha": self.sets[0].alpha,
+            "lossless": self.lossless,
+            "non_inferior": self.non_inferior,
+            "p": list(self.p),
+            "sets": [one.to_json() for one in self.sets],
         }
 
     def save(self, path: Path) -> None:

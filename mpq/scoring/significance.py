@@ -175,17 +175,17 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
     """
     _check_alpha(alpha)
     critical_z = SCTK_CRITICAL_Z if alpha == SCTK_ALPHA else -NormalDist().inv_cdf(alpha / 2)
-    differences = _differences(segment_errors)
-    n = len(differences)
+    values = differences(segment_errors)
+    n = len(values)
     if n == 0:
         return MapssweResult(0, 0.0, 0.0, None, None, None, False, None, "no errors in either system: nothing to test")
 
     # The order of operations is sc_stats's, to the last bit; from Python 3.12 on, sum() would round differently.
     total = squares = 0.0
-    for difference in differences:
+    for difference in values:
         total += difference
     mean = total / n
-    for difference in differences:
+    for difference in values:
         squares += (difference - mean) * (difference - mean)
     variance = squares / (n - 1) if squares else 0.0
     std = math.sqrt(variance)
@@ -209,6 +209,30 @@ def mapsswe(segment_errors: ArrayLike, alpha: float = SCTK_ALPHA) -> MapssweResu
         better=("a" if mean < 0 else "b") if is_significant else None,
         note="; ".join(notes),
     )
+
+
+def differences(segment_errors: ArrayLike) -> list[float]:
+    """Returns (errors of a) - (errors of b) of each segment.
+
+    Args:
+        segment_errors: As `mapsswe` takes them.
+
+    Raises:
+        MpqError: Another shape, or a value that is not finite.
+    """
+    try:
+        values = np.asarray(segment_errors, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise MpqError(
+            f"mapsswe: expected pairs of numbers (errors of a, errors of b), or differences: {error}"
+        ) from None
+    if values.ndim == 2 and values.shape[1] == 2:
+        values = values[:, 0] - values[:, 1]
+    if values.ndim != 1:
+        raise MpqError(f"mapsswe: expected segments of shape (n, 2) or differences of shape (n,), got {values.shape}")
+    if not np.isfinite(values).all():
+        raise MpqError("mapsswe: expected finite numbers of errors, got NaN or infinity")
+    return [float(value) for value in values]
 
 
 def mcnemar(a_only_wrong: int, b_only_wrong: int, alpha: float = SCTK_ALPHA) -> dict[str, Any]:
@@ -293,22 +317,6 @@ def _gaps_and_words(alignment: str) -> tuple[list[int], str]:
     if alignment.strip("CSDI"):
         raise MpqError(f"alignment: expected a string over C, S, D and I, got {alignment!r}")
     return [len(gap) for gap in re.split("[CSD]", alignment)], alignment.replace("I", "")
-
-
-def _differences(segment_errors: ArrayLike) -> list[float]:
-    try:
-        values = np.asarray(segment_errors, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise MpqError(
-            f"mapsswe: expected pairs of numbers (errors of a, errors of b), or differences: {error}"
-        ) from None
-    if values.ndim == 2 and values.shape[1] == 2:
-        values = values[:, 0] - values[:, 1]
-    if values.ndim != 1:
-        raise MpqError(f"mapsswe: expected segments of shape (n, 2) or differences of shape (n,), got {values.shape}")
-    if not np.isfinite(values).all():
-        raise MpqError("mapsswe: expected finite numbers of errors, got NaN or infinity")
-    return [float(value) for value in values]
 
 
 def _check_alpha(alpha: float) -> None:

@@ -40,6 +40,8 @@ class Utterance:
         speaker: The speaker.
         source: The file and line that it was read from, such as "dev.jsonl:12".
         channel: The channel that this utterance is heard on, "mix" or a number from "0"; None leaves it to the caller.
+        others: The other keys of its line whose values are text, numbers or true or false, as (key, text); results can
+            be told apart by them (`mpq compare --by`).
     """
 
     utt_id: str
@@ -50,6 +52,7 @@ class Utterance:
     speaker: str | None
     source: str
     channel: str | None = None
+    others: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def read_manifest(path: Path) -> Manifest:
 
     Blank lines, a byte order mark and CRLF line ends are passed over. In a manifest
     "audio_filepath" is required; "utt_id" is by default the audio file's stem, with the offset if there is one, and
-    with the line's number where that is taken. Keys that are not read are named in a note; one that sounds as if it
+    with the line's number where that is taken. Keys that change nothing are named in a note; one that sounds as if it
     changed what is heard is a fault. A Kaldi directory has `wav.scp`, and may have `segments` (a line is then an
     utterance; an end of -1 is the file's), `text` and `utt2spk`.
 
@@ -241,9 +244,20 @@ def _manifest(path: Path, faults: list[Fault], notes: list[str]) -> Iterator[Utt
         used.add(fold(utt_id))
         speaker = None if values.speaker is None else str(values.speaker)
         duration = values.duration or None  # 0 is unknown, as in NeMo
-        yield Utterance(utt_id, audio_path, values.text, duration, values.offset, speaker, source, values.channel)
+        labels = tuple(
+            (_label(key), _label(record[key])) for key in others if isinstance(record[key], str | int | float)
+        )
+        yield Utterance(
+            utt_id, audio_path, values.text, duration, values.offset, speaker, source, values.channel, labels
+        )
     if unread:
-        notes.append(f"{path}: keys that are not read: {', '.join(map(shown, sorted(unread)))}")
+        notes.append(f"{path}: keys that only mpq compare --by reads: {', '.join(map(shown, sorted(unread)))}")
+
+
+def _label(value: str | int | float) -> str:
+    """Returns a value as text that can be written as UTF-8."""
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _default_id(audio_path: Path, offset: float | None, source: str, used: set[str]) -> str:

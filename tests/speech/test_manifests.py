@@ -209,8 +209,10 @@ def test_a_key_that_would_change_what_is_heard_is_refused(tmp_path: Path, key: s
 
 
 def test_other_keys_are_named(tmp_path: Path) -> None:
-    path = manifest(tmp_path, {"audio_filepath": "a.wav", "num_channels": 2, "lang": "en", "end": None})
-    assert read_manifest(path).notes == (f'{path}: keys that are not read: "lang", "num_channels"',)
+    path = manifest(tmp_path, {"audio_filepath": "a.wav", "num_channels": 2, "lang": "en", "end": None, "words": [1]})
+    found = read_manifest(path)
+    assert found.notes == (f'{path}: keys that only mpq compare --by reads: "lang", "num_channels", "words"',)
+    assert found.utterances[0].others == (("num_channels", "2"), ("lang", "en"))  # no lists, nothing that is null
     assert read_manifest(path).faults == ()
 
 
