@@ -135,7 +135,12 @@ def test_kill_in_the_middle_of_evaluate(tmp_path: Path, tiny_archive: Path, many
     whole, cut = (json.loads((tmp_path / run / "metrics.json").read_text()) for run in ("whole", "cut"))
     timing = {"rtf", "compute_seconds"}
     assert {k: v for k, v in whole.items() if k not in timing} == {k: v for k, v in cut.items() if k not in timing}
-    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == ["hyp.trn", "keys.json", "metrics.json", "ref.trn"]
+    assert sorted(path.name for path in (tmp_path / "cut").iterdir()) == [
+        "hyp.trn",
+        "keys.json",
+        "metrics.json",
+        "ref.trn",
+    ]
 
 
 def test_kill_in_the_middle_of_pack(tmp_path: Path, deeper_archive: Path) -> None:

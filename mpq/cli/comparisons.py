@@ -46,7 +46,7 @@ def _what_is_shown(comparison: Comparison) -> list[str]:
     much = f"at most {100 * found.upper:.2f} points worse"
     if found.upper < 0:
         much = f"at least {-100 * found.upper:.2f} points better"
-    shown = f"not worse than {margin} (non-inferior)" if found.non_inferior else f"NOT shown to be within {margin}"
+    shown = f"within {margin} (non-inferior)" if found.non_inferior else f"NOT shown to be within {margin}"
     return [
         f"With 95 % confidence it is {much}: {shown}.",
         f"This test set would show a loss of {100 * detectable:.2f} points or more four times in five.",

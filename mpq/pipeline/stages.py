@@ -5,6 +5,7 @@ To add a stage, write its class, put it into `STAGES`, and its name into `mpq.co
 """
 
 from abc import ABC, abstractmethod
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -335,6 +336,7 @@ class Compare(Stage):
             comparison.save(self.out / f"{prefix}-{name}.json")
             test = comparison.mapsswe
             done[name] |= {"lossless": comparison.lossless, "better": test.better, "p": test.p}
+            done[name] |= asdict(comparison.non_inferiority) | {"detectable": comparison.detectable}
         return done
 
 

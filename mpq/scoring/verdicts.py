@@ -7,9 +7,12 @@ S = -sum(d) more errors than a, and a word error rate that is S / N higher.
 **The variance of S.** Segments are places where a system went wrong, so their number is a matter of chance, too:
 another test set of N words has another n. A sum of n independent terms with mean m and variance s^2, n random, has the
 variance E[n] s^2 + Var[n] m^2 (law of total variance). Errors are rare events, Var[n] = E[n] (Poisson), so it is
-E[n] (s^2 + m^2), and the sum of d^2 estimates it. MAPSSWE takes n as given and has n s^2: the same where the systems
-are about equally good, as its null hypothesis says, and too small where one is clearly worse (where nearly every error
-is b's, a bound with it holds 80 % of the time and not 95 %, docs/verdicts.md).
+E[n] (s^2 + m^2), and V = sum d^2 estimates it. MAPSSWE takes n as given and has n s^2: the same where the systems are
+about equally good, as its null hypothesis says, and too small where one is clearly worse (where nearly every error is
+b's, a bound with it holds 80 % of the time and not 95 %, docs/verdicts.md).
+
+**It grows with the loss.** More errors of b are more segments, so a loss of k errors that is not in the test set would
+come with a variance of V + k g, g errors a segment; it is c standard errors away when k = c sqrt(V + k g).
 """
 
 import math
@@ -35,7 +38,9 @@ MARGIN = 0.002
 def non_inferiority(segment_errors: ArrayLike, words: int, margin: float = MARGIN) -> NonInferiority:
     """Returns the one-sided 95 % bound of WER(b) - WER(a), and whether it is below the margin.
 
-    The bound is (S + 1.645 sqrt(sum d^2)) / N, with the variance that the module derives.
+    The bound is (S + k) / N with k = 1.645 sqrt(V + k g), g = max(0, sum(-d^3) / V): where chance has shown too little
+    of b's losses, it has shown too little of their variance, and sum(-d^3) is the covariance of S and V. For systems
+    that are about equally good, g is about 0.
 
     Args:
         segment_errors: The segments of all utterances, as `mapsswe` takes them.
@@ -49,7 +54,7 @@ def non_inferiority(segment_errors: ArrayLike, words: int, margin: float = MARGI
         MpqError: A margin out of range, or segments as `mapsswe` refuses them.
 
     >>> result = non_inferiority([(2, 0), (1, 0), (0, 1), (1, 1)], words=1000, margin=0.003)
-    >>> round(result.upper, 5), result.non_inferior     # (-2 + 1.645 * sqrt(6)) / 1000
+    >>> round(result.upper, 5), result.non_inferior     # (-2 + 1.645 * sqrt(6)) / 1000: the losses are a's, g = 0
     (0.00203, True)
     """
     if not 0 <= margin <= 1:
@@ -57,18 +62,20 @@ def non_inferiority(segment_errors: ArrayLike, words: int, margin: float = MARGI
     values = differences(segment_errors)
     if not _can_tell(values, words):
         return NonInferiority(margin, None, False)
-    upper = (-math.fsum(values) + float(norm.ppf(BOUND_LEVEL)) * math.sqrt(_squares(values))) / words
+    squares, cubes = math.fsum(d**2 for d in values), math.fsum(d**3 for d in values)
+    loss = _loss(float(norm.ppf(BOUND_LEVEL)), squares, max(0.0, -cubes / squares))
+    upper = (loss - math.fsum(values)) / words
     return NonInferiority(margin, upper, upper < margin)
 
 
 def detectable(segment_errors: ArrayLike, words: int, alpha: float = SCTK_ALPHA) -> float | None:
     """Returns the loss that MAPSSWE at level alpha would find four times in five on this test set.
 
-    Let b make k more errors than a. They come in segments of their own, of as many errors as the segments in which the
-    systems differ, g = sum d^2 / sum |d|; so they add k g to the variance v that equally good systems would have,
-    v = sum d^2 - |S| g. The test finds them with probability 0.8 when k = c sqrt(v + k g), c = z(1 - alpha/2) + z(0.8),
-    which is 2.802 at 0.05; hence k = c^2 g / 2 + sqrt(c^4 g^2 / 4 + c^2 v), and the loss is k / N. (Without the k g it
-    would be found two times in three, docs/verdicts.md. The chance of a verdict in the wrong direction is below 1e-5.)
+    Let b make k more errors than a, in segments of their own, of as many errors as the segments in which the systems
+    differ, g = V / sum |d|. Equally good systems would have the variance V - |S| g. The test finds the loss with
+    probability 0.8 when it is c = z(1 - alpha/2) + z(0.8) standard errors, 2.802 at 0.05; the loss is k / N. (Without
+    the growth of the variance, c sqrt(V) would be found two times in three, docs/verdicts.md. The chance of a verdict
+    in the wrong direction is below 1e-5.)
 
     Args:
         segment_errors: The segments of all utterances, as `mapsswe` takes them.
@@ -78,7 +85,7 @@ def detectable(segment_errors: ArrayLike, words: int, alpha: float = SCTK_ALPHA)
     Returns:
         A fraction of a word error rate; None where the segments do not vary or there are no words.
 
-    >>> round(detectable([(1, 0), (0, 1)] * 50, words=10_000), 5)    # c = 2.802, g = 1, v = 100
+    >>> round(detectable([(1, 0), (0, 1)] * 50, words=10_000), 5)    # k = 2.802 * sqrt(100 + k)
     0.00322
     """
     if not 0 < alpha < 1:
@@ -86,11 +93,10 @@ def detectable(segment_errors: ArrayLike, words: int, alpha: float = SCTK_ALPHA)
     values = differences(segment_errors)
     if not _can_tell(values, words):
         return None
-    squares = _squares(values)
+    squares, total = math.fsum(d**2 for d in values), math.fsum(values)
     burst = squares / math.fsum(map(abs, values))
-    balanced = max(0.0, squares - abs(math.fsum(values)) * burst)
-    c = float(norm.ppf(1 - alpha / 2) + norm.ppf(POWER))
-    return (c * c * burst / 2 + math.sqrt((c * c * burst / 2) ** 2 + c * c * balanced)) / words
+    loss = _loss(float(norm.ppf(1 - alpha / 2) + norm.ppf(POWER)), max(0.0, squares - abs(total) * burst), burst)
+    return loss / words
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
@@ -115,5 +121,7 @@ def _can_tell(values: Sequence[float], words: int) -> bool:
     return words > 0 and len(set(values)) > 1
 
 
-def _squares(values: Sequence[float]) -> float:
-    return math.fsum(value * value for value in values)
+def _loss(c: float, variance: float, burst: float) -> float:
+    """Returns the k of k = c sqrt(variance + k burst)."""
+    half = c * c * burst / 2
+    return half + math.sqrt(half * half + c * c * variance)

@@ -50,7 +50,12 @@ def test_results_on_stdout_are_those_in_the_files(chain: dict) -> None:
         assert json.loads((folder / name).read_text()) == chain[key]
     for name in ("fp32", "small"):
         assert json.loads((folder / name / "metrics.json").read_text()) == chain[name]
-        assert sorted(path.name for path in (folder / name).iterdir()) == ["hyp.trn", "keys.json", "metrics.json", "ref.trn"]
+        assert sorted(path.name for path in (folder / name).iterdir()) == [
+            "hyp.trn",
+            "keys.json",
+            "metrics.json",
+            "ref.trn",
+        ]
     assert chain["comparison"]["a"]["wer"] == chain["fp32"]["wer"]
     assert chain["comparison"]["b"]["wer"] == chain["small"]["wer"]
     assert chain["comparison"]["words"] == chain["fp32"]["words"] == 18

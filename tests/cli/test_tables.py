@@ -6,17 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import click
-import pytest
 from click.testing import CliRunner
 from rich.console import Console, RenderableType
 
 from mpq.allocation.pack import PackResult
 from mpq.allocation.records import Allocation
 from mpq.cli.options import print_result
-from mpq.cli.tables import allocation_view, changes_view, comparison_view, console, pack_line, sensitivity_view
-from mpq.scoring.compare import compare
+from mpq.cli.tables import allocation_view, console, pack_line, sensitivity_view
 from mpq.sensitivity.records import LayerSensitivity, SensitivityTable
-from mpq.speech.trn import Trn
 
 MB = 2**20
 
@@ -95,22 +92,6 @@ def test_a_packed_file_in_two_lines() -> None:
         PACKED, predicted_bytes=None, target_bytes=None, predicted_kl=None, measured_kl=None, measured_on="?"
     )
     assert "predicted" not in pack_line(alone) and pack_line(alone).endswith("nats per frame: not measured: ?")
-
-
-def trn(name: str, *texts: str) -> Trn:
-    return Trn(Path(name), {f"u{index}": tuple(text.split()) for index, text in enumerate(texts)})
-
-
-@pytest.mark.parametrize("times, verdict", [(1, "lossless: not significantly worse"), (40, "NOT lossless: sign")])
-def test_a_comparison_gives_the_verdict_and_the_worst_changes(times: int, verdict: str) -> None:
-    ref = trn("ref", *["one two three four"] * times, "a b c")
-    worse = trn("b", *["one", "one two x four"] * (times // 2), *["one two three"] * (times % 2), "a b c")
-    result = compare(ref, ref, worse, names=("fp32", "small"), resamples=10)
-    text = shown(comparison_view(result))
-    assert f"small against fp32: {verdict}" in text and f"{times + 1} utterances" in text
-    assert f"{times} outputs differ" in text
-    text = shown(changes_view(result, most=1))
-    assert f"Changed outputs, 1 of {times}:" in text and ("0 -> 3" if times > 1 else "0 -> 1") in text
 
 
 @dataclass(frozen=True)

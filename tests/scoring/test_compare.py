@@ -8,7 +8,8 @@ import pytest
 
 from mpq.errors import MpqError
 from mpq.files import write_json
-from mpq.scoring.compare import compare, read_evaluations
+from mpq.scoring.compare import combine, compare, read_evaluations
+from mpq.scoring.groups import Labels
 from mpq.scoring.metrics import measure
 from mpq.speech.trn import Trn, read_trn, write_trn
 
@@ -103,11 +104,55 @@ def test_compare_with_alpha():
     assert strict.lossless is True and strict.alpha == 0.01 and strict.bootstrap["level"] == 0.99
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_the_bound_and_what_is_detectable_from_sctks_segments(case):
+    """With n, mean and sd as sc_stats has them: sum d^2 = n mean^2 + (n - 1) sd^2; the growth of it adds little."""
+    want = json.loads((GOLDEN / case / "expected.json").read_text(encoding="utf-8"))["mapsswe"]
+    got = compare(*trns(case), resamples=10, margin=0.5)
+    n, mean, std = want["segments"], want["full_precision"]["mean"], want["full_precision"]["std_dev"]
+    least = (-n * mean + 1.6448536 * (n * mean**2 + (n - 1) * std**2) ** 0.5) / got.words
+    assert least <= got.non_inferiority.upper * (1 + 1e-9) and got.non_inferiority.upper < least + 20 / got.words
+    assert got.non_inferiority.margin == 0.5 and got.non_inferiority.non_inferior == (got.non_inferiority.upper < 0.5)
+    assert got.detectable > 0
+
+
+def test_several_test_sets_have_one_verdict():
+    ref, a, b = trns("tiny_rules")  # b is better, z = 2.307, p 0.021
+    worse = compare(ref, b, a, resamples=10, margin=1.0)
+    same = compare(ref, a, a, resamples=10, margin=1.0)
+    assert worse.mapsswe.better == "a" and same.mapsswe.z == 0.0
+    one = combine([worse])
+    assert one.p == (worse.mapsswe.p,) and not one.lossless and one.non_inferior
+    two = combine([worse, same])
+    assert two.p == pytest.approx((2 * worse.mapsswe.p, 1.0)) and not two.lossless  # 0.042
+    assert not two.non_inferior  # nothing can be said of a set on which nothing differs
+    three = combine([same, worse, same])
+    assert three.p == pytest.approx((1.0, 3 * worse.mapsswe.p, 1.0)) and three.lossless  # 0.063
+    better = combine([compare(ref, a, b, resamples=10, margin=1.0)] * 2)
+    assert better.lossless and better.non_inferior
+    empty = compare(trn("r", u="a"), trn("a", u="a"), trn("b", u="a"), resamples=10)
+    assert combine([empty, worse]).p == (1.0, pytest.approx(2 * worse.mapsswe.p))
+
+
+def test_groups_of_utterances_are_part_of_a_comparison():
+    ref, a, b = trns("mixed_60")
+    ids = list(ref.utterances)
+    found = compare(ref, a, b, resamples=10, labels=Labels("half", {utt_id: "first" for utt_id in ids[:30]})).by
+    assert found.key == "half" and {one.name for one in found.groups} == {"first", None}
+    for one, part in zip(sorted(found.groups, key=lambda one: one.name is None), (ids[:30], ids[30:]), strict=True):
+        alone = compare(*(Trn(x.path, {u: x.utterances[u] for u in part}) for x in (ref, a, b)), resamples=10)
+        assert (one.wer_a, one.wer_b, one.words, one.utterances) == (alone.a.wer, alone.b.wer, alone.words, 30)
+        assert (one.segments, one.upper) == (alone.mapsswe.segments, alone.non_inferiority.upper)
+        assert one.detectable == alone.detectable
+    assert compare(ref, a, b, resamples=10).by is None
+
+
 def test_compare_of_two_perfect_systems(tmp_path):
     ref = trn("r", u1="a b", u2="")
     got = compare(ref, ref, ref, resamples=10)
     assert got.mapsswe.segments == 0 and got.mapsswe.z is None and "no errors" in got.mapsswe.note
     assert got.lossless and got.mcnemar["p"] == 1.0 and got.changed == () and got.a.wer == 0.0
+    assert got.non_inferiority.upper is None and not got.non_inferiority.non_inferior and got.detectable is None
     got.save(tmp_path / "c.json")
     assert json.loads((tmp_path / "c.json").read_text())["mapsswe"]["p"] is None
 
@@ -142,6 +187,8 @@ def test_compare_refuses_options_out_of_range():
         compare(ref, ref, ref, alpha=5)
     with pytest.raises(MpqError, match="resamples"):
         compare(ref, ref, ref, resamples=0)
+    with pytest.raises(MpqError, match="margin"):
+        compare(ref, ref, ref, margin=-0.002)
 
 
 # ---- folders of mpq evaluate

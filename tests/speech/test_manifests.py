@@ -44,7 +44,7 @@ def test_manifest_is_read_as_it_is_written(tmp_path: Path) -> None:
     )
     path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n"))
     assert read_data(path) == [
-        Utterance("u", tmp_path / "wav/a.wav", "one two", 1.5, None, "s", f"{path}:1"),
+        Utterance("u", tmp_path / "wav/a.wav", "one two", 1.5, None, "s", f"{path}:1", None, (("lang", "en"),)),
         Utterance("b.c", Path("/data/b.c.flac"), "caf\u00e9 \u2028", 2.0, 0.0, None, f"{path}:3"),
         Utterance("c", tmp_path / "c.wav", None, None, None, None, f"{path}:4"),
     ]
@@ -213,6 +213,9 @@ def test_other_keys_are_named(tmp_path: Path) -> None:
     found = read_manifest(path)
     assert found.notes == (f'{path}: keys that only mpq compare --by reads: "lang", "num_channels", "words"',)
     assert found.utterances[0].others == (("num_channels", "2"), ("lang", "en"))  # no lists, nothing that is null
+    path.write_text('{"audio_filepath": "a.wav", "is_far": true, "snr": 1.5, "x\\ud800": "\\ud800"}\n')
+    others = (("is_far", "true"), ("snr", "1.5"), ("x\\ud800", "\\ud800"))  # what is no Unicode is escaped
+    assert read_data(path)[0].others == others
     assert read_manifest(path).faults == ()
 
 
