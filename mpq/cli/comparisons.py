@@ -55,10 +55,12 @@ def _what_is_shown(comparison: Comparison) -> list[str]:
 
 def comparisons_view(comparisons: Comparisons) -> Group:
     """Returns the verdict on each test set and that on all of them."""
-    table = table_of("test set", "WER %", "second", "at most worse by", "would show", "p", "p of all (Holm)", "verdict")
+    table = table_of(
+        "test set", "WER % first", "second", "at most worse by", "would show", "p", "p of all (Holm)", "verdict"
+    )
     for one, p in zip(comparisons.sets, comparisons.p, strict=True):
         raw = "" if one.mapsswe.p is None else f"{one.mapsswe.p:.3g}"
-        verdict = "worse" if one.mapsswe.better == "a" and p < one.alpha else "lossless"
+        verdict = "worse" if one.mapsswe.better == "a" and p < one.alpha else "no loss found"
         bounds = _points(one.non_inferiority.upper), _points(one.detectable)
         table.add_row(one.b.name, f"{100 * one.a.wer:.3f}", f"{100 * one.b.wer:.3f}", *bounds, raw, f"{p:.3g}", verdict)
     margin = f"the margin of {100 * comparisons.sets[0].non_inferiority.margin:g} points"
@@ -75,11 +77,11 @@ def comparisons_view(comparisons: Comparisons) -> Group:
 
 def groups_view(groups: Groups, alpha: float) -> Group:
     """Returns both systems' errors group by group, those first that lose most, and the worst group."""
-    headings = ("utterances", "words", "WER %", "second", "difference", "at most worse by", "p (Holm)", "verdict")
+    headings = ("utterances", "words", "WER % first", "second", "difference", "at most worse by", "p (Holm)", "verdict")
     table = table_of(groups.key, *headings)
     for one in groups.groups:
         rates = (f"{100 * one.wer_a:.2f}", f"{100 * one.wer_b:.2f}", f"{100 * (one.wer_b - one.wer_a):+.2f}")
-        verdict = "too small to tell" if one.too_small else "worse" if one.worse else "lossless"
+        verdict = "too small to tell" if one.too_small else "worse" if one.worse else "no loss found"
         p = "" if one.p is None else f"{one.p:.3g}"
         name = f"(no {groups.key})" if one.name is None else one.name
         table.add_row(name, str(one.utterances), str(one.words), *rates, _points(one.upper), p, verdict)

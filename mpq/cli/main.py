@@ -80,7 +80,7 @@ def main() -> None:
 @main.command()
 @click.argument("checkpoint", type=PATH)
 @data_options
-@click.option("--out", required=True, type=PATH, help="The folder for hyp.trn, ref.trn and metrics.json.")
+@click.option("--out", required=True, type=PATH, help="The folder for hyp.trn, ref.trn, keys.json and metrics.json.")
 @decode_options
 @click.option("--batch-seconds", default=60.0, show_default=True, help="The most padded audio in one batch, seconds.")
 @unseeded_options
