@@ -30,7 +30,9 @@ def test_every_result_is_there_and_the_size_is_kept(whole: Path) -> None:
             assert metrics["wer"] == record[stage]["result"]["tests"][name]["wer"]
     for name in ("one", "two"):
         comparison = json.loads((whole / f"comparison-{name}.json").read_text())
-        assert comparison["lossless"] == record["compare"]["result"]["tests"][name]["lossless"]
+        figures = record["compare"]["result"]["tests"][name]
+        assert comparison["lossless"] == figures["lossless"] and comparison["detectable"] == figures["detectable"]
+        assert comparison["non_inferiority"] == {key: figures[key] for key in ("margin", "upper", "non_inferior")}
         assert comparison["a"]["name"] == "float32" and comparison["b"]["name"] == "packed"
     assert json.loads((whole / "sensitivity.json").read_text())["bits"] == [2, 4, 8]
 

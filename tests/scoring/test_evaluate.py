@@ -18,6 +18,7 @@ from mpq.models.nemo import NemoConformerCtc
 from mpq.pipeline.read import load_recipe
 from mpq.scoring.compare import read_evaluations
 from mpq.scoring.evaluate import evaluate
+from mpq.scoring.groups import read_labels
 from mpq.speech.audio import read_audio
 from mpq.speech.decoding import DecodeOptions
 from mpq.speech.text import CharTokenizer
@@ -231,3 +232,16 @@ def test_hypotheses_of_another_search_are_not_mixed_in(
 def test_the_joint_search_needs_a_decoder(tmp_path: Path, tiny_archive: Path, tiny_manifest: Path) -> None:
     with pytest.raises(MpqError, match="joint search needs a head that this model does not have; it has ctc"):
         run(tiny_archive, tiny_manifest, tmp_path / "run", decode=DecodeOptions("joint"))
+
+
+def test_what_the_manifest_says_of_each_utterance_is_kept(
+    tmp_path: Path, tiny_archive: Path, tiny_manifest: Path
+) -> None:
+    lines = [json.loads(line) for line in tiny_manifest.read_text().splitlines()[:3]]
+    for line, more in zip(lines, ({"speaker": 7, "room": "A"}, {"room": 2}, {}), strict=True):
+        line |= more | {"audio_filepath": str(tiny_manifest.parent / line["audio_filepath"])}
+    (tmp_path / "few.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run(tiny_archive, tmp_path / "few.jsonl", tmp_path / "run")
+    ids = list(read_trn(tmp_path / "run/ref.trn").utterances)
+    assert read_labels(tmp_path / "run", "room").values == {ids[0]: "A", ids[1]: "2"}
+    assert read_labels(tmp_path / "run", "speaker").values[ids[0]] == "7"
