@@ -138,7 +138,7 @@ def recalled_statistics(
         with memory_for(f"{drawn.path}: the statistics"):
             return input_statistics(model, sha256, drawn, weight_format, quiet)
     known: dict[str, Any] = allocation.data if allocation else {}
-    grams = cached_statistics(model, sha256, known.get("sha256", "")) if allocation else None
+    grams = cached_statistics(model, sha256, known.get("sha256", ""), weight_format) if allocation else None
     if grams is None:
         raise MpqError(f"{out}: rounding {weight_format.spec.rounding} needs calibration data: {note}")
     return grams

@@ -15,6 +15,7 @@ from torch import Tensor
 from mpq.allocation.assignment import NO_AUDIO, Assignment, assign, planned_bytes, recall, recalled_statistics
 from mpq.allocation.records import Allocation
 from mpq.artifact.file import read_artifact, write_artifact
+from mpq.artifact.parts import fold_as_stored
 from mpq.artifact.weights import WeightFormat, unreached
 from mpq.errors import MpqError
 from mpq.files import check_output
@@ -132,6 +133,7 @@ def pack(
     weight_format = _weight_format(allocation, bits, dict(options or {}), data)
     opened = open_float_model(checkpoint, choose_device(device), "pack")
     model, sha256 = opened.model, opened.sha256
+    fold_as_stored(model, weight_format)
     if allocation is not None:
         assigned = assign(model, opened.path, sha256, allocation, weight_format, out)
     else:

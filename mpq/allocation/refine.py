@@ -21,6 +21,7 @@ from mpq.allocation.moves import Effort, refine
 from mpq.allocation.records import Allocation
 from mpq.allocation.solve import Budget, one_budget, rounded_up, size_range, solve
 from mpq.artifact.file import check_names
+from mpq.artifact.parts import fold_as_stored
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import check_output, digest
@@ -78,6 +79,7 @@ def allocate_measured(
     answers = [problem.first()]
     opened = open_float_model(checkpoint, choose_device(device), "measure with")
     _check_model(opened, table)
+    fold_as_stored(opened.model, WeightFormat.from_json(table.quantizer))
     audio = _Audio.drawn(opened.model, table, data, held_out_seconds, is_deciding=effort is not None)
     work = [opened.sha256, audio.deciding.sha256, table.to_json(), answers[0].to_json()]
     journal = Journal(out.with_name(out.name + ".journal"), digest(work))

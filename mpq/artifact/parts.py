@@ -44,6 +44,15 @@ def version_of(weight_format: WeightFormat) -> int:
     return 2 if weight_format.spec.record.is_entropy_coded else 1
 
 
+def fold_as_stored(model: AsrModel, weight_format: WeightFormat) -> None:
+    """Folds a model in place if its file holds it so; its function stays, and what its layers hear may change.
+
+    Whatever measures or rounds weights has to hear what they will hear in the file.
+    """
+    if version_of(weight_format) == 2:
+        load_state(model, folded_state(model))
+
+
 def parts_of(model: AsrModel, weight_format: WeightFormat, like: AsrModel | None = None) -> dict[str, bytes]:
     """Returns all parts of the file but `weights`; `bits` is a placeholder of the right length.
 

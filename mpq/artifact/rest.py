@@ -21,7 +21,7 @@ from mpq.artifact.entropy import Coded, decode, encode
 from mpq.artifact.weights import Cursor
 from mpq.errors import MpqError
 
-PRECISION = 6
+PRECISION = 8
 """Steps in the root mean square of a tensor, as a power of two; tests/bench_rest.py has what others cost."""
 
 _ROOTS = np.array([2**23, 9975792, 11863283, 14107901], dtype=np.float32) / np.float32(2**23)

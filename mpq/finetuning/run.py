@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mpq.allocation.assignment import assign, recall, recalled_statistics
 from mpq.allocation.records import Allocation
-from mpq.artifact.parts import exact_names
+from mpq.artifact.parts import exact_names, fold_as_stored
 from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
@@ -68,6 +68,7 @@ def finetune(
         recipe = recipe.model_copy(update={"finetune": recipe.finetune.model_copy(update={"ctc_weight": 1.0})})
     loaded = _allocations(allocations)
     targets = _targets(opened, loaded, out)
+    fold_as_stored(opened.model, targets[0].assigned.weight_format)
     _check_options(recipe, opened.model, targets[0].assigned.weight_format)
     data, dev = _data(recipe, opened.model)
     inputs = _inputs(recipe, opened.sha256, targets, data, dev)

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from mpq import __version__
 from mpq.artifact.file import fixed_bytes
+from mpq.artifact.parts import fold_as_stored
 from mpq.artifact.sizes import LayerSizes
 from mpq.artifact.weights import WeightFormat, layer_bytes, quantize_weight, unreached
 from mpq.errors import MpqError
@@ -103,6 +104,7 @@ def measure_sensitivity(
     widths = _checked(bits, method, weight_format)
     check_output(out, *model_files(checkpoint), data)
     opened = open_float_model(checkpoint, choose_device(device), "measure")
+    fold_as_stored(opened.model, weight_format)
     output = output or max(opened.model.output_heads, key=lambda head: head.needs_tokens).output
     SegmentTree(opened.model).check(output)
     drawn = draw(opened.model, data, max_seconds, seed, channel, skip_bad)

@@ -29,6 +29,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from mpq.artifact.parts import version_of
 from mpq.artifact.weights import WeightFormat
 from mpq.errors import MpqError
 from mpq.files import atomic_path
@@ -141,7 +142,7 @@ def input_statistics(
     warning is logged.
 
     Args:
-        model: The float model.
+        model: The float model, as it is stored (`mpq.artifact.parts.fold_as_stored`).
         model_sha256: The model's fingerprint.
         data: The audio.
         weight_format: The quantizer, which names the rounding.
@@ -150,12 +151,12 @@ def input_statistics(
     """
     if not weight_format.spec.needs_statistics:
         return {}
-    if (found := cached_statistics(model, model_sha256, data.sha256)) is not None:
+    if (found := cached_statistics(model, model_sha256, data.sha256, weight_format)) is not None:
         return found
     # one thread, so that what is rounded by them is the same for any number
     with progress("statistics", len(data.utterances), quiet, "utterances") as advance, one_thread():
         grams = input_grams(model, one_by_one(model, data), advance)
-    path = _cache_path(model, model_sha256, data.sha256)
+    path = _cache_path(model, model_sha256, data.sha256, weight_format)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
@@ -166,9 +167,11 @@ def input_statistics(
     return grams
 
 
-def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> dict[str, Tensor] | None:
+def cached_statistics(
+    model: AsrModel, model_sha256: str, data_sha256: str, weight_format: WeightFormat
+) -> dict[str, Tensor] | None:
     """Returns the statistics of a model and audio that the cache folder has; None if it has none."""
-    path = _cache_path(model, model_sha256, data_sha256)
+    path = _cache_path(model, model_sha256, data_sha256, weight_format)
     try:
         grams = load_file(path)
     except (OSError, SafetensorError):
@@ -180,9 +183,10 @@ def cached_statistics(model: AsrModel, model_sha256: str, data_sha256: str) -> d
     return grams if fits else None
 
 
-def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str) -> Path:
+def _cache_path(model: AsrModel, model_sha256: str, data_sha256: str, weight_format: WeightFormat) -> Path:
     told = [head.output for head in model.output_heads if head.needs_tokens]  # statistics depend on the tokens, too
-    kind = " ".join(["grams/2", *told])
+    folded = ["folded"] if version_of(weight_format) == 2 else []
+    kind = " ".join(["grams/2", *folded, *told])
     key = hashlib.sha256(f"{kind} {model_sha256} {data_sha256}".encode()).hexdigest()
     return cache_folder() / f"grams-{key[:32]}.safetensors"
 
