@@ -4,11 +4,12 @@
         [--schemes entropy,asymmetric,mulaw,uniform] [--megabytes 3.3,3.9] [--draws 3] [--seconds 600]
 
 Every file is measured, allocated and packed by what `mpq sensitivity`, `allocate` and `pack` call; its words are those
-of the model that is read back from the file. A size is a bound in MB of 10^6 bytes; "uniform" has a width for all layers
-instead (scheme asymmetric, gptq). Finished cells are kept in RUN_FOLDER/sizes.journal, packed files in RUN_FOLDER, so
-that a run that was cut off goes on. The table has, for each set, the mean WER over the draws (and the deviation
-between them), the smallest p of MAPSSWE against the float model, the largest one-sided 95 % bound of how much worse the
-file is, in points, and the mean divergence in nats a frame (bounded).
+of the model that is read back from the file. A size is a bound in MB of 10^6 bytes; "uniform" has a width for all
+layers instead (scheme asymmetric, gptq). Finished cells are kept in RUN_FOLDER/sizes.journal, packed files in
+RUN_FOLDER, so that a run that was cut off goes on. The table has, for each set, the mean WER over the draws (and the
+deviation between them; * where a draw is significantly worse than the float model), the smallest p of those that are
+worse, otherwise of all, the largest one-sided 95 % bound of how much worse a file is, in points, and the mean
+divergence in nats a frame (bounded).
 """
 
 import statistics as stats

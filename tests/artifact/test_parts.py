@@ -81,7 +81,7 @@ def test_the_size_is_kept_and_content_that_is_too_large_is_refused(tmp_path: Pat
         assert write_artifact(tmp_path / "b", MODEL, bits, FORMAT, promised) == promised
         assert (tmp_path / "b").stat().st_size == promised and read_artifact(tmp_path / "b")
     assert write_artifact(tmp_path / "b", MODEL, bits, FORMAT, natural + 10 * slack) == natural
-    with pytest.raises(MpqError, match="does not fit into the .* planned; allocate for a target"):
+    with pytest.raises(MpqError, match=r"does not fit into the .* planned; allocate for a target"):
         write_artifact(tmp_path / "c", MODEL, bits, FORMAT, natural - 2 * slack)
     assert not (tmp_path / "c").exists()
     assert natural > fixed_bytes(MODEL, FORMAT)
