@@ -124,7 +124,12 @@ class DecodeConfig(Section):
 class SensitivityConfig(Section):
     """Sensitivity of each layer at each bit-width (`mpq sensitivity`)."""
 
-    bits: list[Annotated[int, Field(ge=1, le=8)]] = Field([2, 3, 4, 5, 6, 8], description="Bit-widths to measure.")
+    rates: list[Annotated[float, Field(ge=0.1, le=8)]] | None = Field(
+        None, description="Nominal rates to measure, bits a weight (scheme entropy); default: 12 from 1 to 5.4."
+    )
+    bits: list[Annotated[int, Field(ge=1, le=8)]] | None = Field(
+        None, description="Bit-widths to measure, instead of rates (the other schemes)."
+    )
     method: ScoreMethod = Field(
         "fisher", description="Score: to second order, all layers at once (fisher), or exact, one layer at a time (kl)."
     )
@@ -133,12 +138,14 @@ class SensitivityConfig(Section):
         description="Output whose divergence is measured; default: decoder for a model that has one, otherwise ctc.",
     )
     seconds: Positive | None = Field(None, description="Seconds of audio; default: 300 (fisher), 60 (kl).")
-    scheme: SchemeName | None = Field(None, description="Kind of the levels; default: asymmetric.")
+    scheme: SchemeName | None = Field(
+        None, description="Kind of the levels; default: entropy, or asymmetric where bits are given."
+    )
     granularity: Annotated[str, Field(pattern="^(tensor|channel|group:[1-9][0-9]*)$")] | None = Field(
-        None, description="Weights that share a scale; default: group:64."
+        None, description="Weights that share a scale; default: group:64 (entropy: tensor)."
     )
     clip: Annotated[str, Field(pattern="^(none|mse|mae|percentile:[0-9.]+)$")] | None = Field(
-        None, description="Choice of the range that the levels span; default: mse."
+        None, description="Choice of the range that the levels span; default: mse (entropy: none)."
     )
     rounding: RoundingName | None = Field(
         None, description="Rounding of weights to levels; default: gptq, for mulaw nearest."
@@ -156,7 +163,7 @@ class AllocateConfig(Section):
     max_divergence: Positive | None = Field(
         None, description="Largest divergence of the output; the smallest file that keeps it is taken."
     )
-    keep: dict[str, Annotated[int, Field(ge=1)]] = Field(
+    keep: dict[str, Annotated[int | float, Field(gt=0)]] = Field(
         {}, description="Floors, {pattern of layer names: fewest bits}."
     )
     exclude: list[str] = Field([], description="Patterns of layer names that stay unquantized.")

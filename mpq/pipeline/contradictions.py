@@ -155,9 +155,10 @@ def _data_faults(recipe: Recipe) -> list[tuple[str, str]]:
     if "sensitivity" in stages and not (data.calibration or data.train):
         text = "[data] calibration: expected audio for the stage sensitivity (or train), got none"
         faults.append(("stages data.calibration data.train", text))
-    bits = recipe.sensitivity.bits
-    if len(set(bits)) != len(bits) or not bits:
-        faults.append(("sensitivity.bits", f"[sensitivity] bits: expected different widths, got {bits}"))
+    for key in ("bits", "rates"):
+        widths = getattr(recipe.sensitivity, key)
+        if widths is not None and (len(set(widths)) != len(widths) or not widths):
+            faults.append((f"sensitivity.{key}", f"[sensitivity] {key}: expected different widths, got {widths}"))
     return faults
 
 

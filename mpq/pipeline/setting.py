@@ -16,6 +16,7 @@ from mpq.config import Recipe
 from mpq.identity import data_identity, options_of
 from mpq.loading import PACKED_FILE
 from mpq.models.checkpoint import MODEL_FILE
+from mpq.quantization.spec import scheme_and_widths
 from mpq.speech.decoding import DecodeOptions
 from mpq.speech.manifests import read_data
 from mpq.training.folder import weight_options
@@ -160,5 +161,11 @@ class Setting:
 
 def recipe_quantizer(recipe: Recipe) -> WeightFormat:
     """Returns the quantizer of a recipe."""
-    options = recipe.sensitivity.model_dump(include={"scheme", "granularity", "clip", "rounding"}, exclude_none=True)
-    return WeightFormat.from_options(options)
+    options = recipe.sensitivity.model_dump(include={"granularity", "clip", "rounding"}, exclude_none=True)
+    return WeightFormat.from_options(options | {"scheme": scheme_and_widths_of(recipe)[0]})
+
+
+def scheme_and_widths_of(recipe: Recipe) -> tuple[str, list[float]]:
+    """Returns the scheme of a recipe, and the widths or rates to measure."""
+    options = recipe.sensitivity
+    return scheme_and_widths(options.scheme, options.bits, options.rates)

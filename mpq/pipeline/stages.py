@@ -19,7 +19,7 @@ from mpq.identity import Inputs, file_sha256, options_of
 from mpq.loading import PACKED_FILE, model_sha256
 from mpq.models.checkpoint import MODEL_FILE
 from mpq.pipeline.figures import evaluation_figures, search_figures
-from mpq.pipeline.setting import Setting
+from mpq.pipeline.setting import Setting, scheme_and_widths_of
 from mpq.scoring.compare import compare, read_evaluations
 from mpq.scoring.evaluate import evaluate
 from mpq.search.record import SEARCH_FORMAT
@@ -185,7 +185,7 @@ class Sensitivity(Stage):
         measured = measure_sensitivity(
             setting.checkpoint,
             setting.calibration,
-            options.bits,
+            scheme_and_widths_of(self.recipe)[1],
             setting.table,
             setting.quantizer(),
             method=options.method,

@@ -85,7 +85,7 @@ def test_faults_of_every_kind_are_told_together(tmp_path: Path) -> None:
         "[sensitivity] bits[1]: expected a whole number, got 3.5",
         '[sensitivity] granularity: expected text of the form (tensor|channel|group:[1-9][0-9]*), got "group:0"',
         '[sensitivity] clip: expected text of the form (none|mse|mae|percentile:[0-9.]+), got "best"',
-        "[allocate] keep.dec*: expected 1 or more, got 0",
+        "[allocate] keep.dec*: expected more than 0, got 0",
         "sed: unknown key; did you mean seed? known: " + known(""),
         "modl: unknown key; did you mean model? known: " + known(""),
         "checkpoint: the stage train makes one; leave one of the two out",
