@@ -1,6 +1,6 @@
 """Biases, norms and statistics in few bytes: what they take, and what they do to the output, by the precision kept.
 
-    python tests/bench_rest.py MODEL.nemo DEV.jsonl
+    python tests/bench_rest.py MODEL.nemo DEV.jsonl --seconds 500
 
 For each precision (`mpq.artifact.rest.encode_rest`) the bytes of everything that is stored so, and the bounded
 divergence of the output, nats per row: of the model with float weights, and of models whose weights are rounded to 5

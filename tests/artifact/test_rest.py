@@ -83,19 +83,20 @@ def test_zeros_ones_and_what_has_no_or_one_value_come_back_exactly() -> None:
 def test_nothing_takes_nothing() -> None:
     assert stored({}) == ({}, 0)
     found, size = stored({"empty": torch.zeros(0)})
-    assert size == 0 and found["empty"].shape == (0,)
+    assert size < 20 and found["empty"].shape == (0,)
 
 
 def test_all_zeros_take_little() -> None:
     found, size = stored({f"layer.{index}.bias": torch.zeros(500) for index in range(20)})
-    assert size < 30 and not any(bool(tensor.any()) for tensor in found.values())
+    assert size < 20 and not any(bool(tensor.any()) for tensor in found.values())
 
 
-def test_the_size_is_near_the_entropy_of_the_codes() -> None:
-    """Gaussian values of 2^-6 of their standard deviation: 6 + log2(sqrt(2 pi e)) = 8.05 bits each."""
+@pytest.mark.parametrize("precision", [2, 6, 7, 8, 12])
+def test_the_size_is_near_the_entropy_of_the_codes(precision: int) -> None:
+    """Gaussian values in steps of 2^-k of their standard deviation: k + log2(sqrt(2 pi e)) bits each."""
     state = {f"{i}": torch.randn(500, generator=torch.Generator().manual_seed(i)) for i in range(40)}
-    _, size = stored(state)
-    assert 8.0 < 8 * size / 20000 < 8.25
+    _, size = stored(state, precision)
+    assert 0 < 8 * size / 20000 - (precision + math.log2(math.sqrt(2 * math.pi * math.e))) < 0.2
 
 
 def test_values_far_from_zero_are_coded_around_their_mean() -> None:
