@@ -12,7 +12,7 @@ from tiny_cli import fails, result_json
 from tiny_models import tiny_model
 
 from mpq.artifact.file import fixed_bytes, read_artifact, size_slack, write_artifact
-from mpq.artifact.parts import exact_names
+from mpq.artifact.parts import exact_names, fold_as_stored
 from mpq.artifact.weights import WeightFormat, quantize_layer
 from mpq.errors import MpqError
 from mpq.loading import load_model
@@ -110,6 +110,7 @@ def test_from_sensitivities_to_the_file_every_byte_is_foreseen(
     assert {one["name"]: one["bits"] for one in inspected["layers"]} == chosen
     model = load_model(tiny_archive)
     drawn = draw(model, tiny_manifest, 300.0)
+    fold_as_stored(model, FORMAT)
     grams, state = input_grams(model, one_by_one(model, drawn)), model.state_dict()
     weight_format, stored = WeightFormat.from_json(table["quantizer"]), read_artifact(out).state_dict()
     for name, rate in chosen.items():
