@@ -125,7 +125,7 @@ class SensitivityConfig(Section):
     """Sensitivity of each layer at each bit-width (`mpq sensitivity`)."""
 
     rates: list[Annotated[float, Field(ge=0.1, le=8)]] | None = Field(
-        None, description="Nominal rates to measure, bits a weight (scheme entropy); default: 12 from 1 to 5.4."
+        None, description="Nominal rates to measure, bits a weight (scheme entropy); default: 12 from 0.6 to 6."
     )
     bits: list[Annotated[int, Field(ge=1, le=8)]] | None = Field(
         None, description="Bit-widths to measure, instead of rates (the other schemes)."

@@ -17,7 +17,7 @@ from mpq.errors import MpqError
 MIN_BITS, MAX_BITS = 1, 8
 MIN_RATE = 0.1
 """The least nominal rate of a scheme whose codes are entropy-coded, in bits a weight; MAX_BITS is the most."""
-RATES = tuple(round(1.0 + 0.4 * step, 1) for step in range(12))
+RATES = (0.6, 1, 1.4, 1.8, 2.2, 2.6, 3, 3.4, 3.8, 4.4, 5, 6)
 """The rates that are measured unless others are asked for."""
 LARGEST_CODE = 2**24
 """The largest code of a grid without clipping; float32 counts up to it."""

@@ -94,7 +94,7 @@ def test_from_sensitivities_to_the_file_every_byte_is_foreseen(
     table = result_json("sensitivity", tiny_archive, "--data", tiny_manifest, "--out", tmp_path / "s.json", "--quiet")
     assert table["quantizer"]["scheme"] == "entropy" and table["quantizer"]["rounding"] == "gptq"
     assert len(table["bits"]) == 12 and set(table["layers"][0]["bytes"]) == {str(one) for one in table["bits"]}
-    smallest = table["fixed_bytes"] + sum(layer["bytes"]["1"] for layer in table["layers"])
+    smallest = table["fixed_bytes"] + sum(layer["bytes"]["0.6"] for layer in table["layers"])
     target = (smallest + 1500) / 2**20
     allocation = result_json(
         "allocate", tmp_path / "s.json", "--target-mb", target, "--out", tmp_path / "a.json", "--quiet"
