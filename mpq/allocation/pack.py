@@ -32,6 +32,7 @@ from mpq.sensitivity.calibration import (
     further,
     in_batches,
     unseen,
+    varied,
 )
 from mpq.sensitivity.divergence import output_divergence
 
@@ -145,6 +146,7 @@ def pack(
     elif data is not None:
         untouched = unseen(model, data, seed, channel, skip_bad)
         drawn = further(model, untouched, max_seconds) if assigned.needs_statistics else untouched
+        drawn = varied(model, drawn) if weight_format.spec.record.is_entropy_coded else drawn
     grams: dict[str, Tensor] = {}
     if assigned.needs_statistics:
         grams = recalled_statistics(model, sha256, drawn, allocation, weight_format, note, out, quiet)

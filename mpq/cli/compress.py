@@ -57,6 +57,13 @@ from mpq.quantization.spec import MAX_BITS, MIN_RATE, RATES, as_width, scheme_an
 @click.option(
     "--seconds", help="Use a random part of the data of this length, or all. Default: 300 (fisher) or 60 (kl)."
 )
+@click.option(
+    "--vary/--no-vary",
+    "is_varied",
+    default=None,
+    help="Cut half of the audio into pieces, half of these at half the bandwidth, which is kinder to speech of other "
+    "kinds. Default: for the scheme entropy.",
+)
 @common_options
 def sensitivity(
     checkpoint: Path,
@@ -71,6 +78,7 @@ def sensitivity(
     output: str,
     method: str,
     seconds: str | None,
+    is_varied: bool | None,
     seed: int,
     as_json: bool,
     **quantizer: Any,
@@ -102,6 +110,7 @@ def sensitivity(
         seed=seed,
         channel=channel,
         skip_bad=skip_bad,
+        is_varied=is_varied,
         device=device,
         quiet=quiet,
     )

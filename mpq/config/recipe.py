@@ -138,6 +138,10 @@ class SensitivityConfig(Section):
         description="Output whose divergence is measured; default: decoder for a model that has one, otherwise ctc.",
     )
     seconds: Positive | None = Field(None, description="Seconds of audio; default: 300 (fisher), 60 (kl).")
+    vary: bool | None = Field(
+        None,
+        description="Half of the audio cut into pieces, half of these at half the bandwidth; default: for the scheme entropy.",
+    )
     scheme: SchemeName | None = Field(
         None, description="Kind of the levels; default: entropy, or asymmetric where bits are given."
     )

@@ -194,6 +194,7 @@ class Sensitivity(Stage):
             seed=self.recipe.seed,
             channel=self.recipe.data.channel,
             skip_bad=self.recipe.data.skip_bad,
+            is_varied=options.vary,
             device=setting.device,
             quiet=setting.quiet,
         )

@@ -77,6 +77,7 @@ def measure_sensitivity(
     seed: int = 0,
     channel: str = "error",
     skip_bad: bool = False,
+    is_varied: bool | None = None,
     device: str = "auto",
     quiet: bool = False,
 ) -> SensitivityTable:
@@ -95,6 +96,8 @@ def measure_sensitivity(
         max_seconds: A random part of the data of at most so many seconds is used; None is all.
         seed: The seed of that choice, and of the signs that "fisher" draws.
         channel, skip_bad: As in `mpq.speech.data.prepare_data`.
+        is_varied: Whether the audio is varied (`mpq.sensitivity.calibration.varied`); None: where codes are
+            entropy-coded.
         device: As in `mpq.runtime.choose_device`.
         quiet: Show no progress.
 
@@ -107,7 +110,8 @@ def measure_sensitivity(
     fold_as_stored(opened.model, weight_format)
     output = output or max(opened.model.output_heads, key=lambda head: head.needs_tokens).output
     SegmentTree(opened.model).check(output)
-    drawn = draw(opened.model, data, max_seconds, seed, channel, skip_bad)
+    is_varied = weight_format.spec.record.is_entropy_coded if is_varied is None else is_varied
+    drawn = draw(opened.model, data, max_seconds, seed, channel, skip_bad, is_varied)
     task = _Task(opened, drawn, widths, weight_format, output, method, quiet, LayerSizes(weight_format))
     journal = Journal(out.with_name(out.name + ".journal"), task.fingerprint)
     with processes() as workers:

@@ -5,13 +5,14 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import soundfile
 import torch
 from tiny_models import tiny_model
 
 from mpq.errors import MpqError
-from mpq.sensitivity.calibration import draw, further, in_batches, one_by_one, redraw
+from mpq.sensitivity.calibration import _cut, draw, further, in_batches, one_by_one, redraw
 
 
 def test_drawn_audio_is_disjoint_bounded_and_the_same_again(tiny_manifest: Path) -> None:
@@ -77,3 +78,38 @@ def test_batches_hold_each_utterance_once(tiny_manifest: Path) -> None:
         assert len(features) == 1 or len(features) * float(lengths.max()) / 100 <= 2.3
         for row, length in zip(features, lengths.tolist(), strict=True):
             torch.testing.assert_close(row[:length], alone[length], rtol=1e-4, atol=1e-5)
+
+
+def test_varied_audio_is_the_same_audio_in_pieces(many_tones: Path) -> None:
+    model = tiny_model()
+    plain, data = draw(model, many_tones, None), draw(model, many_tones, None, is_varied=True)
+    assert data.is_varied and not plain.is_varied and data.sha256 != plain.sha256
+    assert data.sha256 == draw(model, many_tones, None, is_varied=True).sha256 and data.rest == plain.rest
+    assert redraw(model, json.loads(json.dumps(data.to_json()))).sha256 == data.sha256
+    assert sum(data.durations) == pytest.approx(sum(plain.durations))
+    names = [utterance.utt_id for utterance in data.utterances]
+    assert len(set(names)) == len(names)
+    kinds = set()
+    for utterance, (samples, _) in zip(plain.utterances, plain.waveforms, strict=True):
+        found = [
+            piece[0]
+            for name, (piece, _) in zip(names, data.waveforms, strict=True)
+            if name.split("#")[0] == utterance.utt_id
+        ]
+        together = torch.cat(found)
+        if torch.equal(together, samples[0]):
+            kinds.add("cut" if "#" in next(n for n in names if n.split("#")[0] == utterance.utt_id) else "whole")
+            continue
+        kinds.add("half the bandwidth")
+        power = np.abs(np.fft.rfft(together.numpy())) ** 2
+        assert len(together) == len(samples[0]) and power[len(power) * 6 // 10 :].sum() < 1e-3 * power.sum()
+        lower = np.abs(np.fft.rfft(samples[0].numpy()))[: len(power) * 4 // 10]
+        assert np.corrcoef(lower, np.sqrt(power[: len(lower)]))[0, 1] > 0.99
+    assert kinds == {"whole", "cut", "half the bandwidth"}
+
+
+def test_pieces_last_one_to_four_seconds() -> None:
+    pieces = _cut(torch.arange(160_000.0), np.random.default_rng(1), 16_000)
+    assert torch.equal(torch.cat(pieces), torch.arange(160_000.0))
+    assert all(16_000 <= len(piece) < 48_000 for piece in pieces[:-1]) and 16_000 <= len(pieces[-1]) < 64_000
+    assert [len(piece) for piece in _cut(torch.zeros(10), np.random.default_rng(1), 16_000)] == [10]
