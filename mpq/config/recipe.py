@@ -140,7 +140,7 @@ class SensitivityConfig(Section):
     seconds: Positive | None = Field(None, description="Seconds of audio; default: 300 (fisher), 60 (kl).")
     vary: bool | None = Field(
         None,
-        description="Half of the audio cut into pieces, half of these at half the bandwidth; default: for the scheme entropy.",
+        description="Half of the audio cut into pieces, half of these at half the bandwidth; default: for entropy.",
     )
     scheme: SchemeName | None = Field(
         None, description="Kind of the levels; default: entropy, or asymmetric where bits are given."

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from mpq.models.attention_decoder import Attention, DecoderLayer, TransformerDecoder
 from mpq.models.base import AsrModel
 from mpq.models.conformer import ConformerBlock, ConvolutionModule, ConvSubsampling, FactoredLinear, RelPosAttention
+from mpq.runtime import one_thread
 
 Linear = nn.Linear | nn.Conv1d | nn.Conv2d | FactoredLinear
 """A linear map of each frame alone; a convolution has kernels of one."""
@@ -38,8 +39,13 @@ def folded_state(model: AsrModel) -> dict[str, Tensor]:
 
     The sums are made in double precision, on the model's device.
     """
-    folded = copy.deepcopy(model).double()
-    with torch.no_grad():
+    names = {ref.name for ref in model.weights()}
+    kept = {id(one): one for name, one in model.named_parameters() if name in names}  # not copied, since not changed
+    folded = copy.deepcopy(model, dict(kept))
+    for tensor in (*folded.parameters(), *folded.buffers()):
+        if id(tensor) not in kept and tensor.is_floating_point():
+            tensor.data = tensor.data.double()
+    with torch.no_grad(), one_thread():
         for module in folded.modules():
             if fold := FOLDINGS.get(type(module)):
                 fold(module)
@@ -107,7 +113,7 @@ FOLDINGS: dict[type[nn.Module], Callable[[nn.Module], None]] = cast(
         TransformerDecoder: _fold_decoder,
     },
 )
-"""{module: what becomes of its vectors}, with parameters in double precision and without gradients."""
+"""{module: what becomes of its vectors}, in double precision and without gradients."""
 
 
 def _move(source: nn.LayerNorm | Linear, *readers: Linear) -> None:
@@ -127,8 +133,8 @@ def _bias(module: nn.LayerNorm | Linear) -> Tensor | None:
 def _product(linear: Linear, x: Tensor) -> Tensor:
     """Returns (C,), the (D,) vector times the matrix of a linear map."""
     if isinstance(linear, FactoredLinear):
-        return linear.outer.weight @ (linear.inner.weight @ x)
-    return linear.weight.flatten(1) @ x
+        return linear.outer.weight.double() @ (linear.inner.weight.double() @ x)
+    return linear.weight.flatten(1).double() @ x
 
 
 def _drop_key_bias(attention: RelPosAttention | Attention) -> None:
