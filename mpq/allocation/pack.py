@@ -49,6 +49,7 @@ class PackResult:
         nominal_bytes: The size as papers count it: every parameter at its width, no scales, tokenizer and header.
         float_bytes: The size of all parameters in float32, for the ratio.
         average_bits: Code bits per weight.
+        scheme: The kind of the levels.
         rounding: "nearest" or "gptq".
         unreached: The layers that were rounded to nearest all the same, because no calibration data reach them.
         predicted_kl: The divergence that the allocation predicted; None without an allocation.
@@ -68,6 +69,7 @@ class PackResult:
     predicted_kl: float | None
     measured_kl: float | None
     measured_on: str
+    scheme: str
     unreached: tuple[str, ...] = ()
 
     @property
@@ -86,6 +88,7 @@ class PackResult:
             "float_bytes": self.float_bytes,
             "ratio": self.ratio,
             "average_bits": self.average_bits,
+            "scheme": self.scheme,
             "rounding": self.rounding,
             "predicted_kl": self.predicted_kl,
             "measured_kl": self.measured_kl,
@@ -180,6 +183,7 @@ def _result(
         nominal_bytes=math.ceil((code_bits + rest_bits) / 8),
         float_bytes=4 * parameters,
         average_bits=code_bits / weights,
+        scheme=assigned.weight_format.spec.scheme,
         rounding=assigned.weight_format.spec.rounding,
         predicted_kl=allocation.predicted_kl if allocation else None,
         measured_kl=measured_kl,

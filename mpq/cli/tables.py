@@ -148,7 +148,9 @@ def pack_line(result: "PackResult") -> str:
     if result.predicted_bytes is not None:
         line += f"; predicted {result.predicted_bytes}, at most {result.target_bytes}"
     line += "".join(f"\n{note}" for note in _unreached_note(result.unreached))
-    line += f"\nrounding {result.rounding}; divergence, nats per frame: "
+    one_step = result.scheme == "entropy" and result.rounding == "nearest"
+    steps = ", one step a layer (steps for each column need calibration data)" if one_step else ""
+    line += f"\nrounding {result.rounding}{steps}; divergence, nats per frame: "
     if result.predicted_kl is not None:
         line += f"predicted {result.predicted_kl:.4g} (sum over the layers), "
     if result.measured_kl is None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_cli import fails, result_json
+from tiny_cli import fails, result_json, run
 from tiny_models import tiny_model
 
 from mpq.artifact.file import fixed_bytes, read_artifact, size_slack, write_artifact
@@ -135,6 +135,8 @@ def test_without_data_one_step_a_layer_is_rounded_to_nearest(tiny_archive: Path,
     out = tmp_path / "m.safetensors"
     packed = result_json("pack", tiny_archive, "--bits", 3.5, "--scheme", "entropy", "--out", out, "--quiet")
     assert packed["rounding"] == "nearest" and packed["average_bits"] == 3.5
+    again = run("pack", tiny_archive, "--bits", 3.5, "--scheme", "entropy", "--out", out, "--quiet")
+    assert "rounding nearest, one step a layer (steps for each column need calibration data)" in again.stdout
     assert {one["bits"] for one in result_json("inspect", out)["layers"]} == {3.5}
 
 
@@ -147,3 +149,19 @@ def test_rates_and_widths_are_told_apart(tiny_archive: Path, tiny_manifest: Path
     fails(*command, "--scheme", "entropy", "--clip", "mse", words="the scheme entropy has none alone")
     fails(*command, "--rest-dtype", "float16", words="rest_dtype: expected coded or float32 for the scheme entropy")
     assert not (tmp_path / "s.json").exists()
+
+
+def test_an_allocation_of_rates_is_measured_and_refined(tiny_archive: Path, many_tones: Path, tmp_path: Path) -> None:
+    table, out = tmp_path / "s.json", tmp_path / "a.json"
+    command = ("sensitivity", tiny_archive, "--data", many_tones, "--seconds", 3, "--rates", "1.4,2.2,3,5")
+    sizes = result_json(*command, "--out", table, "--quiet")
+    target = (sizes["fixed_bytes"] + sum(layer["bytes"]["2.2"] for layer in sizes["layers"])) / 2**20
+    options = ("--target-mb", target, "--minutes", 0.2, "--points", 2, "--keep", "decoder.*=2.2", "--out", out)
+    refined = result_json("allocate", table, "--refine", tiny_archive, *options, "--quiet")
+    assert refined["predicted_bytes"] <= target * 2**20 and 0 < refined["measured_kl"] < 1
+    assert all(layer["bits"] >= 2.2 for layer in refined["layers"] if layer["name"].startswith("decoder."))
+    packed = result_json("pack", tiny_archive, "--allocation", out, "--out", tmp_path / "m", "--quiet")
+    assert packed["size_bytes"] == refined["predicted_bytes"]
+    assert packed["measured_kl"] == pytest.approx(
+        refined["measured_kl"], rel=0.3
+    )  # on the same audio; the rest is coded
