@@ -109,7 +109,7 @@ def test_from_sensitivities_to_the_file_every_byte_is_foreseen(
     assert {one["name"]: one["bytes"] for one in inspected["layers"]} == counted
     assert {one["name"]: one["bits"] for one in inspected["layers"]} == chosen
     model = load_model(tiny_archive)
-    drawn = draw(model, tiny_manifest, 300.0)
+    drawn = draw(model, tiny_manifest, 300.0, is_varied=True)
     fold_as_stored(model, FORMAT)
     grams, state = input_grams(model, one_by_one(model, drawn)), model.state_dict()
     weight_format, stored = WeightFormat.from_json(table["quantizer"]), read_artifact(out).state_dict()
