@@ -44,7 +44,9 @@ ALLOCATION = Allocation(
     frontier=((1, 2.0), (MB, 0.25)),
     frontier_note="every trade-off",
 )
-PACKED = PackResult(Path("m"), MB, MB, 2 * MB, MB // 2, 8 * MB, 3.5, "gptq", 0.25, 0.125, "30 s of x.jsonl", "asymmetric")
+PACKED = PackResult(
+    Path("m"), MB, MB, 2 * MB, MB // 2, 8 * MB, 3.5, "gptq", 0.25, 0.125, "30 s of x.jsonl", "asymmetric"
+)
 
 
 def test_a_console_that_is_no_terminal_is_wide() -> None:
