@@ -17,11 +17,11 @@ from collections.abc import Sequence
 import numpy as np
 from scipy import special
 
-from mpq.artifact import entropy, rans
-from mpq.artifact.code_fit import Fit, fit
-from mpq.artifact.code_tables import PRECISION, SCALES, SHAPES, code_tables
-from mpq.artifact.entropy import Coded
-from mpq.artifact.vectors import describe
+from mpq.coding import entropy, rans
+from mpq.coding.code_fit import Fit, fit
+from mpq.coding.code_tables import PRECISION, SCALES, SHAPES, code_tables
+from mpq.coding.entropy import Coded
+from mpq.coding.vectors import describe
 
 RATES = [1.2 + 0.36 * i for i in range(12)]
 

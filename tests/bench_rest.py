@@ -15,9 +15,9 @@ import click
 import torch
 from torch import Tensor
 
-from mpq.artifact.compression import compressed
 from mpq.artifact.rest import decode_rest, encode_rest
 from mpq.artifact.tokenizer import encode_tokenizer
+from mpq.coding.compression import compressed
 from mpq.loading import load_model
 from mpq.models.base import AsrModel, is_counter, load_state
 from mpq.models.folding import folded_state

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).resolve().parents[1] / "mpq"
 ORDER = (
     "cli", "pipeline", "export", "search", "finetuning", "allocation", "training", "sensitivity", "scoring", "loading",
-    "artifact", "models", "speech", "identity", "config", "quantization",
+    "artifact", "models", "speech", "identity", "config", "quantization", "coding",
 )  # fmt: skip
 """The packages and two modules, the highest first; below them are the other modules at the top of mpq."""
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -13,7 +13,7 @@ LANE = 16384
 @cache
 def shipped_tables() -> list[tuple[int, list[int]]]:
     """Returns of each table the largest magnitude and the frequencies of 0, 1, -1, 2, -2, ... and the escape."""
-    stored = np.fromfile(Path(__file__).resolve().parents[1] / "mpq/artifact/code_tables.bin", dtype="<u2").tolist()
+    stored = np.fromfile(Path(__file__).resolve().parents[1] / "mpq/coding/code_tables.bin", dtype="<u2").tolist()
     tables = [(0, [1 << 14])]
     while stored:
         last = stored.pop(0)

@@ -1,5 +1,5 @@
-"""The packed file. `codes` turns codes into bits, `weights` one weight into its bytes, `file` a model into the file.
+"""The packed file. `weights` turns one weight into its bytes, `parts` what else a model has, `file` both into the file.
 
-Elsewhere, `mpq.allocation.assignment` says which width each weight gets, and `mpq.allocation.pack` is the command that
-writes such a file. It may use the packages from `models` down.
+Elsewhere, `mpq.coding` turns numbers into bytes, `mpq.allocation.assignment` says which width each weight gets, and
+`mpq.allocation.pack` is the command that writes such a file. It may use the packages from `models` down.
 """

@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from mpq.artifact.compression import compressed, decompressed
 from mpq.artifact.rest import decode_rest, encode_rest
 from mpq.artifact.tokenizer import decode_tokenizer, encode_tokenizer
 from mpq.artifact.weights import (
@@ -24,6 +23,7 @@ from mpq.artifact.weights import (
     read_floats,
     take_layer,
 )
+from mpq.coding.compression import compressed, decompressed
 from mpq.errors import MpqError
 from mpq.models.base import AsrModel, is_counter, load_state
 from mpq.models.families import family_class

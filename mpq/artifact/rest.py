@@ -17,9 +17,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.artifact.compression import compressed, decompressed
-from mpq.artifact.entropy import Coded, decode, encode
 from mpq.artifact.weights import Cursor
+from mpq.coding.compression import compressed, decompressed
+from mpq.coding.entropy import Coded, decode, encode
 from mpq.errors import MpqError
 
 PRECISION = 8

@@ -1,7 +1,7 @@
 """A SentencePiece model <-> few bytes.
 
 Nine tenths of a small SentencePiece model are the table of its normalisation rule, which says what characters become,
-and most of those are the double array of a trie, which is stored as a trie (`mpq.artifact.double_array`). (The library
+and most of those are the double array of a trie, which is stored as a trie (`mpq.coding.double_array`). (The library
 brings such tables along, and they need not be stored at all. But they change from release to release, as between 0.2.0,
 0.2.1 and 0.2.3, so that a file could be read with the release alone that wrote it.)
 
@@ -12,8 +12,8 @@ a second one.
 
 import lzma
 
-from mpq.artifact.compression import compressed, decompressed
-from mpq.artifact.double_array import from_streams, to_streams
+from mpq.coding.compression import compressed, decompressed
+from mpq.coding.double_array import from_streams, to_streams
 from mpq.errors import MpqError
 
 _LARGEST = 1 << 28

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mpq.artifact import entropy
-from mpq.artifact.codes import pack_codes, packed_size, unpack_codes
+from mpq.coding import entropy
+from mpq.coding.codes import pack_codes, packed_size, unpack_codes
 from mpq.errors import MpqError
 from mpq.quantization.grids import scale_shape
 from mpq.quantization.quantizers import Quantized, dequantize, quantize_widths

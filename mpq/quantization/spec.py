@@ -59,7 +59,7 @@ class Scheme:
         levels: "module:name" of its mathematics, a child of `mpq.quantization.levels.Levels`.
         codes: Returns the codes of a bit-width, ascending.
         is_entropy_coded: Whether a width is a nominal rate, the codes have no bounds and take as many bytes as an
-            entropy coder needs for them (`mpq.artifact.entropy`), and steps differ from column to column where
+            entropy coder needs for them (`mpq.coding.entropy`), and steps differ from column to column where
             there are statistics of the layer's inputs.
         has_zero_points: Whether each group has a zero point, which is one of the codes.
         has_centroids: Whether each weight has a table of levels, whose indices are the codes.

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_tokenizers import double_array
 
-from mpq.artifact.compression import compressed
-from mpq.artifact.double_array import from_streams, to_streams
+from mpq.coding.compression import compressed
+from mpq.coding.double_array import from_streams, to_streams
 from mpq.errors import MpqError
 
 

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from mpq.artifact.code_tables import CERTAIN, PRECISION, CodeTables
+from mpq.coding.code_tables import CERTAIN, PRECISION, CodeTables
 from mpq.errors import MpqError
 
 LANE = 16384

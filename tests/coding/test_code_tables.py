@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from scipy import special
 
-from mpq.artifact.code_tables import (
+from mpq.coding.code_tables import (
     CERTAIN,
     MAGNITUDES,
     PRECISION,
@@ -17,7 +17,7 @@ from mpq.artifact.code_tables import (
     table,
 )
 
-SHIPPED = Path(__file__).resolve().parents[2] / "mpq/artifact/code_tables.bin"
+SHIPPED = Path(__file__).resolve().parents[2] / "mpq/coding/code_tables.bin"
 
 
 def probabilities(shape: float, scale: int, magnitudes: int = 4096) -> np.ndarray:

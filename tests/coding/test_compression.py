@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq.artifact.compression import compressed, decompressed
+from mpq.coding.compression import compressed, decompressed
 from mpq.errors import MpqError
 
 

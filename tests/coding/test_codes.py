@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq.artifact.codes import TERNARY, pack_codes, packed_size, unpack_codes
+from mpq.coding.codes import TERNARY, pack_codes, packed_size, unpack_codes
 
 
 @given(st.integers(1, 8), st.lists(st.integers(0, 255), max_size=70))

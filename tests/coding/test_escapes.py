@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq.artifact.escapes import LONGEST, escape_bits, pack_escapes, unpack_escapes
+from mpq.coding.escapes import LONGEST, escape_bits, pack_escapes, unpack_escapes
 from mpq.errors import MpqError
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mpq.artifact import numbers
-from mpq.artifact.code_fit import Fit, fit
-from mpq.artifact.code_tables import SHAPES
-from mpq.artifact.vectors import Description, describe
+from mpq.coding import numbers
+from mpq.coding.code_fit import Fit, fit
+from mpq.coding.code_tables import SHAPES
+from mpq.coding.vectors import Description, describe
 from mpq.errors import MpqError
 
 _ALL_ZERO = 255

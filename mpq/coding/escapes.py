@@ -1,4 +1,4 @@
-"""Rare large numbers as bits: what a code table has no symbol for (`mpq.artifact.code_tables`).
+"""Rare large numbers as bits: what a code table has no symbol for (`mpq.coding.code_tables`).
 
 A number that is m above the largest magnitude of its table, m >= 0, is written in an Exp-Golomb code of the table's
 order k: with p = floor(m / 2^k) + 1, of 1 + c bits, these are c zeros and a one; the c lower bits of p; the k lower

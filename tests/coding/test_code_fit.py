@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from mpq.artifact.code_fit import fit
-from mpq.artifact.code_tables import MAGNITUDES, SCALES, SHAPES, UNIT, code_tables, table
+from mpq.coding.code_fit import fit
+from mpq.coding.code_tables import MAGNITUDES, SCALES, SHAPES, UNIT, code_tables, table
 
 
 def none(codes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

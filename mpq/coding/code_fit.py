@@ -17,8 +17,8 @@ from functools import cache
 
 import numpy as np
 
-from mpq.artifact.code_tables import MAGNITUDES, PRECISION, SCALES, SHAPES, code_tables, table
-from mpq.artifact.vectors import ORIGIN, PREVIOUS, Description, describe, lengths
+from mpq.coding.code_tables import MAGNITUDES, PRECISION, SCALES, SHAPES, code_tables, table
+from mpq.coding.vectors import ORIGIN, PREVIOUS, Description, describe, lengths
 
 START = 2
 """The shape that the first scales are those of."""

@@ -1,4 +1,4 @@
-"""Whole numbers <-> bytes, each by a code table of its own: symbols by `mpq.artifact.rans`, escapes as bits.
+"""Whole numbers <-> bytes, each by a code table of its own: symbols by `mpq.coding.rans`, escapes as bits.
 
 The bytes of a stream are the states and words of its symbols, followed by its escapes and whatever comes next, of which
 the first bytes are in the lanes' tails instead (2 in each). A stream of no numbers takes no bytes.
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mpq.artifact import rans
-from mpq.artifact.code_tables import code_tables
-from mpq.artifact.escapes import LONGEST, pack_escapes, unpack_escapes
+from mpq.coding import rans
+from mpq.coding.code_tables import code_tables
+from mpq.coding.escapes import LONGEST, pack_escapes, unpack_escapes
 from mpq.errors import MpqError
 
 LARGEST = 1 << 24

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mpq.artifact.code_tables import SCALES, UNIT
-from mpq.artifact.vectors import EXPONENTS, ORIGIN, PREVIOUS, ZERO, Description, describe
+from mpq.coding.code_tables import SCALES, UNIT
+from mpq.coding.vectors import EXPONENTS, ORIGIN, PREVIOUS, ZERO, Description, describe
 from mpq.errors import MpqError
 
 vectors = st.lists(st.tuples(st.integers(-300, 300), st.integers(-40, 40)), max_size=30)

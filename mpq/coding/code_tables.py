@@ -3,8 +3,8 @@
 A table is the distribution of whole numbers that a symmetric generalised Gaussian exp(-|x / a|^shape) gives when it is
 rounded, for five shapes and standard deviations a quarter octave apart. Probabilities are whole multiples of 2^-14 and
 add up to 1. A number whose probability would be below about 2^-13 has none of its own: it is an *escape*, and its
-value is written elsewhere (`mpq.artifact.escapes`). So no float takes part in decoding, and nothing depends on a
-machine's mathematics: the frequencies are shipped in code_tables.bin (made by tests/artifact/test_code_tables.py).
+value is written elsewhere (`mpq.coding.escapes`). So no float takes part in decoding, and nothing depends on a
+machine's mathematics: the frequencies are shipped in code_tables.bin (made by tests/coding/test_code_tables.py).
 
 Table 0 is that of a number that is 0 for certain and takes no bits; table 1 + SCALES * shape + scale is that of
 SHAPES[shape] and the standard deviation 2^(scale / 4 - 4).
@@ -18,14 +18,14 @@ from importlib.resources import files
 
 import numpy as np
 
-from mpq.artifact.escapes import escape_bits
+from mpq.coding.escapes import escape_bits
 
 PRECISION = 14
 """Frequencies of a table add up to 2^PRECISION."""
 SHAPES = (0.8, 1.0, 1.3, 1.6, 2.0)
 SCALES = 41
 MAGNITUDES = 512
-"""The magnitudes whose code lengths are known; `mpq.artifact.code_fit` takes a larger one for the largest of them."""
+"""The magnitudes whose code lengths are known; `mpq.coding.code_fit` takes a larger one for the largest of them."""
 UNIT = 1024
 """Code lengths are in units of 1 / UNIT bit."""
 
@@ -37,7 +37,7 @@ class CodeTables:
     Attributes:
         first: (T,) the first symbol of each table.
         largest: (T,) the largest magnitude that is no escape.
-        order: (T,) the order of its escapes (`mpq.artifact.escapes`).
+        order: (T,) the order of its escapes (`mpq.coding.escapes`).
         frequency: (S,) of each symbol, out of 2^PRECISION.
         cumulative: (S,) the sum of the frequencies before it in its table.
         value: (S,) the number that it stands for; 0 for an escape.
@@ -69,7 +69,7 @@ class CodeTables:
         """Returns the (T, MAGNITUDES) uint16 code lengths of numbers of each magnitude, sign and escape included.
 
         They are in units of 1 / UNIT bit. Whether they are rounded up or down does not depend on the machine: no
-        logarithm of a frequency lies close to the border (tests/artifact/test_code_tables.py).
+        logarithm of a frequency lies close to the border (tests/coding/test_code_tables.py).
         """
         magnitude = np.arange(MAGNITUDES)
         exact = np.rint(UNIT * (PRECISION - np.log2(self.frequency.astype(np.float64)))).astype(np.int64)
@@ -101,7 +101,7 @@ def table(shape: np.ndarray | int, scale: np.ndarray | int) -> np.ndarray | int:
 @cache
 def code_tables() -> CodeTables:
     """Returns the tables that are shipped."""
-    data = files("mpq.artifact").joinpath("code_tables.bin").read_bytes()
+    data = files("mpq.coding").joinpath("code_tables.bin").read_bytes()
     return unfold(np.frombuffer(data, dtype="<u2").astype(np.int64))
 
 

@@ -13,7 +13,7 @@ from functools import cache
 
 import numpy as np
 
-from mpq.artifact.code_tables import CERTAIN, MAGNITUDES, SCALES, UNIT, code_tables, table
+from mpq.coding.code_tables import CERTAIN, MAGNITUDES, SCALES, UNIT, code_tables, table
 from mpq.errors import MpqError
 
 ZERO, ORIGIN, PREVIOUS, EXPONENTS = range(4)

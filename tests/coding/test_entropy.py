@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_rans import SCALES, scalar_decode
 
-from mpq.artifact.entropy import Coded, decode, encode
+from mpq.coding.entropy import Coded, decode, encode
 from mpq.errors import MpqError
 
 SIZES = [(1, 1), (1, 300), (300, 1), (3, 5), (176, 31), (90, 200)]

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_rans import read_words, shipped_tables
 
-from mpq.artifact import rans
-from mpq.artifact.code_tables import code_tables
+from mpq.coding import rans
+from mpq.coding.code_tables import code_tables
 from mpq.errors import MpqError
 
 COUNTS = [0, 1, 2, 5000, rans.LANE, rans.LANE + 1, 0, 40000, 3]

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_rans import scalar_decode
 
-from mpq.artifact import numbers
+from mpq.coding import numbers
 from mpq.errors import MpqError
 
 one_number = st.tuples(st.integers(1, 205), st.integers(-3, 3) | st.integers(-(2**24), 2**24))
