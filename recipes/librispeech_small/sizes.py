@@ -6,15 +6,17 @@
 Every file is measured, allocated and packed by what `mpq sensitivity`, `allocate` and `pack` call; its words are those
 of the model that is read back from the file. A size is a bound in MB of 10^6 bytes; "uniform" has a width for all
 layers instead (scheme asymmetric, gptq). Finished cells are kept in RUN_FOLDER/sizes.journal, packed files in
-RUN_FOLDER, so that a run that was cut off goes on. The table has, for each set, the mean WER over the draws (and the
-deviation between them; * where a draw is significantly worse than the float model), the smallest p of those that are
-worse, otherwise of all, the largest one-sided 95 % bound of how much worse a file is, in points, and the mean
-divergence in nats a frame (bounded).
+RUN_FOLDER, so that a run that was cut off goes on, and cells that are known take no time.
+
+The table has, for each set, the mean WER over the draws (and the deviation between them; * where a draw is
+significantly worse than the float model), the smallest p of those that are worse, otherwise of all, the largest
+one-sided 95 % bound of how much worse a file is, in points, and the mean divergence in nats a frame (bounded).
 """
 
 import statistics as stats
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,6 @@ import click
 import torch
 from torch import Tensor
 
-from mpq import __version__
 from mpq.allocation.pack import pack
 from mpq.allocation.solve import allocate
 from mpq.artifact.weights import WeightFormat
@@ -84,6 +85,11 @@ class TestSet:
             log_probs.append(found[torch.arange(found.shape[1]) < lengths[:, None]])
         return Heard(alignments, log_probs)
 
+    def own(self) -> dict[str, Any]:
+        """Returns the figures of the float model."""
+        alignments = self.reference.alignments
+        return {"wer": 100 * score("", alignments).wer, "words": words_of(alignments)}
+
     def judged(self, model: AsrModel) -> dict[str, Any]:
         """Returns the figures of a packed model."""
         found = self.heard(model)
@@ -131,7 +137,7 @@ def row(scheme: str, size: float, cells: Sequence[Mapping[str, Any]], names: Seq
     """Returns a line of the table: the means over the draws."""
     bytes_ = stats.mean(cell["bytes"] for cell in cells)
     label = f"{size:g} bits" if scheme == "uniform" else f"{size:g} MB"
-    parts = [scheme, label, f"{bytes_:.0f}", f"{full / bytes_:.2f}"]
+    parts = [scheme, label, str(len(cells)), f"{bytes_:.0f}", f"{full / bytes_:.2f}"]
     for name in names:
         found = [cell["sets"][name] for cell in cells]
         wers = [one["wer"] for one in found]
@@ -165,37 +171,49 @@ def main(
     seconds: float,
 ) -> None:
     run.mkdir(parents=True, exist_ok=True)
-    model = load_model(checkpoint)
-    sets = {name: TestSet(model, Path(path)) for name, path in (one.split("=", 1) for one in on)}
-    work = [__version__, file_sha256(checkpoint), file_sha256(calibration), seconds, sorted(on)]
-    journal = Journal(run / "sizes.journal", digest(work))
+    manifests = {name: Path(path) for name, path in (one.split("=", 1) for one in on)}
+    journal = Journal(run / "sizes.journal", digest([file_sha256(checkpoint), file_sha256(calibration), seconds]))
     journal.begin()
     cells = {tuple(entry["cell"]): entry for entry in journal.read()}
-    for name, one in sets.items():
-        figures = score("float32", one.reference.alignments)
-        print(f"{name}: {words_of(one.reference.alignments)} words, float32 {100 * figures.wer:.2f} %")
-    heads = " | ".join(f"{name} WER % | p | worse by at most | divergence" for name in sets)
-    print(f"| scheme | size | bytes | times smaller | {heads} |")
-    print("|---" * (4 + 4 * len(sets)) + "|", flush=True)
-    full = 4 * model.parameter_counts()["total"]
+
+    @cache
+    def float_model() -> AsrModel:
+        return load_model(checkpoint)
+
+    @cache
+    def test_set(name: str) -> TestSet:
+        return TestSet(float_model(), manifests[name])
+
+    def cell(key: tuple[str, float, int]) -> Mapping[str, Any]:
+        """Returns a cell's figures on all sets; those that are not known are measured."""
+        known = cells.get(key, {"bytes": 0, "sets": {}})
+        missing = [name for name in manifests if name not in known["sets"]]
+        if missing and key[0] == "float32":
+            found = {name: test_set(name).own() for name in missing}
+            size = 4 * float_model().parameter_counts()["total"]
+        elif missing:
+            path = packed_file(checkpoint, calibration, run, *key, seconds)
+            packed, size = load_model(path), path.stat().st_size
+            found = {name: test_set(name).judged(packed) for name in missing}
+        if missing:
+            cells[key] = {"cell": list(key), "bytes": size, "sets": known["sets"] | found}
+            journal.append(cells[key])
+        return cells[key]
+
+    full = cell(("float32", 32, 0))
+    for name in manifests:
+        print(f"{name}: {full['sets'][name]['words']} words, float32 {full['sets'][name]['wer']:.2f} %")
+    heads = " | ".join(f"{name} WER % | p | worse by at most | divergence" for name in manifests)
+    print(f"\n| scheme | size | draws | bytes | times smaller | {heads} |")
+    print("|---" * (5 + 4 * len(manifests)) + "|", flush=True)
     for scheme in schemes.split(","):
-        for size in UNIFORM if scheme == "uniform" else map(float, megabytes.split(",")):
-            found = []
-            for draw in range(draws):
-                if (scheme, size, draw) not in cells:
-                    try:
-                        path = packed_file(checkpoint, calibration, run, scheme, size, draw, seconds)
-                    except MpqError as error:
-                        print(f"| {scheme} | {size:g} | {error} |", flush=True)
-                        break
-                    packed = load_model(path)
-                    figures = {name: one.judged(packed) for name, one in sets.items()}
-                    entry = {"cell": [scheme, size, draw], "bytes": path.stat().st_size, "sets": figures}
-                    journal.append(entry)
-                    cells[scheme, size, draw] = entry
-                found.append(cells[scheme, size, draw])
-            if found:
-                print(row(scheme, size, found, list(sets), full), flush=True)
+        for size in map(float, UNIFORM) if scheme == "uniform" else map(float, megabytes.split(",")):
+            try:
+                found = [cell((scheme, size, draw)) for draw in range(draws)]
+            except MpqError as error:
+                print(f"| {scheme} | {size:g} | {error} |", flush=True)
+                continue
+            print(row(scheme, size, found, list(manifests), full["bytes"]), flush=True)
 
 
 if __name__ == "__main__":

@@ -36,15 +36,15 @@ def test_the_table_of_sizes(
     arguments = [str(one) for one in (tiny_archive, tiny_manifest, run)]
     arguments += ["--on", f"heard={heard}", "--draws", "2", "--seconds", "3", "--megabytes", "0.0001,0.0165"]
     done = CliRunner().invoke(module.main, [*arguments, "--schemes", "entropy,uniform"], catch_exceptions=False)
-    first, head, _, too_small, entropy, uniform = done.stdout.splitlines()
+    first, _, head, _, too_small, entropy, uniform = done.stdout.splitlines()
     assert first.startswith("heard: 12 words, float32 ")
     assert "less than the smallest possible" in too_small
     for row in (entropy, uniform):
         assert row.count("|") == head.count("|")
     cells = [cell.strip() for cell in entropy.strip("|").split("|")]
-    assert cells[:2] == ["entropy", "0.0165 MB"] and float(cells[2]) <= 16_500 and "±" in cells[4]
+    assert cells[:3] == ["entropy", "0.0165 MB", "2"] and float(cells[3]) <= 16_500 and "±" in cells[5]
     sizes = [(run / f"entropy-0.0165-draw{draw}.safetensors").stat().st_size for draw in (0, 1)]
-    assert float(cells[2]) == round(sum(sizes) / 2)
+    assert float(cells[3]) == round(sum(sizes) / 2)
     table = json.loads((run / "entropy-draw1.json").read_text())
     assert table["bits"] == list(RATES) and table["data"]["seed"] == 1
     assert set(load_model(run / "uniform-3-draw0.safetensors").quantized_bits.values()) == {3}
