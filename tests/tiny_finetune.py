@@ -16,7 +16,8 @@ from torch import Tensor
 
 from mpq.allocation.assignment import planned_bytes
 from mpq.allocation.records import Allocation
-from mpq.artifact.weights import WeightFormat
+from mpq.artifact.sizes import file_bytes
+from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.config import Recipe
 from mpq.files import sha256_file
 from mpq.finetuning.loop import Finetuner
@@ -25,7 +26,7 @@ from mpq.finetuning.run import finetune
 from mpq.loading import load_model
 from mpq.models.checkpoint import write_checkpoint
 from mpq.pipeline.read import make_recipe
-from mpq.quantization.spec import QuantSpec
+from mpq.quantization.spec import FLOAT_BITS, QuantSpec
 from mpq.speech.text import CharTokenizer
 from mpq.training.building import build_model
 from mpq.training.distillation import Distillation, DistillationLosses
@@ -88,13 +89,25 @@ def write_hybrid(folder: Path, **changes: Any) -> Path:
 
 
 def write_allocation(
-    path: Path, checkpoint: Path, bits: Callable[[str], int] | int, weight_format: WeightFormat = NEAREST, **fields: Any
+    path: Path,
+    checkpoint: Path,
+    bits: Callable[[str], float] | float,
+    weight_format: WeightFormat = NEAREST,
+    **fields: Any,
 ) -> Path:
-    """Writes an allocation that gives each layer the bits that a function of its name says."""
+    """Writes an allocation that gives each layer the bits that a function of its name says; rounded to nearest."""
     model = load_model(checkpoint)
     file = checkpoint / "model.safetensors" if checkpoint.is_dir() else checkpoint
-    widths = {ref.name: bits if isinstance(bits, int) else bits(ref.name) for ref in model.weights()}
+    widths = {ref.name: bits(ref.name) if callable(bits) else bits for ref in model.weights()}
     size = planned_bytes(model, widths, weight_format)
+    if size is None:
+        state = model.state_dict()
+        stored = {
+            name: quantize_weight(name, state[name], weight_format, [width], {})[0]
+            for name, width in widths.items()
+            if width not in FLOAT_BITS
+        }
+        size = file_bytes(model, widths, weight_format, stored)
     found = {
         "bits": widths,
         "target_bytes": size,

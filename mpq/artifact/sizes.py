@@ -4,10 +4,13 @@ Most schemes have sizes that follow from shapes. The bytes of entropy-coded weig
 coded to be counted, many at once, since the coder takes far less time for them together.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from mpq.artifact.file import fixed_bytes
 from mpq.artifact.weights import AT_ONCE, WeightFormat, encode_all, layer_bytes
+from mpq.models.base import AsrModel
 from mpq.quantization.quantizers import Quantized
+from mpq.quantization.spec import FLOAT_BITS
 
 
 class LayerSizes:
@@ -42,3 +45,23 @@ class LayerSizes:
         for (name, width, _), data in zip(self._waiting, encoded, strict=True):
             self._known[name, width] = len(data)
         self._waiting.clear()
+
+
+def file_bytes(
+    model: AsrModel, bits: Mapping[str, float], weight_format: WeightFormat, quantized: Mapping[str, Quantized]
+) -> int:
+    """Returns the size that the packed file of a model takes if none was promised.
+
+    Args:
+        model: The model, with its weights as they will be in the file.
+        bits: {weight name: width} of every weight.
+        weight_format: The quantizer, and how weights are stored.
+        quantized: {weight name: codes} of all weights that `bits` quantizes.
+    """
+    sizes = LayerSizes(weight_format)
+    for name, one in quantized.items():
+        sizes.add(name, [bits[name]], [one])
+    floats = [
+        layer_bytes(ref.shape, bits[ref.name], weight_format) for ref in model.weights() if bits[ref.name] in FLOAT_BITS
+    ]
+    return fixed_bytes(model, weight_format) + sum(floats) + sum(sizes.bytes().values())

@@ -182,7 +182,13 @@ class FinetuneConfig(LoopConfig):
     )
     scales: Literal["learned", "recomputed", "frozen"] = Field(
         "learned",
-        description="Scales, but for mulaw: learned (LSQ), recomputed from the weights in each pass, or frozen.",
+        description="Scales, but for mulaw: learned (LSQ), recomputed from the weights in each pass (not for entropy), "
+        "or frozen.",
+    )
+    rate_weight: NonNegative = Field(
+        0.0,
+        description="Weight, in the loss, of the estimated bits a weight of the scheme entropy; without it, larger "
+        "steps alone keep the size.",
     )
     search_every: Whole = Field(
         50, description="Updates between two searches: for clip ratios (recomputed scales), for mu (mulaw)."

@@ -3,7 +3,8 @@
 The training changes *latent* weights; the model sees their rounding, bit for bit what the packed file will give back.
 Schemes of evenly spaced levels are trained with the straight-through estimator (`mpq.finetuning.straight_through`),
 schemes of centroids by the General Quantizer (`mpq.quantization.soft_assignment`), from soft to hard. The record of a
-scheme in `mpq.quantization.spec` says which of these trains it.
+scheme in `mpq.quantization.spec` says which of these trains it. Where codes are entropy-coded, the straight-through
+estimator has no range to clip (`mpq.finetuning.unclipped`), and each allocation has its own steps.
 
 Legend: C rows (output channels), K columns, as in `mpq.quantization.grids`.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from mpq.artifact.weights import WeightFormat, quantize_weight
 from mpq.errors import MpqError
 from mpq.finetuning.straight_through import StraightThrough, start_latent
+from mpq.finetuning.unclipped import UnclippedThrough, unclipped_latent
 from mpq.quantization.grids import matrix_shape, scale_shape
 from mpq.quantization.quantizers import Quantized, dequantize
 from mpq.quantization.soft_assignment import SoftToHard
@@ -26,6 +28,15 @@ from mpq.quantization.spec import FLOAT_BITS, QuantSpec, Scales
 
 OPTIONS = {"straight_through": ("scales",), "soft_assignment": ("alpha", "anneal")}
 """The keys of a recipe's [finetune] that one way of training reads and the other does not."""
+
+
+def check_scales(spec: QuantSpec, scales: Scales) -> None:
+    """Raises MpqError unless weights of the spec's scheme can be trained, with such scales."""
+    scheme, record = spec.scheme, spec.record
+    if record.training is None:
+        raise MpqError(f"scheme {scheme}: its weights cannot be trained; allocate with another --scheme")
+    if record.training == "straight_through" and scales not in record.scales:
+        raise MpqError(f"finetune.scales: expected {' or '.join(record.scales)} for the scheme {scheme}, got {scales}")
 
 
 class Annealed(nn.Module):
@@ -73,6 +84,10 @@ class Annealed(nn.Module):
         return (latent * self.unit).reshape(self.shape)
 
 
+Quantizer = StraightThrough | UnclippedThrough | Annealed
+"""The quantizer of one weight."""
+
+
 class QuantizedWeights(nn.Module):
     """All quantizable weights of a model, at the bit-widths of one allocation or of several that share the latents.
 
@@ -99,7 +114,7 @@ class QuantizedWeights(nn.Module):
         self.names, self.allocations, self.weight_format = tuple(weights), tuple(map(dict, allocations)), weight_format
         self.latents = nn.ParameterList()
         self.quantizers = nn.ModuleDict()
-        self._check(scales)
+        check_scales(weight_format.spec, scales)
         for index, (name, weight) in enumerate(weights.items()):
             self.latents.append(nn.Parameter(self._added(index, name, weight, grams, scales)))
         if not self.is_annealed:  # whose search depends on alpha
@@ -112,6 +127,8 @@ class QuantizedWeights(nn.Module):
         if not widths:
             return weight.detach().float().clone()
         weight_format = self.weight_format
+        if weight_format.spec.record.is_entropy_coded:
+            return self._added_unclipped(index, name, weight, grams, scales)
         # GPTQ's codes are those of one grid, so not where several widths share a latent or grids move at once
         keep_codes = len(set(all_bits)) == 1 and scales != "recomputed"
         if not keep_codes:
@@ -131,19 +148,25 @@ class QuantizedWeights(nn.Module):
             self.quantizers[f"{index}:{spec.bits}"] = StraightThrough(spec, unit, start, scales)
         return start_latent(weight, specs[0], starts[0], unit, keep_codes)
 
+    def _added_unclipped(
+        self, index: int, name: str, weight: Tensor, grams: Mapping[str, Tensor], scales: Scales
+    ) -> Tensor:
+        """Makes the quantizers of a weight that is entropy-coded, one for each allocation; returns its latent."""
+        all_bits = [bits[name] for bits in self.allocations]
+        widths = [bits for bits in dict.fromkeys(all_bits) if bits not in FLOAT_BITS]
+        starts = dict(zip(widths, quantize_weight(name, weight, self.weight_format, widths, grams), strict=True))
+        first = starts[widths[0]]
+        for allocation, bits in enumerate(all_bits):
+            if bits not in FLOAT_BITS:
+                spec = replace(self.weight_format.spec, bits=bits)
+                quantizer = UnclippedThrough(spec, first.scale, starts[bits], scales)
+                self.quantizers[self._key(index, allocation)] = quantizer
+        return unclipped_latent(weight, first, first.scale, keep_codes=len(set(all_bits)) == 1)
+
     @property
     def is_annealed(self) -> bool:
         """Whether the weights move from soft to hard (the General Quantizer)."""
         return self.weight_format.spec.record.training == "soft_assignment"
-
-    def _check(self, scales: Scales) -> None:
-        """Raises MpqError unless the scheme can be trained, with such scales."""
-        scheme, record = self.weight_format.spec.scheme, self.weight_format.spec.record
-        if record.training is None:
-            raise MpqError(f"scheme {scheme}: its weights cannot be trained; allocate with another --scheme")
-        if not self.is_annealed and scales not in record.scales:
-            known = " or ".join(record.scales)
-            raise MpqError(f"finetune.scales: expected {known} for the scheme {scheme}, got {scales}")
 
     def forward(self, allocation: int = 0) -> dict[str, Tensor]:
         """Returns {name: weight as the model sees it} at the widths of an allocation.
@@ -151,7 +174,7 @@ class QuantizedWeights(nn.Module):
         Raises:
             MpqError: A weight or scale went astray; the message names the weight.
         """
-        return {name: self._seen(index, bits) for index, (name, bits) in enumerate(self._widths(allocation))}
+        return {name: self._seen(index, allocation) for index, name in enumerate(self.names)}
 
     def quantized(self, allocation: int = 0) -> dict[str, Quantized]:
         """Returns {name: codes, scales and zero points} of all weights that the allocation quantizes.
@@ -163,7 +186,7 @@ class QuantizedWeights(nn.Module):
         for index, (name, bits) in enumerate(self._widths(allocation)):
             if bits not in FLOAT_BITS:
                 with _named(name):
-                    found[name] = self._at(index, bits).quantized(self.latents[index])
+                    found[name] = self._at(index, allocation).quantized(self.latents[index])
         return found
 
     def rounded(self, allocation: int = 0) -> dict[str, Tensor]:
@@ -172,9 +195,26 @@ class QuantizedWeights(nn.Module):
         return {
             name: dequantize(stored[name], replace(self.weight_format.spec, bits=bits))
             if name in stored
-            else self._seen(index, bits).detach()
+            else self._seen(index, allocation).detach()
             for index, (name, bits) in enumerate(self._widths(allocation))
         }
+
+    def coded_bits(self, allocation: int = 0) -> Tensor:
+        """Returns an estimate, with a gradient, of the bits that the entropy-coded weights of an allocation take."""
+        return torch.stack([quantizer.coded_bits(latent) for latent, quantizer in self._unclipped(allocation)]).sum()
+
+    def coded_weights(self, allocation: int = 0) -> int:
+        """Returns the number of weights that an allocation entropy-codes."""
+        return sum(latent.numel() for latent, _ in self._unclipped(allocation))
+
+    def stretch(self, allocation: int, factor: float) -> None:
+        """Makes the steps of all entropy-coded weights of an allocation `factor` times as large as they would be."""
+        for _, quantizer in self._unclipped(allocation):
+            quantizer.stretch.fill_(factor)
+
+    def stretched(self, allocation: int) -> float:
+        """Returns the factor that `stretch` set, 1 at the start."""
+        return next((float(quantizer.stretch) for _, quantizer in self._unclipped(allocation)), 1.0)
 
     def anneal(self, alpha: float, is_hard: bool) -> None:
         """Sets the sharpness of the General Quantizer's assignment, and whether it is hard."""
@@ -209,30 +249,42 @@ class QuantizedWeights(nn.Module):
     def _widths(self, allocation: int) -> Iterator[tuple[str, float]]:
         return ((name, self.allocations[allocation][name]) for name in self.names)
 
-    def _all(self) -> Iterator[tuple[int, StraightThrough | Annealed]]:
+    def _all(self) -> Iterator[tuple[int, Quantizer]]:
         """Yields the index of a weight and one of its quantizers."""
         for key, quantizer in self.quantizers.items():
-            assert isinstance(quantizer, StraightThrough | Annealed)
+            assert isinstance(quantizer, Quantizer)
             yield int(key.split(":")[0]), quantizer
 
-    def _at(self, index: int, bits: float) -> StraightThrough | Annealed:
-        quantizer = self.quantizers[f"{index}:{bits}"]
-        assert isinstance(quantizer, StraightThrough | Annealed)
+    def _unclipped(self, allocation: int) -> Iterator[tuple[Tensor, UnclippedThrough]]:
+        """Yields the latents of all weights that the allocation entropy-codes, and their quantizers."""
+        for index, (_, bits) in enumerate(self._widths(allocation)):
+            if bits not in FLOAT_BITS and isinstance(quantizer := self._at(index, allocation), UnclippedThrough):
+                yield self.latents[index], quantizer
+
+    def _key(self, index: int, allocation: int) -> str:
+        """Returns the name of a quantizer, which allocations share where widths are all that matters."""
+        if self.weight_format.spec.record.is_entropy_coded:
+            return f"{index}:{allocation}"
+        return f"{index}:{self.allocations[allocation][self.names[index]]}"
+
+    def _at(self, index: int, allocation: int) -> Quantizer:
+        quantizer = self.quantizers[self._key(index, allocation)]
+        assert isinstance(quantizer, Quantizer)
         return quantizer
 
-    def _quantizer(self, index: int) -> StraightThrough | Annealed | None:
+    def _quantizer(self, index: int) -> Quantizer | None:
         """Returns one of the quantizers of a weight, which all have one unit; None if no allocation quantizes it."""
-        widths = (one[self.names[index]] for one in self.allocations)
-        return next((self._at(index, bits) for bits in widths if bits not in FLOAT_BITS), None)
+        widths = enumerate(one[self.names[index]] for one in self.allocations)
+        return next((self._at(index, allocation) for allocation, bits in widths if bits not in FLOAT_BITS), None)
 
-    def _seen(self, index: int, bits: float) -> Tensor:
-        latent = self.latents[index]
+    def _seen(self, index: int, allocation: int) -> Tensor:
+        latent, bits = self.latents[index], self.allocations[allocation][self.names[index]]
         if bits in FLOAT_BITS:
             other = self._quantizer(index)  # of another allocation, which counts the latent in its units
             weight = latent if other is None else other.as_weight(latent)
             stored = weight.detach().to(getattr(torch, f"float{bits}")).to(torch.float32)
             return weight + (stored - weight.detach())  # as it will be stored, and the gradient straight through
-        quantizer = self._at(index, bits)
+        quantizer = self._at(index, allocation)
         with _named(self.names[index]):
             seen: Tensor = quantizer(latent)
             return seen.reshape(quantizer.shape)

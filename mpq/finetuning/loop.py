@@ -27,6 +27,7 @@ from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import atomic_path, write_json
 from mpq.finetuning.averages import follow, mean_weights, swapped
+from mpq.finetuning.baking import bake
 from mpq.finetuning.fake_quant import QuantizedWeights
 from mpq.finetuning.learning_curve import draw_learning_curve
 from mpq.finetuning.overflow import overflow, overflow_on
@@ -100,9 +101,15 @@ class Finetuner(TrainingLoop):
         self.shadow = [one.detach().clone() for one in self._trained()] if tuning.ema else []
         self.dev_figures: list[list[tuple[float, float | None]]] = []
 
+    @property
+    def is_coded(self) -> bool:
+        """Whether weights are entropy-coded, so that their size depends on what is trained."""
+        return self.weights.weight_format.spec.record.is_entropy_coded
+
     def _logged(self) -> list[str]:
         names = [f"{head}_kl" for head in self.teacher.heads]
         names += ["hidden"] if self.tuning.hidden_weight else []
+        names += ["coded_bits"] if self.tuning.rate_weight else []
         if self.tuning.transcript_weight:
             names += self.teacher.heads
         return names
@@ -120,7 +127,7 @@ class Finetuner(TrainingLoop):
         loss, wer = self.evaluate()
         start = EpochResult(epoch=0, step=0, train_loss=None, dev_loss=loss, dev_wer=wer, seconds=0.0)
         self.epochs.append(start)
-        self.log_bytes = self.log.add_epoch(start)
+        self.log_bytes = self.log.add_epoch(start, self.epoch_notes)
         self._write_candidate()
 
     def prepare_update(self) -> None:
@@ -157,6 +164,10 @@ class Finetuner(TrainingLoop):
         for name, losses in found.transcripts.items():
             tokens = self.teacher.head(name).loss_tokens(sum(spoken), len(spoken))
             values[name] = losses.sum() / tokens / self.passes()
+        if self.tuning.rate_weight:
+            allocation, shares = self._allocation(index), self.passes() * batch.of * self.workers.count
+            bits = self.weights.coded_bits(allocation) / self.weights.coded_weights(allocation)
+            values["coded_bits"] = bits / shares
         return self._mixed(values), torch.stack([values[name] for name in self.logged]), found.each()
 
     @contextmanager
@@ -172,7 +183,8 @@ class Finetuner(TrainingLoop):
         told, ctc, heads = self.tuning.transcript_weight, self.tuning.ctc_weight, self.teacher.heads
         imitated = mixed_distillation(values, heads, ctc, self.tuning.hidden_weight)
         transcribed = joint(values, heads, ctc) if told else 0.0
-        return (1 - told) * imitated + told * transcribed
+        rate = self.tuning.rate_weight * values.get("coded_bits", 0.0)
+        return (1 - told) * imitated + told * transcribed + rate
 
     def total(self, values: dict[str, float]) -> float:
         return float(self._mixed(values))
@@ -209,12 +221,9 @@ class Finetuner(TrainingLoop):
 
     # ---- held-out data
 
-    @torch.no_grad()
     def _bake(self, allocation: int) -> None:
         """Gives the student the rounded weights of an allocation, and puts it in eval mode."""
-        parameters = dict(self.student.named_parameters())
-        for name, weight in self.weights.rounded(allocation).items():
-            parameters[name].copy_(weight)
+        bake(self.student, self.weights, allocation, self.targets[allocation].assigned)
         self.student.eval()
 
     def evaluate(self) -> tuple[float, float | None]:
@@ -233,6 +242,8 @@ class Finetuner(TrainingLoop):
                     )
                 figures.append(found)
         self.dev_figures.append(figures)
+        if self.is_coded:
+            self.epoch_notes = {"stretch": [self.weights.stretched(index) for index in range(len(self.targets))]}
         wers = [wer for _, wer in figures if wer is not None]
         divergences = [divergence for divergence, _ in figures]
         return sum(divergences) / len(divergences), sum(wers) / len(wers) if wers else None
@@ -329,7 +340,7 @@ class Finetuner(TrainingLoop):
         parameters = self.teacher.parameter_counts()["total"]
         refs = {ref.name: ref.numel for ref in self.teacher.weights()}
         found = []
-        for target, dev in zip(self.targets, history, strict=True):
+        for index, (target, dev) in enumerate(zip(self.targets, history, strict=True)):
             packed = read_artifact(target.path).to(self.device)
             divergence, wer = changed_errors(self.teacher, packed, self.dev, self.job.channel, self.workers)
             size = os.path.getsize(target.path)
@@ -345,6 +356,7 @@ class Finetuner(TrainingLoop):
                     divergence=divergence,
                     wer=wer,
                     dev=tuple(dev),
+                    stretch=self.weights.stretched(index),
                 )
             )
         return tuple(found)

@@ -24,6 +24,8 @@ class FinetunedSize:
             transcripts).
         divergence, wer: The same results for the artifact.
         dev: ((divergence, wer), ...) after each epoch, the starting weights first.
+        stretch: The factor by which the steps of entropy-coded weights were stretched, so that the artifact keeps its
+            size; 1 if they were not.
     """
 
     name: str
@@ -36,6 +38,7 @@ class FinetunedSize:
     divergence: float
     wer: float | None
     dev: tuple[tuple[float, float | None], ...]
+    stretch: float = 1.0
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mpq.artifact.weights import WeightFormat
 from mpq.config import Recipe
 from mpq.errors import MpqError
 from mpq.files import make_folder
-from mpq.finetuning.fake_quant import OPTIONS, QuantizedWeights
+from mpq.finetuning.fake_quant import OPTIONS, QuantizedWeights, check_scales
 from mpq.finetuning.loop import FLOAT_FILE, RESULT_FILE, Finetuner, Target
 from mpq.finetuning.record import FINETUNE_FORMAT, FinetuneResult
 from mpq.identity import Inputs, options_of
@@ -112,6 +112,12 @@ def _allocations(paths: Sequence[Path]) -> dict[Path, Allocation]:
 def _check_options(recipe: Recipe, teacher: AsrModel, weight_format: WeightFormat) -> None:
     """Raises MpqError for options of [finetune] that do nothing, or too much, for this model and its quantizer."""
     options, spec = recipe.finetune, weight_format.spec
+    check_scales(spec, options.scales)
+    if options.rate_weight and not spec.record.is_entropy_coded:
+        raise MpqError(
+            f"finetune.rate_weight: does nothing for the scheme {spec.scheme} of the allocation, the size of which "
+            "follows from its widths; leave it out"
+        )
     for training, keys in OPTIONS.items():
         if training != spec.record.training and (given := options.model_fields_set & set(keys)):
             raise MpqError(

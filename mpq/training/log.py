@@ -57,8 +57,8 @@ class TrainingLog:
                 self._board.add_scalar(f"train/{key}", value, step)
         return self._write({"step": step, "epoch": epoch} | dict(record))
 
-    def add_epoch(self, done: EpochResult) -> int:
-        """Writes and logs an epoch's result; returns the size of the log."""
+    def add_epoch(self, done: EpochResult, more: Mapping[str, Any] | None = None) -> int:
+        """Writes and logs an epoch's result, and writes what else there is to say; returns the size of the log."""
         dev = ""
         for name, value, text in (
             ("loss", done.dev_loss, f"dev {done.dev_loss or 0:.3g}"),
@@ -71,7 +71,7 @@ class TrainingLog:
         if not self.quiet:
             loss = "starting weights" if done.train_loss is None else f"loss {done.train_loss:.3f}"
             _log.info(f"epoch {done.epoch}/{self.epochs}: {loss}{dev}; {done.step} updates, {done.seconds:.0f} s")
-        return self._write(asdict(done))
+        return self._write(asdict(done) | dict(more or {}))
 
     def _write(self, entry: dict[str, Any]) -> int:
         if not self.is_writing:

@@ -96,6 +96,7 @@ class TrainingLoop(ABC):
         self.log = TrainingLog(self.out, self.options.epochs, self.is_chief, self.quiet, self.options.tensorboard)
         self.epoch, self.batch, self.step = 0, 0, 0
         self.epochs: list[EpochResult] = []
+        self.epoch_notes: dict[str, Any] = {}  # what `evaluate` leaves to be said in an epoch's line of the log
         self.totals: list[float] = []
         self.seconds = 0.0
         self.log_bytes = 0
@@ -199,7 +200,7 @@ class TrainingLoop(ABC):
             seconds=round(self.seconds - sum(one.seconds for one in self.epochs), 3),
         )
         self.epochs.append(done)
-        self.log_bytes = self.log.add_epoch(done)
+        self.log_bytes = self.log.add_epoch(done, self.epoch_notes)
         candidates = self._write_candidate()
         self.epoch, self.batch = self.epoch + 1, 0
         self._save()

@@ -1,10 +1,15 @@
 """The bytes of layers, counted while they are rounded."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from mpq.artifact import sizes as module
-from mpq.artifact.sizes import LayerSizes
+from mpq.artifact.file import write_artifact
+from mpq.artifact.sizes import LayerSizes, file_bytes
 from mpq.artifact.weights import WeightFormat, encode, quantize_weight
 from mpq.quantization.spec import SCHEMES, QuantSpec
 
@@ -25,6 +30,20 @@ def test_bytes_are_those_of_the_file(scheme: str, at_once: int, monkeypatch: pyt
         }
     assert sizes.bytes() == expected == sizes.bytes()
     assert all(sizes.bytes()[name, 2] < sizes.bytes()[name, 6] for name in weights)
+
+
+@pytest.mark.parametrize("scheme", ["entropy", "asymmetric", "mulaw"])
+def test_file_bytes_are_those_of_a_file_without_a_promise(scheme: str, tmp_path: Path) -> None:
+    model, weight_format = tiny_model(), WeightFormat(QuantSpec(8, scheme))
+    bits = {ref.name: (2, 3, 4, 16)[index % 4] for index, ref in enumerate(model.weights())}
+    state = model.state_dict()
+    stored = {
+        name: quantize_weight(name, state[name], weight_format, [width], {})[0]
+        for name, width in bits.items()
+        if width != 16
+    }
+    write_artifact(tmp_path / "m", model, bits, weight_format, None)
+    assert file_bytes(model, bits, weight_format, stored) == os.path.getsize(tmp_path / "m")
 
 
 def test_nothing_was_rounded() -> None:
