@@ -101,6 +101,7 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
         ("straight-through, learned scales", "asymmetric", "learned"),
         ("straight-through, recomputed scales", "asymmetric", "recomputed"),
         ("straight-through, frozen scales", "asymmetric", "frozen"),
+        ("straight-through, entropy-coded, learned scales", "entropy", "learned"),
         ("General Quantizer", "mulaw", "frozen"),
     ):
         module = _Quantized(_Plain(load_model(path, where)), quantized(scheme, scales))
@@ -124,7 +125,7 @@ def main(path: Path, seconds: float, utterances: int, rounds: int, threads: int,
 
     def distillation() -> Tensor:
         found = distilled(features, features, frames, targets, known, 0)
-        return (found.ctc_kl + found.hidden).sum()
+        return (found.kl["ctc"] + found.hidden).sum()
 
     steps["learned scales, distillation (the teacher's forward pass too)"] = step(
         distilled, list(weights.parameters()), distillation
