@@ -30,7 +30,10 @@ from mpq.quantization.spec import MAX_BITS, MIN_RATE, RATES, as_width, scheme_an
 @click.argument("checkpoint", type=PATH)
 @data_options
 @click.option(
-    "--bits", type=Widths("2,3,4,..."), help="Bit-widths to measure, 1 to 8, of codes that all take so many bits."
+    "--bits",
+    type=Widths("2,3,4,..."),
+    help="Bit-widths to measure, 1 to 8, of codes that all take so many bits. Default with another --scheme, "
+    "--granularity or --clip than that of rates: 2,3,4,5,6,8.",
 )
 @click.option(
     "--rates",
@@ -97,7 +100,8 @@ def sensitivity(
     from mpq.cli.tables import sensitivity_view
     from mpq.sensitivity.measure import METHODS, measure_sensitivity
 
-    scheme, widths = scheme_and_widths(quantizer["scheme"], bits, rates)
+    has_ranges = bool(quantizer["granularity"] or quantizer["clip"])
+    scheme, widths = scheme_and_widths(quantizer["scheme"], bits, rates, has_ranges)
     table = measure_sensitivity(
         checkpoint,
         data,

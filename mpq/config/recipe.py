@@ -128,7 +128,7 @@ class SensitivityConfig(Section):
         None, description="Nominal rates to measure, bits a weight (scheme entropy); default: 12 from 0.6 to 6."
     )
     bits: list[Annotated[int, Field(ge=1, le=8)]] | None = Field(
-        None, description="Bit-widths to measure, instead of rates (the other schemes)."
+        None, description="Bit-widths to measure, instead of rates; default of the other schemes: 2, 3, 4, 5, 6, 8."
     )
     method: ScoreMethod = Field(
         "fisher", description="Score: to second order, all layers at once (fisher), or exact, one layer at a time (kl)."
@@ -143,7 +143,8 @@ class SensitivityConfig(Section):
         description="Half of the audio cut into pieces, half of these at half the bandwidth; default: for entropy.",
     )
     scheme: SchemeName | None = Field(
-        None, description="Kind of the levels; default: entropy, or asymmetric where bits are given."
+        None,
+        description="Kind of the levels; default: entropy, or asymmetric where bits, granularity or clip are given.",
     )
     granularity: Annotated[str, Field(pattern="^(tensor|channel|group:[1-9][0-9]*)$")] | None = Field(
         None, description="Weights that share a scale; default: group:64 (entropy: tensor)."

@@ -168,4 +168,4 @@ def recipe_quantizer(recipe: Recipe) -> WeightFormat:
 def scheme_and_widths_of(recipe: Recipe) -> tuple[str, list[float]]:
     """Returns the scheme of a recipe, and the widths or rates to measure."""
     options = recipe.sensitivity
-    return scheme_and_widths(options.scheme, options.bits, options.rates)
+    return scheme_and_widths(options.scheme, options.bits, options.rates, bool(options.granularity or options.clip))

@@ -19,6 +19,8 @@ MIN_RATE = 0.1
 """The least nominal rate of a scheme whose codes are entropy-coded, in bits a weight; MAX_BITS is the most."""
 RATES = (0.6, 1, 1.4, 1.8, 2.2, 2.6, 3, 3.4, 3.8, 4.4, 5, 6)
 """The rates that are measured unless others are asked for."""
+WIDTHS = (2, 3, 4, 5, 6, 8)
+"""The bit-widths that are measured unless others are asked for."""
 LARGEST_CODE = 2**24
 """The largest code of a grid without clipping; float32 counts up to it."""
 FLOAT_BITS = (16, 32)
@@ -173,26 +175,29 @@ def widths_of(scheme: str) -> str:
 
 
 def scheme_and_widths(
-    scheme: str | None, bits: Sequence[float] | None, rates: Sequence[float] | None
+    scheme: str | None, bits: Sequence[float] | None, rates: Sequence[float] | None, has_ranges: bool = False
 ) -> tuple[str, list[float]]:
     """Returns the scheme that goes with widths or rates, and which of these are to be measured.
 
     Rates, or neither, are those of the scheme "entropy"; widths without a scheme are those of QuantSpec's default.
 
+    Args:
+        scheme: The scheme, if one was named.
+        bits, rates: The widths, or the rates, that were named.
+        has_ranges: Whether a granularity or clip was named, which the scheme "entropy" has not.
+
     Raises:
-        MpqError: Both are given, or ones that the scheme does not have.
+        MpqError: Both are given, or rates for a scheme that has widths.
     """
     if bits is not None and rates is not None:
         raise MpqError("bits and rates: expected one of them, got both")
-    scheme = scheme or ("entropy" if bits is None else QuantSpec.scheme)
+    is_coded = rates is not None or (bits is None and not has_ranges)
+    scheme = scheme or ("entropy" if is_coded else QuantSpec.scheme)
     if SCHEMES[scheme].is_entropy_coded:
-        return scheme, list(RATES if bits is None and rates is None else rates or bits or ())
-    if bits is None:
-        raise MpqError(
-            f"the scheme {scheme} has bit-widths: expected bits, such as 2,3,4,5,6,8, got "
-            + ("none" if rates is None else "rates, which are those of the scheme entropy")
-        )
-    return scheme, list(bits)
+        return scheme, list(rates or bits or RATES)
+    if rates is not None:
+        raise MpqError(f"rates: the scheme {scheme} has bit-widths; give bits such as 2,3,4,5,6,8 instead")
+    return scheme, list(WIDTHS if bits is None else bits)
 
 
 @dataclass(frozen=True)
