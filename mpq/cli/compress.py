@@ -31,7 +31,7 @@ from mpq.quantization.spec import MAX_BITS, MIN_RATE, RATES, as_width, scheme_an
 @data_options
 @click.option(
     "--bits",
-    type=Widths("2,3,4,..."),
+    type=Widths(),
     help="Bit-widths to measure, 1 to 8, of codes that all take so many bits. Default with another --scheme, "
     "--granularity or --clip than that of rates: 2,3,4,5,6,8.",
 )

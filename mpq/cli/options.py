@@ -191,7 +191,7 @@ def seconds_or_all(text: str | None, default: float) -> float | None:
 class Widths(click.ParamType):  # type: ignore[type-arg]  # generic in newer versions of click only
     """A list of numbers such as 2,3,4,8 or 1.4,1.8."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str = "2,3,4,...") -> None:
         self.name = name
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:

@@ -125,6 +125,7 @@ def test_an_allocation_is_packed_as_it_says(
         "float_bytes": 4 * parameters,
         "ratio": 4 * parameters / size,
         "average_bits": codes / sum(numel.values()),
+        "scheme": "asymmetric",
         "rounding": rounding,
         "predicted_kl": chosen.predicted_kl,
     }

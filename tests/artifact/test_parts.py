@@ -145,7 +145,14 @@ def test_rates_and_widths_are_told_apart(tiny_archive: Path, tiny_manifest: Path
     fails(*command, "--bits", "2,3", "--rates", "2.5", words="expected one of them, got both")
     fails(*command, "--bits", "2.5,3", words="bits: expected a whole number from 1 to 8, got 2.5")
     fails(*command, "--rates", "2.5,9", words="expected a rate from 0.1 to 8 bits a weight")
-    fails(*command, "--rates", "2.5", "--scheme", "symmetric", words="rates: the scheme symmetric has bit-widths; give bits")
+    fails(
+        *command,
+        "--rates",
+        "2.5",
+        "--scheme",
+        "symmetric",
+        words="rates: the scheme symmetric has bit-widths; give bits",
+    )
     fails(*command, "--scheme", "entropy", "--clip", "mse", words="the scheme entropy has none alone")
     fails(*command, "--rest-dtype", "float16", words="rest_dtype: expected coded or float32 for the scheme entropy")
     assert not (tmp_path / "s.json").exists()

@@ -42,7 +42,8 @@ def test_fastconformer_equals_nemo(shared: Path) -> None:
         assert encoded_lengths.tolist() == reference[f"{prefix}_enc_lengths"].reshape(-1).tolist()
         for got, key in ((features, "feats"), (encoded, "enc"), (log_probs, "ctc_logprobs")):
             expected = reference[f"{prefix}_{key}"]
-            assert_close(got, expected.reshape(got.shape), 4e-5)
+            # features of quiet bins, normalised: 4e-5 on one processor, 7e-5 on another
+            assert_close(got, expected.reshape(got.shape), 2e-4)
         texts = model.transcribe(*pad_batch(batch))
         for i, text in enumerate(texts):
             greedy = reference[f"batch_greedy_{i}" if prefix == "batch" else f"{prefix}_greedy"]
