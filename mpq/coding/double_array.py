@@ -21,9 +21,9 @@ from mpq.errors import MpqError
 _KNOWN, _BARE, _VALUED = range(3)
 """What a unit leads to: a node that came before; a new one without a value; a new one with a value."""
 _STREAMS = ("kinds", "counts", "labels", "bases", "known", "values", "unused")
-"""Of each unit its kind; of each new node the number of its children, their labels, its base less that of the node
-before, and its value less that of the one before; of each unit that leads to a known node the node's number less that
-of the one before; of each unit that is not in the trie its bits."""
+"""The streams hold these numbers: of each unit its kind; of each new node the number of its children, their labels, its
+base less that of the node before, and its value less that of the one before; of each unit that leads to a known node
+the node's number less that of the one before; of each unit that is not in the trie its bits."""
 _WIDTHS = (1, 1, 1, 3, 3, 3, 4)
 """B of the numbers in each stream."""
 

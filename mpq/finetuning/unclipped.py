@@ -6,7 +6,7 @@ is common to the whole weight, and the steps of rows and columns are that scale 
 frozen, or learned as there.
 
 The bytes of the weight depend on its codes. So that they keep to a size, all steps can be stretched by a common factor
-(`mpq.finetuning.kept_size`), and there is an estimate of the bits for a loss. Codes of mean magnitude m have, if they
+(`mpq.finetuning.baking`), and there is an estimate of the bits for a loss. Codes of mean magnitude m have, if they
 are geometric on both sides, an entropy of asinh(m) + m asinh(1 / m) nats, and magnitude costs asinh(1 / m) each:
 P(q) = tanh(a / 2) exp(-a |q|) with sinh(a) = 1 / m.
 

@@ -33,7 +33,7 @@ from mpq.identity import file_sha256
 from mpq.journal import Journal
 from mpq.loading import load_model
 from mpq.models.base import AsrModel
-from mpq.quantization.spec import RATES
+from mpq.quantization.spec import scheme_and_widths
 from mpq.scoring.metrics import score
 from mpq.scoring.significance import align, mapsswe, segments
 from mpq.scoring.verdicts import non_inferiority
@@ -43,7 +43,6 @@ from mpq.sensitivity.records import SensitivityTable
 from mpq.speech.data import batches, prepare_data, read_batch
 from mpq.speech.trn import split_words
 
-WIDTHS = (2, 3, 4, 5, 6, 8)
 UNIFORM = (2, 3, 4)
 
 
@@ -128,7 +127,7 @@ def measured(
 ) -> SensitivityTable:
     """Returns the sensitivities of a draw, measured unless they are there."""
     weight_format = WeightFormat.from_options({"scheme": scheme})
-    widths = RATES if weight_format.spec.record.is_entropy_coded else WIDTHS
+    _, widths = scheme_and_widths(scheme, None, None)
     out = run / f"{scheme}-draw{draw}.json"
     return measure_sensitivity(checkpoint, calibration, widths, out, weight_format, max_seconds=seconds, seed=draw)
 

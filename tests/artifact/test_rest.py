@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_damage import damaged
 from tiny_models import tiny_hybrid, tiny_model
 from torch import Tensor
 
@@ -144,15 +145,9 @@ def test_a_value_that_is_too_far_from_the_others_is_refused() -> None:
 def test_damage_is_refused_or_gives_other_values(place: int, value: int, kind: int) -> None:
     state = some_vectors()
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    data = bytearray(encode_rest(state, list(state)))
-    if kind == 0:
-        del data[place % len(data) :]
-    elif kind == 1:
-        data += bytes([value])
-    else:
-        data[place % len(data)] ^= value
+    data = damaged(encode_rest(state, list(state)), place, value, kind)
     try:
-        found = decode_rest(bytes(data), shapes)
+        found = decode_rest(data, shapes)
         assert kind == 2 and {name: tuple(tensor.shape) for name, tensor in found.items()} == shapes
     except MpqError as error:
         assert "damaged" in str(error) or "shorter" in str(error)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny_damage import damaged
 from tiny_tokenizers import double_array
 
 from mpq.coding.compression import compressed
@@ -79,15 +80,9 @@ def test_bytes_that_are_no_array_are_left_alone(array: bytes) -> None:
 def test_damage_is_refused_or_gives_another_array(place: int, value: int, kind: int) -> None:
     streams = to_streams(BY_HAND)
     assert streams is not None
-    data = bytearray(streams)
-    if kind == 0:
-        del data[place % len(data) :]
-    elif kind == 1:
-        data += bytes([value])
-    else:
-        data[place % len(data)] ^= value
+    data = damaged(streams, place, value, kind)
     try:
-        found = from_streams(bytes(data))
+        found = from_streams(data)
         assert kind == 2 and len(found) == len(BY_HAND)
     except MpqError as error:
         assert "damaged" in str(error)

@@ -1,26 +1,14 @@
 """The script of recipes/librispeech_small that makes the table of sizes, on a tiny model and a few tones."""
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from click.testing import CliRunner
+from tiny_scripts import script
 
 from mpq.loading import load_model
 from mpq.quantization.spec import RATES
-
-SCRIPT = Path(__file__).resolve().parents[2] / "recipes/librispeech_small/sizes.py"
-
-
-def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("librispeech_small_sizes", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_the_table_of_sizes(
@@ -31,7 +19,7 @@ def test_the_table_of_sizes(
     for line in lines:
         line["audio_filepath"] = str(tiny_manifest.parent / line["audio_filepath"])
     heard.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run, module = tmp_path / "run", script(monkeypatch)
+    run, module = tmp_path / "run", script("librispeech_small", "sizes", monkeypatch)
     monkeypatch.setattr(module, "UNIFORM", (3,))
     arguments = [str(one) for one in (tiny_archive, tiny_manifest, run)]
     arguments += ["--on", f"heard={heard}", "--draws", "2", "--seconds", "3", "--megabytes", "0.0001,0.0165"]

@@ -1,16 +1,15 @@
 """The scripts of recipes/read_speech that make the table of fine-tuning, on a tiny model and a few tones."""
 
-import importlib.util
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import soundfile
 from click.testing import CliRunner
+from tiny_scripts import script
 
 from mpq.allocation.records import Allocation
 from mpq.errors import MpqError
@@ -19,21 +18,13 @@ from mpq.pipeline.read import load_recipe
 FOLDER = Path(__file__).resolve().parents[2] / "recipes/read_speech"
 
 
-def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"read_speech_{name}", FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_a_fine_tuned_row(
     tiny_archive: Path, tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(tiny_manifest.parent, tmp_path / "data")
     for name in ("train", "dev", "test", "test_clean"):
         shutil.copy(tmp_path / "data/data.jsonl", tmp_path / f"data/{name}.jsonl")
-    module = script("finetune", monkeypatch)
+    module = script("read_speech", "finetune", monkeypatch)
     monkeypatch.setattr(module, "ROWS", (module.ROWS[0], module.Row("tuned", 3, epochs=1)))
     arguments = [str(one) for one in (tiny_archive, tmp_path / "data", tmp_path / "data", tmp_path / "run")]
     done = CliRunner().invoke(module.main, arguments, catch_exceptions=False)
@@ -50,7 +41,7 @@ def test_a_fine_tuned_row(
 
 def test_synthetic_voices(tiny_manifest: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["synthetic.py", str(tiny_manifest), str(tmp_path / "out"), "--count", "3"])
-    module = script("synthetic", monkeypatch)
+    module = script("read_speech", "synthetic", monkeypatch)
     module.main()
     lines = [json.loads(line) for line in (tmp_path / "out/synthetic.jsonl").read_text().splitlines()]
     assert len(lines) == 3 and all(set(line) == {"audio_filepath", "duration"} for line in lines)
@@ -66,7 +57,7 @@ def test_the_recipe_names_its_stages() -> None:
 
 def test_the_picture_shows_the_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Sizes and word errors are those of the page, and each line of the legend has its rows."""
-    module = script("figure", monkeypatch)
+    module = script("read_speech", "figure", monkeypatch)
     found = {point.name: point for point in module.points(module.PAGE.read_text())}
     assert next(iter(found)) == "float32" and (found["float32"].wer, found["float32"].is_worse) == (4.12, False)
     tuned = found["mixed 3, fine-tuned slowly"]
